@@ -1,0 +1,30 @@
+"""Array types that carry shapes: `Float[Array, "rows length width"]`.
+
+jaxtyping is a test dependency: tests check every shape at run time. Without it the names below
+mean "an array" and cost nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from jax import Array
+from numpy import ndarray
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int, PRNGKeyArray, Shaped, UInt8
+else:
+    try:
+        from jaxtyping import Bool, Float, Int, PRNGKeyArray, Shaped, UInt8
+    except ImportError:
+
+        class _Unchecked:
+            """Stands for any array; `_Unchecked[Array, "shape"]` is the array type itself."""
+
+            def __class_getitem__(cls, item: tuple[type, str]) -> Any:
+                return item[0]
+
+        Bool = Float = Int = Shaped = UInt8 = _Unchecked
+        PRNGKeyArray = Array
+
+__all__ = ["Array", "Bool", "Float", "Int", "PRNGKeyArray", "Shaped", "UInt8", "ndarray"]
