@@ -27,4 +27,17 @@ else:
         Bool = Float = Int = Shaped = UInt8 = _Unchecked
         PRNGKeyArray = Array
 
-__all__ = ["Array", "Bool", "Float", "Int", "PRNGKeyArray", "Shaped", "UInt8", "ndarray"]
+AnyArray = Any
+"""A NumPy or a jax array, where both may stand."""
+
+__all__ = [
+    "AnyArray",
+    "Array",
+    "Bool",
+    "Float",
+    "Int",
+    "PRNGKeyArray",
+    "Shaped",
+    "UInt8",
+    "ndarray",
+]

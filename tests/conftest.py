@@ -6,6 +6,32 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import install_import_hook
 
 install_import_hook("puma_jax", "beartype.beartype")
+
+import pytest  # noqa: E402
+
+from tests import reference  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A random model of four small layers, in transformers and in ours."""
+    return reference.pair(reference.qwen2_vl_config(), tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory):
+    """Two layers of Qwen2-VL-2B's real widths."""
+    config = reference.qwen2_vl_config(
+        width=1536, heads=12, kv_heads=2, mlp_width=8960, layers=2, sections=(16, 24, 24),
+        vision_width=1280, vision_heads=16, vision_layers=2, mlp_ratio=4,
+    )  # fmt: skip
+    return reference.pair(config, tmp_path_factory.mktemp("wide") / "model")
+
+
+@pytest.fixture(scope="session", params=["tiny", "wide"])
+def either(request):
+    """Both random models in turn."""
+    return request.getfixturevalue(request.param)

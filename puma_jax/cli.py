@@ -1,0 +1,19 @@
+"""What every entry point shares: typed flags, and errors that take one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import tyro
+
+from puma_jax.errors import PumaError
+
+
+def run(main: Callable[..., None]) -> None:
+    """Call `main` with arguments from the command line; exit with 2 on a PumaError."""
+    try:
+        tyro.cli(main)
+    except PumaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

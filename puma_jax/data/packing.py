@@ -1,0 +1,283 @@
+"""Items of any length into rows of a fixed shape.
+
+Two steps, so that a plan can be made from lengths alone: `place` says where every item goes,
+`fill` copies items there. A chunk is what one forward pass reads; a group is the part of a chunk
+that one device reads; a cell is one group of one chunk. An item has its tokens in one token row
+and its patches in one patch row of the same cell.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from puma_jax.data.items import Item
+from puma_jax.errors import PackingError
+from puma_jax.rows import Rows, RowShape
+from puma_jax.typing import Int, ndarray
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where each of n items lies. Rows and slots count through all groups of a chunk."""
+
+    chunks: int
+    chunk: Int[ndarray, "n"]
+    row: Int[ndarray, "n"]
+    column: Int[ndarray, "n"]
+    patch_row: Int[ndarray, "n"]
+    patch_column: Int[ndarray, "n"]
+    slot: Int[ndarray, "n"]
+
+
+def place(
+    lengths: Int[ndarray, "n"],
+    patches: Int[ndarray, "n"],
+    shape: RowShape,
+    chunks: int | None = None,
+) -> Placement:
+    """Find a place for every item: a pure function of the lengths.
+
+    Items with images go first, largest first, each to the cell with the most room for patches;
+    items of text then fill the gaps that are left in token rows, the tightest that fits.
+
+    Args:
+        lengths: Tokens of each item.
+        patches: Image patches of each item; 0 for text.
+        shape: Of a chunk.
+        chunks: How many there are; None takes as many as needed.
+
+    Raises:
+        PackingError: An item is larger than a row, or all of them larger than the chunks.
+    """
+    lengths, patches = np.asarray(lengths), np.asarray(patches)
+    _check_items_fit_a_row(lengths, patches, shape)
+    if chunks is not None:
+        return _Cells(shape, chunks).place_all(lengths, patches)
+    fullest = max(
+        lengths.sum() / (shape.rows * shape.length),
+        patches.sum() / max(1, shape.patch_rows * shape.patch_length),
+        len(lengths) / shape.slots,
+    )
+    chunks = max(1, int(np.ceil(fullest)))
+    while True:
+        try:
+            return _Cells(shape, chunks).place_all(lengths, patches)
+        except PackingError:
+            chunks += 1
+
+
+class _Cells:
+    """Free room in every row of every cell while items are placed."""
+
+    def __init__(self, shape: RowShape, chunks: int):
+        self.shape = shape
+        self.chunks = chunks
+        self.cells = chunks * shape.groups
+        self.rows = shape.rows // shape.groups
+        self.patch_rows = shape.patch_rows // shape.groups
+        self.slots = shape.slots // shape.groups
+        self.items_in = [0] * self.cells
+        # Sorted (room, row) pairs: the tightest row that fits is one bisection away.
+        self.room = [[(shape.length, row) for row in range(self.rows)] for _ in range(self.cells)]
+        self.patch_room = [
+            [(shape.patch_length, row) for row in range(self.patch_rows)] for _ in range(self.cells)
+        ]
+        self.free_patches = [self.patch_rows * shape.patch_length] * self.cells
+
+    def place_all(self, lengths: ndarray, patches: ndarray) -> Placement:
+        """Place every item, or raise PackingError."""
+        places = np.zeros((len(lengths), 6), np.int32)
+        largest_first = np.lexsort((-lengths, -patches))
+        images = largest_first[patches[largest_first] > 0]
+        texts = largest_first[patches[largest_first] == 0]
+        for i in images.tolist():
+            places[i] = self._place_image(int(lengths[i]), int(patches[i]))
+        if len(texts):
+            places[texts] = self._place_texts(lengths[texts].tolist())
+        cell, row, column, patch_row, patch_column, slot = places.T
+        group = cell % self.shape.groups
+        return Placement(
+            chunks=self.chunks,
+            chunk=cell // self.shape.groups,
+            row=group * self.rows + row,
+            column=column,
+            patch_row=group * self.patch_rows + patch_row,
+            patch_column=patch_column,
+            slot=group * self.slots + slot,
+        )
+
+    def _place_image(self, length: int, patches: int) -> tuple[int, ...]:
+        for cell in sorted(range(self.cells), key=self.free_patches.__getitem__, reverse=True):
+            room, patch_room = self.room[cell], self.patch_room[cell]
+            if (
+                self.items_in[cell] < self.slots
+                and room[-1][0] >= length
+                and patch_room[-1][0] >= patches
+            ):
+                self.free_patches[cell] -= patches
+                row, column = _take(room, length, self.shape.length)
+                patch_row, patch_column = _take(patch_room, patches, self.shape.patch_length)
+                return (cell, row, column, patch_row, patch_column, self._next_slot(cell))
+        raise self._full(f"an item of {length} tokens and {patches} patches")
+
+    def _place_texts(self, lengths: list[int]) -> list[tuple[int, ...]]:
+        # One list over all cells: a text may go anywhere.
+        room = sorted(
+            (free, cell, row) for cell in range(self.cells) for free, row in self.room[cell]
+        )
+        places: list[tuple[int, ...]] = []
+        for length in lengths:
+            at = bisect.bisect_left(room, (length,))
+            while at < len(room) and self.items_in[room[at][1]] == self.slots:
+                room.pop(at)
+            if at == len(room):
+                raise self._full(f"an item of {length} tokens")
+            free, cell, row = room.pop(at)
+            bisect.insort(room, (free - length, cell, row))
+            places.append((cell, row, self.shape.length - free, 0, 0, self._next_slot(cell)))
+        return places
+
+    def _next_slot(self, cell: int) -> int:
+        self.items_in[cell] += 1
+        return self.items_in[cell] - 1
+
+    def _full(self, what: str) -> PackingError:
+        shape = self.shape
+        return PackingError(
+            f"{what} finds no place in {self.chunks} chunks of {shape.rows} rows × "
+            f"{shape.length} tokens, {shape.patch_rows} patch rows × {shape.patch_length} patches "
+            f"and {shape.slots} slots: raise rows, patch_rows, slots or the number of chunks"
+        )
+
+
+def fill(items: Sequence[Item], placement: Placement, shape: RowShape, merged: int) -> Rows:
+    """Copy items to their places.
+
+    Args:
+        items: The items, as many as `placement` has places.
+        placement: From `place`, for the same shape.
+        shape: Of a chunk.
+        merged: Patches in one visual token.
+
+    Returns:
+        NumPy arrays with a leading axis of chunks.
+    """
+    values = items[0].patches.shape[1] if items else 0
+    tokens = (placement.chunks, shape.rows, shape.length)
+    patches = (placement.chunks, shape.patch_rows, shape.patch_length)
+    rows = Rows(
+        tokens=np.zeros(tokens, np.int32),
+        segments=np.zeros(tokens, np.int32),
+        positions=np.zeros((*tokens, 3), np.int32),
+        visual=np.full(tokens, -1, np.int32),
+        patches=np.zeros((*patches, values), np.uint8),
+        patch_segments=np.zeros(patches, np.int32),
+        patch_positions=np.zeros((*patches, 2), np.int32),
+        ret=np.zeros((placement.chunks, shape.slots), np.int32),
+    )
+    token_rows, patch_rows = shape.rows // shape.groups, shape.patch_rows // shape.groups
+    for i, item in enumerate(items):
+        chunk, row, column = placement.chunk[i], placement.row[i], placement.column[i]
+        end = column + len(item.tokens)
+        here = (chunk, row, slice(column, end))
+        rows.tokens[here] = item.tokens
+        rows.positions[here] = item.positions
+        # Columns tell items of a row apart as well as a count would, and need no bookkeeping.
+        rows.segments[here] = column + 1
+        rows.ret[chunk, placement.slot[i]] = (row % token_rows) * shape.length + end - 1
+        if len(item.patches):
+            row, column = placement.patch_row[i], placement.patch_column[i]
+            there = (chunk, row, slice(column, column + len(item.patches)))
+            rows.patches[there] = item.patches
+            rows.patch_positions[there] = item.patch_positions
+            rows.patch_segments[there] = column + 1 + item.patch_images
+            first = ((row % patch_rows) * shape.patch_length + column) // merged
+            rows.visual[here][item.visual] = first + np.arange(len(item.patches) // merged)
+    return rows
+
+
+def fitting_shape(
+    lengths: Int[ndarray, "n"], patches: Int[ndarray, "n"], tokens_per_chunk: int
+) -> RowShape:
+    """Return a shape of chunk, for one group, that items like these fill well.
+
+    What fits into one chunk gets a shape of powers of two, so that single queries meet few shapes
+    and compile few times. A long job gets the row lengths that leave the least unused.
+
+    Args:
+        lengths: Tokens of each item.
+        patches: Image patches of each item.
+        tokens_per_chunk: About how many tokens a chunk shall hold.
+    """
+    lengths, patches = np.asarray(lengths), np.asarray(patches)
+    images = patches[patches > 0]
+    slots = _power_of_two(max(1, tokens_per_chunk // int(lengths.min())), 1)
+    if lengths.sum() <= tokens_per_chunk:
+        length, rows = _few_rows(lengths)
+        patch_length, patch_rows = _few_rows(images)
+        return RowShape(rows, length, patch_rows, patch_length, slots)
+    length, all_rows = _least_waste(lengths)
+    patch_length, all_patch_rows = _least_waste(images)
+    rows = max(1, tokens_per_chunk // length)
+    # A little room to spare: a chunk's share of images differs from that of all items.
+    patch_rows = int(np.ceil(1.03 * all_patch_rows * rows / all_rows))
+    return RowShape(rows, length, patch_rows, patch_length, slots)
+
+
+_STEP = 128  # accelerator kernels want rows of whole tiles
+_WIDEST = 1024
+
+
+def _few_rows(sizes: ndarray) -> tuple[int, int]:
+    """Return the length and the number of rows, powers of two, for a handful of items."""
+    if not len(sizes):
+        return _STEP, 0
+    length = _power_of_two(max(sizes.max(), min(sizes.sum(), _WIDEST // 2)), _STEP // 2)
+    return length, _power_of_two(_rows_needed(sizes, length), 1)
+
+
+def _least_waste(sizes: ndarray) -> tuple[int, int]:
+    """Return the row length, a whole number of steps, that wastes least; and the rows it takes."""
+    if not len(sizes):
+        return _STEP, 0
+    shortest = -(-int(sizes.max()) // _STEP) * _STEP
+    candidates = range(shortest, max(shortest, _WIDEST) + _STEP, _STEP)
+    needed = {length: _rows_needed(sizes, length) for length in candidates}
+    length = min(candidates, key=lambda length: length * needed[length])
+    return length, needed[length]
+
+
+def _rows_needed(sizes: ndarray, length: int) -> int:
+    room: list[tuple[int, int]] = []
+    for size in -np.sort(-sizes):
+        at = bisect.bisect_left(room, (int(size),))
+        free, row = room.pop(at) if at < len(room) else (length, len(room))
+        bisect.insort(room, (free - int(size), row))
+    return len(room)
+
+
+def _power_of_two(size: int, least: int) -> int:
+    return max(least, 1 << (int(size) - 1).bit_length())
+
+
+def _take(room: list[tuple[int, int]], size: int, capacity: int) -> tuple[int, int]:
+    """Take `size` from the tightest row that has it; return the row and the first free column."""
+    free, row = room.pop(bisect.bisect_left(room, (size,)))
+    bisect.insort(room, (free - size, row))
+    return row, capacity - free
+
+
+def _check_items_fit_a_row(lengths: ndarray, patches: ndarray, shape: RowShape) -> None:
+    for what, sizes, limit, setting in (
+        ("tokens", lengths, shape.length, "length"),
+        ("patches", patches, shape.patch_length if shape.patch_rows else 0, "patch_length"),
+    ):
+        if len(sizes) and sizes.max() > limit:
+            i = int(sizes.argmax())
+            raise PackingError(
+                f"item {i} has {sizes[i]} {what}, a row holds {limit}: raise {setting}"
+            )

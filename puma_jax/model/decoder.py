@@ -1,0 +1,127 @@
+"""The Qwen2 decoder: stacked layers of grouped-query attention and SwiGLU under one scan."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from puma_jax.config import ComputeConfig, DecoderConfig
+from puma_jax.model.attention import attention
+from puma_jax.model.layers import Embedding, Linear, RMSNorm
+from puma_jax.model.remat import rematerialise
+from puma_jax.model.rope import mrope_angles, rotate
+from puma_jax.typing import Array, Float, Int, PRNGKeyArray
+
+
+class DecoderAttention(nnx.Module):
+    """Causal grouped-query attention; query, key and value have a bias, out has none."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        inner, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.query = Linear(config.width, inner, bias=True, rngs=rngs)
+        self.key = Linear(config.width, kv, bias=True, rngs=rngs)
+        self.value = Linear(config.width, kv, bias=True, rngs=rngs)
+        self.out = Linear(inner, config.width, bias=False, rngs=rngs)
+        self.head_dim = config.head_dim
+
+    def __call__(
+        self,
+        x: Float[Array, "rows length width"],
+        angles: Float[Array, "rows length half"],
+        segments: Int[Array, "rows length"],
+        implementation: str,
+        keys: list[PRNGKeyArray | None],
+    ) -> Float[Array, "rows length width"]:
+        """Return what each token gathers from those before it."""
+        rows, length, _ = x.shape
+        heads = (rows, length, -1, self.head_dim)
+        q = rotate(self.query(x, keys[0]).reshape(heads), angles)
+        k = rotate(self.key(x, keys[1]).reshape(heads), angles)
+        v = self.value(x, keys[2]).reshape(heads)
+        mixed = attention(q, k, v, segments=segments, causal=True, implementation=implementation)
+        return self.out(mixed.reshape(rows, length, -1), keys[3])
+
+
+class DecoderMLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.gate = Linear(config.width, config.mlp_width, bias=False, rngs=rngs)
+        self.up = Linear(config.width, config.mlp_width, bias=False, rngs=rngs)
+        self.down = Linear(config.mlp_width, config.width, bias=False, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "rows length width"], keys: list[PRNGKeyArray | None]
+    ) -> Float[Array, "rows length width"]:
+        """Return the MLP of every token."""
+        gated = jax.nn.silu(self.gate(x, keys[0])) * self.up(x, keys[1])
+        return self.down(gated, keys[2])
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and MLP, each behind an RMSNorm and around a residual."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = DecoderAttention(config, rngs)
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
+        self.mlp = DecoderMLP(config, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "rows length width"],
+        angles: Float[Array, "rows length half"],
+        segments: Int[Array, "rows length"],
+        implementation: str,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "rows length width"]:
+        """Return the states after this layer."""
+        keys = [None] * 7 if dropout_key is None else list(jax.random.split(dropout_key, 7))
+        normed = self.attention_norm(x)
+        x = x + self.attention(normed, angles, segments, implementation, keys[:4])
+        return x + self.mlp(self.mlp_norm(x), keys[4:])
+
+
+class Decoder(nnx.Module):
+    """Token table, stacked layers, final norm. There is no head: an embedder predicts no token."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.embedding = Embedding(config.vocab_size, config.width, rngs=rngs)
+        keys = jax.random.split(rngs.params(), config.layers)
+        self.layers = jax.vmap(lambda key: DecoderLayer(config, nnx.Rngs(key)))(keys)
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.head_dim = config.head_dim
+        self.rope_base = config.rope_base
+        self.mrope_section = config.mrope_section
+
+    def __call__(
+        self,
+        x: Float[Array, "rows length width"],
+        segments: Int[Array, "rows length"],
+        positions: Int[Array, "rows length 3"],
+        compute: ComputeConfig,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "rows length width"]:
+        """Return the states after the last layer, **before** the final norm.
+
+        The norm is left to the caller, who needs it at the [RET] positions only.
+
+        Args:
+            x: Token and visual embeddings.
+            segments: Item of each position; 0 is padding.
+            positions: Time, height and width position of each token in its item.
+            compute: How to run.
+            dropout_key: Key of LoRA dropout; None outside of training.
+        """
+        angles = mrope_angles(positions, self.head_dim, self.rope_base, self.mrope_section)
+
+        def layer(x, scanned: tuple[DecoderLayer, PRNGKeyArray | None]):
+            weights, key = scanned
+            return weights(x, angles, segments, compute.attention, key), None
+
+        depth = self.layers.attention_norm.scale.shape[0]
+        keys = None if dropout_key is None else jax.random.split(dropout_key, depth)
+        x = x.astype(jnp.dtype(compute.dtype))
+        x, _ = jax.lax.scan(rematerialise(layer, compute.remat), x, (self.layers, keys))
+        return x

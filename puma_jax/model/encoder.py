@@ -1,0 +1,152 @@
+"""The whole model: packed rows in, one vector for each item out. And its slice: `keep_layers`."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from puma_jax.config import ComputeConfig, ModelConfig
+from puma_jax.errors import LayerSelectionError
+from puma_jax.model.decoder import Decoder
+from puma_jax.model.families import family_of
+from puma_jax.rows import Rows
+from puma_jax.typing import Array, Float, Int, PRNGKeyArray
+
+
+class Encoder(nnx.Module):
+    """A vision tower and a decoder. The module is a pytree and nothing else: it is the params."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.vision = family_of(config.family).tower(config.vision, rngs)
+        self.decoder = Decoder(config.decoder, rngs)
+
+
+def init(config: ModelConfig, key: PRNGKeyArray, dtype: str = "float32") -> Encoder:
+    """Return a model with random weights of the given dtype."""
+    params = Encoder(config, nnx.Rngs(key))
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def abstract(config: ModelConfig, dtype: str = "float32") -> Encoder:
+    """Return the model with `jax.ShapeDtypeStruct` for leaves: its shapes, at no cost."""
+    return jax.eval_shape(lambda: init(config, jax.random.key(0), dtype))
+
+
+def encode(
+    params: Encoder,
+    rows: Rows,
+    compute: ComputeConfig,
+    *,
+    groups: int = 1,
+    dropout_key: PRNGKeyArray | None = None,
+) -> Float[Array, "slots width"]:
+    """Return the state at each item's [RET] after the final norm, float32 and not normalised.
+
+    Args:
+        params: The model.
+        rows: The packed items.
+        compute: How to run.
+        groups: Into how many parts the leading axes of `rows` divide.
+        dropout_key: Key of LoRA dropout; None outside of training.
+    """
+    # "float32" has to mean it on accelerators too, whose default product rounds to fewer bits.
+    precision = "highest" if compute.dtype == "float32" else None
+    with jax.default_matmul_precision(precision):
+        x = params.decoder(
+            embed(params, rows, compute, groups=groups),
+            rows.segments,
+            rows.positions,
+            compute,
+            dropout_key,
+        )
+        at_ret = _take(x, rows.ret, groups)
+        return params.decoder.norm(at_ret.astype(jnp.float32))
+
+
+def embed(
+    params: Encoder, rows: Rows, compute: ComputeConfig, *, groups: int = 1
+) -> Float[Array, "rows length width"]:
+    """Return what the decoder reads: token embeddings, visual tokens in place of their holders."""
+    x = params.decoder.embedding.table[...][rows.tokens].astype(compute.dtype)
+    if rows.patches.size == 0:
+        return x
+    visual = params.vision(rows.patches, rows.patch_segments, rows.patch_positions, compute)
+    placed = _take(visual, jnp.maximum(rows.visual, 0).reshape(-1), groups).reshape(x.shape)
+    return jnp.where(rows.visual[..., None] >= 0, placed, x)
+
+
+def unit(states: Float[Array, "n width"]) -> Float[Array, "n width"]:
+    """Scale every state to unit length, in float32. A zero state stays zero."""
+    states = states.astype(jnp.float32)
+    norm = jnp.sqrt(jnp.sum(states**2, -1, keepdims=True))
+    return states / jnp.maximum(norm, 1e-12)
+
+
+def keep_layers(
+    config: ModelConfig, params: Encoder, keep: int | Sequence[int]
+) -> tuple[ModelConfig, Encoder]:
+    """Cut the decoder to some of its layers: one array slice on every stacked leaf.
+
+    The final norm, the token table and the vision tower stay as they are, so the result is an
+    ordinary model of fewer layers (arXiv 2507.08064, section 3.2).
+
+    Args:
+        config: Of the model.
+        params: The model.
+        keep: A count, for the first layers, or indices in the order they shall run; negative
+            ones count from the end, so `[*range(11), -1]` keeps the last layer in the last slot.
+
+    Raises:
+        LayerSelectionError: `keep` is empty, repeats a layer or names one the model lacks.
+    """
+    chosen = layer_indices(keep, config.decoder.layers)
+    # A shallow copy: the caller's model keeps its layers, the other leaves are shared.
+    cut = jax.tree.map(lambda leaf: leaf, params)
+    cut.decoder.layers = jax.tree.map(lambda leaf: leaf[np.array(chosen)], params.decoder.layers)
+    return config.with_layers(tuple(config.kept_layers[index] for index in chosen)), cut
+
+
+def layer_indices(keep: int | Sequence[int], layers: int) -> tuple[int, ...]:
+    """Return the indices, all ≥ 0, that `keep` means in a model of so many layers.
+
+    Raises:
+        LayerSelectionError: See `keep_layers`.
+    """
+    try:
+        count = operator.index(keep)  # type: ignore[arg-type]
+    except TypeError:
+        chosen = [operator.index(index) for index in keep]  # type: ignore[union-attr]
+    else:
+        if not 1 <= count <= layers:
+            raise LayerSelectionError(
+                f"keep_layers {count} is out of range: the model has {layers} layers"
+            )
+        return tuple(range(count))
+    if not chosen:
+        raise LayerSelectionError("keep_layers is empty: name at least one layer")
+    for index in chosen:
+        if not -layers <= index < layers:
+            raise LayerSelectionError(
+                f"keep_layers names layer {index}: the model has layers 0 to {layers - 1}"
+            )
+    chosen = [index % layers for index in chosen]
+    for index in chosen:
+        if chosen.count(index) > 1:
+            raise LayerSelectionError(f"keep_layers names layer {index} more than once")
+    return tuple(chosen)
+
+
+def _take(
+    values: Float[Array, "rows length width"], index: Int[Array, "n"], groups: int
+) -> Float[Array, "n width"]:
+    """Gather `values[group, index]`, each group from its own part."""
+    width = values.shape[-1]
+    taken = jnp.take_along_axis(
+        values.reshape(groups, -1, width), index.reshape(groups, -1, 1), axis=1
+    )
+    return taken.reshape(-1, width)

@@ -1,0 +1,54 @@
+"""A family of base models is a tower, a reading of its config, and a table of weight names.
+
+To add one, write a module like `qwen2_vl.py` and name it in `FAMILIES`. Nothing else asks which
+family a model belongs to.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from puma_jax.config import ModelConfig
+from puma_jax.errors import UnknownModelError
+
+# model_type of a Hugging Face config → module that defines FAMILY
+FAMILIES = {"qwen2_vl": "puma_jax.model.qwen2_vl"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What makes a base model of this kind readable, runnable and writable."""
+
+    tower: Callable[..., Any]
+    """The vision tower: `tower(config.vision, rngs)`, called with packed patch rows."""
+    read_config: Callable[[Mapping[str, Any], Mapping[str, Any]], ModelConfig]
+    """Contents of config.json and preprocessor_config.json → config."""
+    write_config: Callable[[ModelConfig, Mapping[str, Any]], dict[str, Any]]
+    """Config and the config.json it came from → the config.json that transformers reads."""
+    write_preprocessor: Callable[[ModelConfig, Mapping[str, Any]], dict[str, Any]]
+    """Config and the preprocessor_config.json it came from → the one that transformers reads."""
+    weights: Mapping[str, str]
+    """Path of a leaf → its name in a safetensors file; "{}" stands for the layer's number."""
+    disk_shapes: Callable[[ModelConfig], dict[str, tuple[int, ...]]]
+    """Names whose tensors have more axes on disk than the matrix they are here → shape there."""
+    canonical: Callable[[str], str]
+    """A name as any generation of transformers wrote it → the name used in `weights`."""
+    ignored: tuple[str, ...]
+    """Names that may stand in a checkpoint and that an embedder does not need."""
+
+
+@functools.cache
+def family_of(model_type: str) -> Family:
+    """Return the family of a `model_type`.
+
+    Raises:
+        UnknownModelError: No family of that name.
+    """
+    if model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise UnknownModelError(f'model_type "{model_type}" is not one of {known}')
+    return importlib.import_module(FAMILIES[model_type]).FAMILY

@@ -1,0 +1,326 @@
+"""Hugging Face folders in and out, one leaf at a time.
+
+A folder is opened (names, shapes and file lengths checked, nothing read) and then read, so that a
+model can be cut before its weights are touched: layers that are not kept cost nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from puma_jax.config import DType, ModelConfig
+from puma_jax.errors import CheckpointError
+from puma_jax.model.encoder import Encoder, abstract, layer_indices
+from puma_jax.model.families import family_of
+from puma_jax.model.tree import map_named, named_leaves
+from puma_jax.typing import ndarray
+
+# Where a leaf of this name and shape shall live.
+Placement = jax.sharding.Sharding | Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
+_MOST_LISTED = 20
+
+
+@dataclass(frozen=True)
+class HubConfigs:
+    """The JSON files that stand beside the weights of a base model, as they were read."""
+
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """config.json"""
+    preprocessor: Mapping[str, Any] = field(default_factory=dict)
+    """preprocessor_config.json"""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened Hugging Face folder: everything about its weights but the weights."""
+
+    folder: Path
+    config: ModelConfig
+    source: HubConfigs
+    files: dict[str, tuple[Path, str]]
+    """Canonical name of a tensor → the file that holds it and its name in there."""
+
+    @property
+    def dtype(self) -> DType:
+        """The dtype that config.json names, or float32, which holds every other one."""
+        model = self.source.model
+        named = model.get("dtype") or model.get("torch_dtype")
+        return "bfloat16" if named == "bfloat16" else "float32"
+
+    def read(
+        self,
+        keep: int | Sequence[int] | None = None,
+        *,
+        dtype: str = "bfloat16",
+        placement: Placement | None = None,
+    ) -> Encoder:
+        """Read the weights straight into arrays of a dtype and a placement.
+
+        Host memory holds one leaf at a time beside the arrays themselves; a device that holds
+        part of a leaf reads that part only.
+
+        Args:
+            keep: Layers to read, as in `encoder.keep_layers`; None reads all.
+            dtype: Of the arrays, whatever the files hold.
+            placement: One sharding for all leaves, or a function of name and shape. None puts
+                everything on the first device.
+        """
+        layers = self.config.decoder.layers
+        chosen = tuple(range(layers)) if keep is None else layer_indices(keep, layers)
+        kept = tuple(self.config.kept_layers[index] for index in chosen)
+        if placement is None:
+            placement = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+        def read_leaf(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+            sharding = placement(name, leaf) if callable(placement) else placement
+            tensors = _tensor_names(self.config, name, chosen)
+
+            def read_part(index: Any) -> ndarray:
+                return self._read_part(name, tensors, index, leaf)
+
+            return jax.make_array_from_callback(leaf.shape, sharding, read_part)
+
+        return map_named(read_leaf, abstract(self.config.with_layers(kept), dtype))
+
+    def _read_part(
+        self, name: str, tensors: list[str], index: tuple[slice, ...], leaf: jax.ShapeDtypeStruct
+    ) -> ndarray:
+        """Return `leaf[index]`, read from the one tensor or the stack of tensors it is made of."""
+        ranges = [range(*part.indices(size)) for part, size in zip(index, leaf.shape, strict=True)]
+        part = np.empty([len(one) for one in ranges], leaf.dtype)
+        if stacked(name):
+            slots, tensors, index = part, tensors[index[0]], index[1:]
+        else:
+            slots = part[None]
+        # Files are closed after each leaf: pages of a mapped file count as memory in use.
+        with contextlib.ExitStack() as stack:
+            opened: dict[Path, Any] = {}
+            for slot, tensor in zip(slots, tensors, strict=True):
+                path, stored = self.files[tensor]
+                if path not in opened:
+                    opened[path] = stack.enter_context(safe_open(path, "numpy"))
+                values = opened[path].get_slice(stored)
+                slot[...] = _transposed(values, index) if _is_kernel(name) else values[index]
+        return part
+
+
+def open_checkpoint(location: str | os.PathLike[str]) -> Checkpoint:
+    """Open a Hugging Face folder, or fetch one from the hub, and check that it is whole.
+
+    Args:
+        location: A folder, or a hub id such as "Qwen/Qwen2-VL-2B-Instruct".
+
+    Raises:
+        CheckpointError: The folder, its config or a shard is missing or broken, or its tensors
+            are not those of the model its config describes; all of them are listed.
+        UnknownModelError: No family answers to its model_type.
+    """
+    folder = _local_folder(location)
+    preprocessor = folder / "preprocessor_config.json"
+    source = HubConfigs(
+        model=read_json(folder / "config.json"),
+        preprocessor=read_json(preprocessor) if preprocessor.exists() else {},
+    )
+    family = family_of(str(source.model.get("model_type")))
+    config = family.read_config(source.model, source.preprocessor)
+    found: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
+    for path in _shards(folder):
+        for stored, shape in _tensor_shapes(path).items():
+            found[family.canonical(stored)] = (path, stored, shape)
+    _check_tensors(folder, config, {name: shape for name, (_, _, shape) in found.items()})
+    files = {name: (path, stored) for name, (path, stored, _) in found.items()}
+    return Checkpoint(folder, config, source, files)
+
+
+def write_checkpoint(
+    folder: Path,
+    config: ModelConfig,
+    params: Encoder,
+    source: HubConfigs,
+    *,
+    max_shard_bytes: int = 4 * 2**30,
+) -> None:
+    """Write the configs and the weights, named and shaped as transformers writes them.
+
+    Args:
+        folder: An existing folder.
+        config: Of the model.
+        params: The model, without LoRA leaves (see `lora.merge`).
+        source: The configs that the base model came with, whose other fields are kept.
+        max_shard_bytes: A file is closed before it grows past this; several files get an index.
+    """
+    family = family_of(config.family)
+    leaves = named_leaves(params)
+    dtype = np.dtype(leaves["decoder.embedding.table"].dtype).name
+    write_json(folder / "config.json", family.write_config(config, source.model) | {"dtype": dtype})
+    write_json(
+        folder / "preprocessor_config.json",
+        family.write_preprocessor(config, source.preprocessor),
+    )
+
+    shards: list[list[tuple[str, str, int | None]]] = [[]]
+    room, total = max_shard_bytes, 0
+    for name, leaf in leaves.items():
+        tensors = _tensor_names(config, name, range(config.decoder.layers))
+        size = leaf.nbytes // len(tensors)
+        for number, tensor in enumerate(tensors):
+            if size > room and shards[-1]:
+                shards.append([])
+                room = max_shard_bytes
+            shards[-1].append((tensor, name, number if stacked(name) else None))
+            room, total = room - size, total + size
+
+    shapes = family.disk_shapes(config)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = _SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors_of_shard = {}
+        for tensor, name, layer in shard:
+            values = np.asarray(leaves[name] if layer is None else leaves[name][layer])
+            values = np.ascontiguousarray(values.T if _is_kernel(name) else values)
+            tensors_of_shard[tensor] = values.reshape(shapes.get(tensor, values.shape))
+            weight_map[tensor] = file
+        save_file(tensors_of_shard, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(folder / _INDEX, index)
+
+
+def stacked(name: str) -> bool:
+    """Whether a leaf has a leading axis of layers."""
+    return name.startswith(("decoder.layers.", "vision.blocks."))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        CheckpointError: The file is missing or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write an object as indented JSON that ends with a newline."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _is_kernel(name: str) -> bool:
+    """Whether a leaf is [inputs, outputs] here and [outputs, inputs...] on disk."""
+    return name.endswith(".kernel")
+
+
+def _transposed(values: Any, index: tuple[slice, ...]) -> ndarray:
+    """Read a part of a kernel; inputs of more than one axis (a convolution's) are flattened."""
+    inputs, outputs = index
+    if len(values.get_shape()) == 2:
+        return values[outputs, inputs].T
+    part = values[outputs]
+    return part.reshape(len(part), -1)[:, inputs].T
+
+
+def _tensor_names(config: ModelConfig, name: str, decoder_layers: Sequence[int]) -> list[str]:
+    """Canonical names of the tensors a leaf is made of, one for each layer if it is stacked."""
+    pattern = family_of(config.family).weights[name]
+    if not stacked(name):
+        return [pattern]
+    layers = decoder_layers if name.startswith("decoder.") else range(config.vision.layers)
+    return [pattern.format(layer) for layer in layers]
+
+
+def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical name → shape on disk of every tensor of a model."""
+    on_disk = family_of(config.family).disk_shapes(config)
+    expected = {}
+    for name, leaf in named_leaves(abstract(config)).items():
+        shape = leaf.shape[1:] if stacked(name) else leaf.shape
+        for tensor in _tensor_names(config, name, range(config.decoder.layers)):
+            expected[tensor] = on_disk.get(tensor, shape[::-1] if _is_kernel(name) else shape)
+    return expected
+
+
+def _check_tensors(folder: Path, config: ModelConfig, found: dict[str, tuple[int, ...]]) -> None:
+    expected = _expected_shapes(config)
+    ignored = family_of(config.family).ignored
+    wrong = [f"{name} is missing" for name in expected if name not in found]
+    wrong += [
+        f"{name} has no place in this model"
+        for name in found
+        if name not in expected and name not in ignored
+    ]
+    wrong += [
+        f"{name} has shape {list(found[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if wrong:
+        listed = "; ".join(wrong[:_MOST_LISTED])
+        more = f"; and {len(wrong) - _MOST_LISTED} more" if len(wrong) > _MOST_LISTED else ""
+        raise CheckpointError(f"{folder}: {len(wrong)} wrong tensors: {listed}{more}")
+
+
+def _shards(folder: Path) -> list[Path]:
+    """Return the safetensors files of a folder, all of them present."""
+    index = folder / _INDEX
+    if not index.exists():
+        if not (folder / _SINGLE).exists():
+            raise CheckpointError(f"{folder} holds neither {_SINGLE} nor {_INDEX}")
+        return [folder / _SINGLE]
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise CheckpointError(f"{index} has no weight_map")
+    shards = sorted({folder / str(name) for name in named.values()})
+    missing = [path.name for path in shards if not path.exists()]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} shards: {', '.join(missing)}")
+    return shards
+
+
+def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(path, "numpy") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or not safetensors: {error}") from None
+
+
+def _local_folder(location: str | os.PathLike[str]) -> Path:
+    folder = Path(location).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(location)):
+        raise CheckpointError(f"{folder} is not a folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(location), allow_patterns=list(_HUB_PATTERNS)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{location} is neither a folder here nor to be had from the hub: {reason}"
+        ) from None

@@ -1,0 +1,102 @@
+"""Low-rank adapters (arXiv 2106.09685) and the split of a model into trained and frozen leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from puma_jax.config import LoraConfig
+from puma_jax.errors import ConfigError
+from puma_jax.model.encoder import Encoder
+from puma_jax.model.layers import Linear
+from puma_jax.typing import PRNGKeyArray
+
+
+def add_lora(params: Encoder, config: LoraConfig, key: PRNGKeyArray) -> Encoder:
+    """Return the model with fresh adapters on the decoder's linears that `config` targets.
+
+    A is drawn as the weights of a linear are, B is zero: the model computes what it did before.
+    Both are float32, whatever the base weights are.
+
+    Raises:
+        ConfigError: A target names no linear of the decoder.
+    """
+    params = _copy(params)
+    linears = dict(_decoder_linears(params))
+    unknown = [name for name in config.targets if name not in linears]
+    if unknown:
+        raise ConfigError(f"lora targets {unknown} are not among {', '.join(linears)}")
+    # Keys follow the linears, not the order in which the targets are written.
+    for (name, linear), key_a in zip(
+        linears.items(), jax.random.split(key, len(linears)), strict=True
+    ):
+        if name not in config.targets:
+            continue
+        layers, inputs, outputs = linear.kernel.shape
+        draw = jax.nn.initializers.lecun_normal(batch_axis=0)
+        linear.lora_a = nnx.LoRAParam(draw(key_a, (layers, inputs, config.rank)))
+        linear.lora_b = nnx.LoRAParam(jnp.zeros((layers, config.rank, outputs)))
+        linear.lora_scale = config.alpha / config.rank
+        linear.lora_dropout = config.dropout
+    return params
+
+
+def merge(params: Encoder) -> Encoder:
+    """Return the model with every adapter added into its kernel, W + s·AB, and no adapters left.
+
+    The sum is taken in float32 and rounded once, to the dtype of W.
+    """
+    params = _copy(params)
+    for _, linear in _decoder_linears(params):
+        if linear.lora_a is None or linear.lora_b is None:
+            continue
+        kernel = linear.kernel[...]
+        with jax.default_matmul_precision("highest"):
+            delta = linear.lora_scale * (linear.lora_a[...] @ linear.lora_b[...])
+        linear.kernel = nnx.Param((kernel.astype(jnp.float32) + delta).astype(kernel.dtype))
+        linear.lora_a = linear.lora_b = None
+        linear.lora_scale = linear.lora_dropout = 0.0
+    return params
+
+
+def partition(
+    params: Encoder, trainable: Callable[[str], bool]
+) -> tuple[nnx.GraphDef[Encoder], nnx.State, nnx.State]:
+    """Split a model by the names of its leaves; `nnx.merge` puts it together again.
+
+    Args:
+        params: The model.
+        trainable: Whether the leaf of this name (see `tree.leaf_name`) is trained, such as
+            `is_lora`.
+
+    Returns:
+        The structure, the trainable leaves, the frozen leaves.
+    """
+
+    def chosen(path: tuple[Any, ...], _: Any) -> bool:
+        return trainable(".".join(map(str, path)))
+
+    structure, trained, *frozen = nnx.split(params, chosen, ...)
+    return structure, trained, frozen[0]
+
+
+def is_lora(name: str) -> bool:
+    """Whether a leaf is an adapter's."""
+    return name.endswith((".lora_a", ".lora_b"))
+
+
+def _copy(params: Encoder) -> Encoder:
+    """Return new modules around the same arrays, so that the caller's modules stay as they are."""
+    return jax.tree.map(lambda leaf: leaf, params)
+
+
+def _decoder_linears(params: Encoder) -> Iterator[tuple[str, Linear]]:
+    layers: Any = params.decoder.layers
+    for part in (layers.attention, layers.mlp):
+        for name, value in vars(part).items():
+            if isinstance(value, Linear):
+                yield name, value

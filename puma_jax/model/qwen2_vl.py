@@ -1,0 +1,271 @@
+"""The family Qwen2-VL: how its Hugging Face config and its weight names are read and written."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from puma_jax.config import (
+    CLIP_MEAN,
+    CLIP_STD,
+    DecoderConfig,
+    ImageConfig,
+    ModelConfig,
+    PromptConfig,
+    VisionConfig,
+)
+from puma_jax.errors import CheckpointError
+from puma_jax.model.families import Family
+from puma_jax.model.vision import VisionTower
+
+# Key under which a saved config.json says what transformers has no field for.
+OURS = "puma_jax"
+
+_BLOCK = "visual.blocks.{}."
+_LAYER = "model.layers.{}."
+
+# Names as transformers 5 writes them for Qwen2VLForConditionalGeneration.
+WEIGHTS = {
+    "vision.patch_embedding.projection.kernel": "visual.patch_embed.proj.weight",
+    "vision.blocks.attention_norm.scale": _BLOCK + "norm1.weight",
+    "vision.blocks.attention_norm.bias": _BLOCK + "norm1.bias",
+    "vision.blocks.attention.qkv.kernel": _BLOCK + "attn.qkv.weight",
+    "vision.blocks.attention.qkv.bias": _BLOCK + "attn.qkv.bias",
+    "vision.blocks.attention.out.kernel": _BLOCK + "attn.proj.weight",
+    "vision.blocks.attention.out.bias": _BLOCK + "attn.proj.bias",
+    "vision.blocks.mlp_norm.scale": _BLOCK + "norm2.weight",
+    "vision.blocks.mlp_norm.bias": _BLOCK + "norm2.bias",
+    "vision.blocks.up.kernel": _BLOCK + "mlp.fc1.weight",
+    "vision.blocks.up.bias": _BLOCK + "mlp.fc1.bias",
+    "vision.blocks.down.kernel": _BLOCK + "mlp.fc2.weight",
+    "vision.blocks.down.bias": _BLOCK + "mlp.fc2.bias",
+    "vision.merger.norm.scale": "visual.merger.ln_q.weight",
+    "vision.merger.norm.bias": "visual.merger.ln_q.bias",
+    "vision.merger.up.kernel": "visual.merger.mlp.0.weight",
+    "vision.merger.up.bias": "visual.merger.mlp.0.bias",
+    "vision.merger.down.kernel": "visual.merger.mlp.2.weight",
+    "vision.merger.down.bias": "visual.merger.mlp.2.bias",
+    "decoder.embedding.table": "model.embed_tokens.weight",
+    "decoder.layers.attention_norm.scale": _LAYER + "input_layernorm.weight",
+    "decoder.layers.attention.query.kernel": _LAYER + "self_attn.q_proj.weight",
+    "decoder.layers.attention.query.bias": _LAYER + "self_attn.q_proj.bias",
+    "decoder.layers.attention.key.kernel": _LAYER + "self_attn.k_proj.weight",
+    "decoder.layers.attention.key.bias": _LAYER + "self_attn.k_proj.bias",
+    "decoder.layers.attention.value.kernel": _LAYER + "self_attn.v_proj.weight",
+    "decoder.layers.attention.value.bias": _LAYER + "self_attn.v_proj.bias",
+    "decoder.layers.attention.out.kernel": _LAYER + "self_attn.o_proj.weight",
+    "decoder.layers.mlp_norm.scale": _LAYER + "post_attention_layernorm.weight",
+    "decoder.layers.mlp.gate.kernel": _LAYER + "mlp.gate_proj.weight",
+    "decoder.layers.mlp.up.kernel": _LAYER + "mlp.up_proj.weight",
+    "decoder.layers.mlp.down.kernel": _LAYER + "mlp.down_proj.weight",
+    "decoder.norm.scale": "model.norm.weight",
+}
+
+# Prefixes of other generations: transformers 4.52 and later, and a saved Qwen2VLModel.
+_PREFIXES = {
+    "model.language_model.": "model.",
+    "model.visual.": "visual.",
+    "language_model.": "model.",
+}
+
+
+def canonical(name: str) -> str:
+    """Return the name under which `WEIGHTS` knows a tensor."""
+    for prefix, today in _PREFIXES.items():
+        if name.startswith(prefix):
+            return today + name.removeprefix(prefix)
+    return name
+
+
+def read_config(hf: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> ModelConfig:
+    """Return the config that a config.json and a preprocessor_config.json describe.
+
+    Decoder fields stand at the top (hub files) or in `text_config` (transformers 5), the rope
+    settings in `rope_parameters` or `rope_scaling` and `rope_theta`.
+
+    Raises:
+        CheckpointError: A field is missing, or asks for something this family does not do.
+    """
+    text, tower = {**hf, **hf.get("text_config", {})}, hf.get("vision_config", {})
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    _refuse_what_we_do_not_do(text, rope, tower)
+    ours = hf.get(OURS, {})
+    try:
+        heads = text["num_attention_heads"]
+        decoder = DecoderConfig(
+            vocab_size=text["vocab_size"],
+            width=text["hidden_size"],
+            layers=text["num_hidden_layers"],
+            heads=heads,
+            kv_heads=text.get("num_key_value_heads") or heads,
+            head_dim=text["hidden_size"] // heads,
+            mlp_width=text["intermediate_size"],
+            norm_eps=text.get("rms_norm_eps", 1e-5),
+            rope_base=rope.get("rope_theta", text.get("rope_theta", 1e6)),
+            mrope_section=tuple(rope["mrope_section"]),
+        )
+        width = tower.get("embed_dim", 1280)
+        vision = VisionConfig(
+            layers=tower.get("depth", 32),
+            width=width,
+            heads=tower.get("num_heads", 16),
+            mlp_width=int(width * tower.get("mlp_ratio", 4)),
+            out_width=tower.get("hidden_size", decoder.width),
+            channels=tower.get("in_channels", tower.get("in_chans", 3)),
+            patch_size=tower.get("patch_size", 14),
+            temporal_patch_size=tower.get("temporal_patch_size", 2),
+            merge_size=tower.get("spatial_merge_size", 2),
+            image_mean=tuple(preprocessor.get("image_mean", CLIP_MEAN)),
+            image_std=tuple(preprocessor.get("image_std", CLIP_STD)),
+        )
+        return ModelConfig(
+            family="qwen2_vl",
+            vision=vision,
+            decoder=decoder,
+            image_token_id=hf.get("image_token_id", 151655),
+            vision_start_token_id=hf.get("vision_start_token_id", 151652),
+            vision_end_token_id=hf.get("vision_end_token_id", 151653),
+            images=ImageConfig(**ours.get("images", {})),
+            prompt=PromptConfig(**ours.get("prompt", {})),
+            kept_layers=tuple(ours.get("kept_layers", ())),
+        )
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"config.json lacks or garbles a field: {error}") from error
+
+
+def write_config(config: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config.json of `config`, in the form transformers 5 writes.
+
+    Fields of `source` that say nothing about shapes are kept as they are. The head is not part
+    of an embedder; `tie_word_embeddings` says so to the classes that would look for one.
+    """
+    decoder, vision = config.decoder, config.vision
+    dropped = (*_FLAT_TEXT, "torch_dtype")
+    hf = {key: value for key, value in copy.deepcopy(dict(source)).items() if key not in dropped}
+    text = hf.get("text_config") or {key: source[key] for key in _FLAT_TEXT if key in source}
+    for outdated in ("rope_scaling", "rope_theta", "layer_types", "tie_word_embeddings"):
+        text.pop(outdated, None)
+    text |= {
+        "model_type": "qwen2_vl_text",
+        "vocab_size": decoder.vocab_size,
+        "hidden_size": decoder.width,
+        "num_hidden_layers": decoder.layers,
+        "num_attention_heads": decoder.heads,
+        "num_key_value_heads": decoder.kv_heads,
+        "intermediate_size": decoder.mlp_width,
+        "rms_norm_eps": decoder.norm_eps,
+        "max_window_layers": decoder.layers,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": decoder.rope_base,
+            "mrope_section": list(decoder.mrope_section),
+        },
+    }
+    tower = {
+        **hf.get("vision_config", {}),
+        "model_type": "qwen2_vl_vision",
+        "depth": vision.layers,
+        "embed_dim": vision.width,
+        "num_heads": vision.heads,
+        "mlp_ratio": vision.mlp_width // vision.width,
+        "hidden_size": vision.out_width,
+        "in_channels": vision.channels,
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "spatial_merge_size": vision.merge_size,
+    }
+    return hf | {
+        "model_type": "qwen2_vl",
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "tie_word_embeddings": True,
+        "image_token_id": config.image_token_id,
+        "vision_start_token_id": config.vision_start_token_id,
+        "vision_end_token_id": config.vision_end_token_id,
+        "text_config": text,
+        "vision_config": tower,
+        OURS: {
+            "kept_layers": list(config.kept_layers),
+            "images": vars(config.images).copy(),
+            "prompt": vars(config.prompt).copy(),
+        },
+    }
+
+
+def write_preprocessor(config: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the preprocessor_config.json of `config`."""
+    limits, vision = config.images, config.vision
+    return {
+        **source,
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "size": {"shortest_edge": limits.min_pixels, "longest_edge": limits.max_pixels},
+        "min_pixels": limits.min_pixels,
+        "max_pixels": limits.max_pixels,
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.merge_size,
+        "image_mean": list(vision.image_mean),
+        "image_std": list(vision.image_std),
+    }
+
+
+def disk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of the patch convolution on disk: outputs, channels, frames, side, side."""
+    vision = config.vision
+    side = vision.patch_size
+    shape = (vision.width, vision.channels, vision.temporal_patch_size, side, side)
+    return {"visual.patch_embed.proj.weight": shape}
+
+
+# Fields of the decoder that hub files of Qwen2-VL keep at the top level of config.json.
+_FLAT_TEXT = (
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "hidden_act",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "max_position_embeddings",
+    "max_window_layers",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "pad_token_id",
+    "rms_norm_eps",
+    "rope_scaling",
+    "rope_theta",
+    "sliding_window",
+    "use_cache",
+    "use_sliding_window",
+    "vocab_size",
+)
+
+
+def _refuse_what_we_do_not_do(
+    text: Mapping[str, Any], rope: Mapping[str, Any], tower: Mapping[str, Any]
+) -> None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    unsupported = {
+        "rope_type": kind not in ("default", "mrope") and kind,
+        "mrope_section": "mrope_section" not in rope and "none",
+        "use_sliding_window": text.get("use_sliding_window"),
+        "hidden_act": text.get("hidden_act", "silu") != "silu" and text["hidden_act"],
+        "vision hidden_act": tower.get("hidden_act", "quick_gelu") != "quick_gelu"
+        and tower["hidden_act"],
+    }
+    for field, value in unsupported.items():
+        if value:
+            raise CheckpointError(f"config.json: {field} = {value} is not supported for qwen2_vl")
+
+
+FAMILY = Family(
+    tower=VisionTower,
+    read_config=read_config,
+    write_config=write_config,
+    write_preprocessor=write_preprocessor,
+    weights=WEIGHTS,
+    disk_shapes=disk_shapes,
+    canonical=canonical,
+    ignored=("lm_head.weight",),
+)

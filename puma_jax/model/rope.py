@@ -1,0 +1,48 @@
+"""Rotary positions: how far each pair of values turns, and the turning.
+
+M-RoPE (arXiv 2409.12191, section 2.1) gives every token three positions: time, height, width. For
+text the three are equal and the whole is plain RoPE. The ids come from `data.positions`.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from puma_jax.typing import Array, Float, Int, ndarray
+
+
+def axial_angles(
+    positions: Int[Array, "rows length 2"], head_dim: int, base: float
+) -> Float[Array, "rows length half"]:
+    """Angles of the vision tower: a quarter of the head turns with rows, a quarter with columns."""
+    frequencies = _frequencies(head_dim // 2, base)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return angles.reshape(*positions.shape[:-1], -1)
+
+
+def mrope_angles(
+    positions: Int[Array, "rows length 3"],
+    head_dim: int,
+    base: float,
+    section: tuple[int, int, int],
+) -> Float[Array, "rows length half"]:
+    """Angles of the decoder: `section` says how many frequencies follow each of the positions."""
+    axis = np.repeat(np.arange(3), section)
+    return positions[..., axis].astype(jnp.float32) * _frequencies(head_dim, base)
+
+
+def rotate(
+    x: Float[Array, "rows length heads dim"], angles: Float[Array, "rows length half"]
+) -> Float[Array, "rows length heads dim"]:
+    """Turn the pairs (x_i, x_{i + dim/2}) of every head by `angles`, in float32 inside."""
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def _frequencies(dim: int, base: float) -> ndarray:
+    # float32 as in the reference: at positions in the hundreds a float64 table would differ.
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    return (1.0 / np.float32(base) ** exponents).astype(np.float32)

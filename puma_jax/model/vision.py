@@ -1,0 +1,153 @@
+"""The Qwen2-VL vision tower: packed rows of patches in, visual tokens of the decoder's width out.
+
+Patches arrive as the uint8 values of a still image. What the reference does on the host, scaling
+to [0, 1], subtracting the mean, dividing by the deviation and repeating the frame, happens here:
+an eighth of the bytes travel to the device.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from puma_jax.config import ComputeConfig, DType, VisionConfig
+from puma_jax.model.attention import attention
+from puma_jax.model.layers import LayerNorm, Linear, quick_gelu
+from puma_jax.model.remat import rematerialise
+from puma_jax.model.rope import axial_angles, rotate
+from puma_jax.typing import Array, Float, Int, UInt8
+
+
+class PatchEmbedding(nnx.Module):
+    """A convolution whose stride is its size, which is one matrix product.
+
+    The kernel keeps the published shape, `temporal_patch_size` frames wide. A still image fills
+    every frame with the same values, so the frames' weights are summed and applied once.
+    """
+
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+        values = config.patch_values * config.temporal_patch_size
+        self.projection = Linear(values, config.width, bias=False, rngs=rngs)
+        self.frames = config.temporal_patch_size
+        self.mean = tuple(config.image_mean)
+        self.std = tuple(config.image_std)
+
+    def __call__(
+        self, patches: UInt8[Array, "rows length values"], dtype: DType
+    ) -> Float[Array, "rows length width"]:
+        """Return one vector for each patch of a still image."""
+        channels = len(self.mean)
+        kernel = self.projection.kernel[...].astype(jnp.float32)
+        kernel = kernel.reshape(channels, self.frames, -1, kernel.shape[-1]).sum(1)
+        return self.normalise(patches).astype(dtype) @ kernel.reshape(-1, kernel.shape[-1]).astype(
+            dtype
+        )
+
+    def normalise(
+        self, patches: UInt8[Array, "rows length values"]
+    ) -> Float[Array, "rows length values"]:
+        """Pixel values as the published image processor hands them to the model, float32."""
+        rows, length, values = patches.shape
+        mean, std = (np.asarray(of, np.float32)[:, None] for of in (self.mean, self.std))
+        scaled = patches.reshape(rows, length, len(mean), -1).astype(jnp.float32) / 255
+        return ((scaled - mean) / std).reshape(rows, length, values)
+
+
+class VisionAttention(nnx.Module):
+    """Full attention among the patches of one image."""
+
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+        self.qkv = Linear(config.width, 3 * config.width, bias=True, rngs=rngs)
+        self.out = Linear(config.width, config.width, bias=True, rngs=rngs)
+        self.heads = config.heads
+
+    def __call__(
+        self,
+        x: Float[Array, "rows length width"],
+        angles: Float[Array, "rows length half"],
+        segments: Int[Array, "rows length"],
+        implementation: str,
+    ) -> Float[Array, "rows length width"]:
+        """Return what each patch gathers from its image."""
+        rows, length, width = x.shape
+        q, k, v = jnp.moveaxis(self.qkv(x).reshape(rows, length, 3, self.heads, -1), 2, 0)
+        q, k = rotate(q, angles), rotate(k, angles)
+        mixed = attention(q, k, v, segments=segments, causal=False, implementation=implementation)
+        return self.out(mixed.reshape(rows, length, width))
+
+
+class VisionBlock(nnx.Module):
+    """Attention and a two-layer MLP, each behind a LayerNorm and around a residual."""
+
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+        self.attention_norm = LayerNorm(config.width, config.norm_eps)
+        self.attention = VisionAttention(config, rngs)
+        self.mlp_norm = LayerNorm(config.width, config.norm_eps)
+        self.up = Linear(config.width, config.mlp_width, bias=True, rngs=rngs)
+        self.down = Linear(config.mlp_width, config.width, bias=True, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "rows length width"],
+        angles: Float[Array, "rows length half"],
+        segments: Int[Array, "rows length"],
+        implementation: str,
+    ) -> Float[Array, "rows length width"]:
+        """Return the states after this block."""
+        x = x + self.attention(self.attention_norm(x), angles, segments, implementation)
+        return x + self.down(quick_gelu(self.up(self.mlp_norm(x))))
+
+
+class PatchMerger(nnx.Module):
+    """Join each block of neighbouring patches and project it to the decoder's width."""
+
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+        joined = config.width * config.merged
+        self.norm = LayerNorm(config.width, config.norm_eps)
+        self.up = Linear(joined, joined, bias=True, rngs=rngs)
+        self.down = Linear(joined, config.out_width, bias=True, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "rows length width"]
+    ) -> Float[Array, "rows tokens out_width"]:
+        """Return one token for every `merge_size`² patches."""
+        joined = self.norm(x).reshape(x.shape[0], -1, self.up.kernel.shape[0])
+        return self.down(jax.nn.gelu(self.up(joined), approximate=False))
+
+
+class VisionTower(nnx.Module):
+    """Patch embedding, stacked blocks under one scan, merger."""
+
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+        self.patch_embedding = PatchEmbedding(config, rngs)
+        keys = jax.random.split(rngs.params(), config.layers)
+        self.blocks = jax.vmap(lambda key: VisionBlock(config, nnx.Rngs(key)))(keys)
+        self.merger = PatchMerger(config, rngs)
+        self.head_dim = config.head_dim
+        self.rope_base = config.rope_base
+
+    def __call__(
+        self,
+        patches: UInt8[Array, "rows length values"],
+        segments: Int[Array, "rows length"],
+        positions: Int[Array, "rows length 2"],
+        compute: ComputeConfig,
+    ) -> Float[Array, "rows tokens out_width"]:
+        """Return visual tokens; token i of a row is merged from its patches 4i to 4i + 3.
+
+        Args:
+            patches: uint8 pixel values, channel by channel, in the order of `patch_positions`.
+            segments: Image of each patch; 0 is padding.
+            positions: Row and column of each patch in its image.
+            compute: How to run.
+        """
+        angles = axial_angles(positions, self.head_dim, self.rope_base)
+
+        def block(x, layer: VisionBlock):
+            return layer(x, angles, segments, compute.attention), None
+
+        x = self.patch_embedding(patches, compute.dtype)
+        x, _ = jax.lax.scan(rematerialise(block, compute.remat), x, self.blocks)
+        return self.merger(x)

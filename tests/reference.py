@@ -1,0 +1,258 @@
+"""Random Qwen2-VL models of transformers, folders of them, and a tokenizer that needs no hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+)
+
+from puma_jax.config import ComputeConfig, ImageConfig, ModelConfig, VisionConfig
+from puma_jax.data.images import patchify
+from puma_jax.data.items import Item
+from puma_jax.data.packing import fill, place
+from puma_jax.data.positions import mrope_positions, patch_positions
+from puma_jax.data.prompts import Prompter
+from puma_jax.model import encoder
+from puma_jax.model.hf import open_checkpoint
+from puma_jax.rows import Rows, RowShape
+
+FLOAT32 = ComputeConfig(dtype="float32")
+encode = jax.jit(encoder.encode, static_argnames=("compute", "groups"))
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+SPECIAL += ("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with Qwen's special tokens: 256 bytes, then the special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
+    return tokenizer
+
+
+def token_id(token: str) -> int:
+    return byte_tokenizer().convert_tokens_to_ids(token)
+
+
+def qwen2_vl_config(
+    *, width=64, heads=4, kv_heads=2, mlp_width=96, layers=4, sections=(2, 3, 3), tie=True,
+    vision_width=32, vision_heads=2, vision_layers=2, mlp_ratio=2,
+) -> Qwen2VLConfig:  # fmt: skip
+    """A transformers config with the byte tokenizer's vocabulary and some spare rows."""
+    return Qwen2VLConfig(
+        text_config={
+            "vocab_size": 272,
+            "hidden_size": width,
+            "intermediate_size": mlp_width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": list(sections),
+            },
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
+        vision_config={
+            "depth": vision_layers,
+            "embed_dim": vision_width,
+            "hidden_size": width,
+            "num_heads": vision_heads,
+            "mlp_ratio": mlp_ratio,
+        },
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+        tie_word_embeddings=tie,
+    )
+
+
+def random_model(config: Qwen2VLConfig, seed: int = 0) -> Qwen2VLForConditionalGeneration:
+    """A model none of whose parameters are zero or one: a missing bias shows."""
+    torch.manual_seed(seed)
+    model = Qwen2VLForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                centre = 1.0 if "norm" in name or "ln_q" in name else 0.0
+                parameter.copy_(centre + 0.2 * torch.randn_like(parameter))
+                if name.endswith("bias"):
+                    parameter.copy_(0.2 * torch.randn_like(parameter))
+            elif "embed_tokens" in name or "lm_head" in name:
+                parameter.copy_(torch.randn_like(parameter))
+            else:
+                fan_in = parameter[0].numel()
+                parameter.copy_(torch.randn_like(parameter) * fan_in**-0.5)
+    return model
+
+
+def save_folder(model, folder: Path, **kwargs) -> Path:
+    """Save model and tokenizer as transformers does."""
+    model.save_pretrained(folder, **kwargs)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def rename_to_later_generation(source: Path, target: Path) -> Path:
+    """Copy a single-file folder, its tensors named as transformers ≥ 4.52 wrote them."""
+    target.mkdir(parents=True)
+    for file in source.glob("*.json"):
+        (target / file.name).write_bytes(file.read_bytes())
+    renamed = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if name.startswith("visual."):
+            name = f"model.{name}"
+        elif name.startswith("model."):
+            name = name.replace("model.", "model.language_model.", 1)
+        renamed[name] = tensor
+    save_file(renamed, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def hub_config(folder: Path) -> None:
+    """Rewrite config.json flat, as the files of Qwen/Qwen2-VL-* on the hub are."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    text.pop("model_type")
+    config |= text
+    config["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    config["rope_theta"] = rope["rope_theta"]
+    config["torch_dtype"] = config.pop("dtype")
+    config["vision_config"].pop("rope_parameters", None)
+    path.write_text(json.dumps(config))
+
+
+def random_image(height: int, width: int, seed: int = 0) -> Image.Image:
+    """An RGB image with structure at several scales."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (3, 4, 3), np.uint8)
+    image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    noise = rng.integers(-20, 20, (height, width, 3))
+    return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same weights twice: in transformers and in ours, float32."""
+
+    folder: Path
+    torch: Qwen2VLForConditionalGeneration
+    config: ModelConfig
+    params: encoder.Encoder
+
+    @property
+    def prompter(self) -> Prompter:
+        return Prompter(byte_tokenizer(), self.config)
+
+    def item(self, text: str = "", *images: Image.Image) -> Item:
+        """An item with any number of images; the prompt itself knows none or one."""
+        if len(images) < 2:
+            patches = [patchify(image, self.config.vision, self.config.images) for image in images]
+            return self.prompter.item(text, *(patches[0] if patches else ()))
+        return many_images(self.prompter.item(text), list(images), self.config)
+
+    def states(self, items: list[Item], shape: RowShape) -> np.ndarray:
+        """Our state at each item's [RET]."""
+        rows, placement = pack(items, shape)
+        return np.asarray(encode(self.params, rows, FLOAT32))[placement.slot]
+
+    def expected(self, item: Item, model=None) -> np.ndarray:
+        """The reference's last hidden state of one item, alone and unpadded."""
+        ids = torch.tensor(item.tokens[None].astype(np.int64))
+        inputs = {}
+        if len(item.patches):
+            inputs = {
+                "pixel_values": pixel_values(item.patches, self.config.vision),
+                "image_grid_thw": grid_thw(item),
+            }
+        with torch.no_grad():
+            output = (model or self.torch).model(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                mm_token_type_ids=torch.tensor(item.visual[None].astype(np.int64)),
+                **inputs,
+            )
+        return output.last_hidden_state[0, -1].numpy()
+
+
+def pair(config: Qwen2VLConfig, folder: Path) -> Pair:
+    """Make a random model and read it with ours."""
+    model = random_model(config)
+    save_folder(model, folder)
+    checkpoint = open_checkpoint(folder)
+    return Pair(folder, model, checkpoint.config, checkpoint.read(dtype="float32"))
+
+
+def many_images(item: Item, images: list[Image.Image], config: ModelConfig) -> Item:
+    """Put several images before the last token of an item of text."""
+    cut = [patchify(image, config.vision, config.images) for image in images]
+    merge = config.vision.merge_size
+    tokens = [*item.tokens[:-1]]
+    for patches, _ in cut:
+        holders = [config.image_token_id] * (len(patches) // merge**2)
+        tokens += [config.vision_start_token_id, *holders, config.vision_end_token_id]
+    tokens = np.array([*tokens, item.tokens[-1]], np.int32)
+    visual = tokens == config.image_token_id
+    return dataclasses.replace(
+        item,
+        tokens=tokens,
+        visual=visual,
+        positions=mrope_positions(visual, [(h // merge, w // merge) for _, (h, w) in cut]),
+        patches=np.concatenate([patches for patches, _ in cut]),
+        patch_positions=np.concatenate([patch_positions(*grid, merge) for _, grid in cut]),
+        patch_images=np.repeat(np.arange(len(cut)), [len(p) for p, _ in cut]).astype(np.int32),
+    )
+
+
+def pack(items: list[Item], shape: RowShape) -> tuple[Rows, object]:
+    """Items in the one chunk they fit into."""
+    lengths = np.array([len(item.tokens) for item in items])
+    patches = np.array([len(item.patches) for item in items])
+    placement = place(lengths, patches, shape, 1)
+    rows = fill(items, placement, shape, merged=4)
+    return jax.tree.map(lambda a: jax.numpy.asarray(a[0]), rows), placement
+
+
+def pixel_values(patches: np.ndarray, vision: VisionConfig) -> torch.Tensor:
+    """What transformers' processor makes of the pixels in these patches, in float64 inside."""
+    mean, std = (np.array(of)[:, None] for of in (vision.image_mean, vision.image_std))
+    scaled = (patches.reshape(len(patches), vision.channels, -1) / 255 - mean) / std
+    frames = np.repeat(scaled[:, :, None], vision.temporal_patch_size, axis=2)
+    return torch.tensor(frames.reshape(len(patches), -1), dtype=torch.float32)
+
+
+def grid_thw(item: Item) -> torch.Tensor:
+    """Frames, rows and columns of patches of each image of an item."""
+    images = range(item.patch_images.max() + 1)
+    sizes = [item.patch_positions[item.patch_images == image].max(0) + 1 for image in images]
+    return torch.tensor(np.array([[1, *size] for size in sizes]))
+
+
+def image_processor(limits: ImageConfig) -> Qwen2VLImageProcessorPil:
+    """Transformers' processor with our limits."""
+    size = {"shortest_edge": limits.min_pixels, "longest_edge": limits.max_pixels}
+    return Qwen2VLImageProcessorPil(size=size)
