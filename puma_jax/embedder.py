@@ -18,14 +18,14 @@ from typing import Any
 import jax
 import numpy as np
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from puma_jax.config import ComputeConfig, DType, ImageConfig, ModelConfig, PromptConfig
-from puma_jax.data.images import open_image, patchify
+from puma_jax.data.images import ImageSource, open_image, patchify
 from puma_jax.data.items import Item
 from puma_jax.data.packing import Placement, fill, fitting_shape, place
 from puma_jax.data.prompts import Prompter, query_text
-from puma_jax.errors import CheckpointError, ItemError, PackingError
+from puma_jax.errors import CheckpointError, ImageError, ItemError, PackingError
 from puma_jax.model import encoder, hf
 from puma_jax.model.encoder import Encoder
 from puma_jax.rows import Rows, RowShape
@@ -52,7 +52,7 @@ class Embedder:
         self,
         config: ModelConfig,
         params: Encoder | _Unread,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerFast,
         *,
         compute: ComputeConfig | None = None,
         source: hf.HubConfigs | None = None,
@@ -123,7 +123,7 @@ class Embedder:
         return self._params
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer, with [RET]."""
         return self._prompter.tokenizer
 
@@ -219,7 +219,7 @@ class Embedder:
         hf.write_checkpoint(
             partial, self.config, self.params, self._source, max_shard_bytes=max_shard_bytes
         )
-        self.tokenizer.save_pretrained(partial)
+        self._prompter.save_tokenizer(partial, self._source.tokenizer)
         partial.replace(folder)
 
     def _windows(
@@ -246,14 +246,7 @@ class Embedder:
         """Tokenise an item and cut its image into patches; an error names the item."""
         number, item = numbered
         try:
-            unknown = set(item) - {"text", "image"}
-            if unknown:
-                raise ItemError(f"unknown fields {sorted(unknown)}, expected text and image")
-            text, image = item.get("text"), item.get("image")
-            if text is None and image is None:
-                raise ItemError("neither text nor image")
-            if text is not None and not isinstance(text, str):
-                raise ItemError(f"text is a {type(text).__name__}, expected a str")
+            text, image = _checked(item)
             full = query_text(instruction, text)
             if image is None:
                 return self._prompter.item(full)
@@ -308,6 +301,27 @@ class _Unread:
         return self.checkpoint.read(self.layers, dtype=self.dtype, placement=self.placement)
 
 
+def _checked(item: RawItem) -> tuple[str | None, ImageSource | None]:
+    """Return the text and the image of an item, which are what they should be."""
+    unknown = set(item) - {"text", "image"}
+    if unknown:
+        raise ItemError(f"unknown fields {sorted(unknown)}, expected text and image")
+    text, image = item.get("text"), item.get("image")
+    if text is None and image is None:
+        raise ItemError("neither text nor image")
+    if not isinstance(text, str | None):
+        raise ItemError(f"text is a {type(text).__name__}, expected a str")
+    if not isinstance(image, ImageSource | None):
+        raise ImageError(
+            f"image is a {type(image).__name__}, expected a path, bytes, a PIL image or an array"
+        )
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise ItemError(f"text is not valid Unicode: {error.reason}") from None
+    return text, image
+
+
 def _place(
     lengths: ndarray, patches: ndarray, shape: RowShape | None, tokens: int
 ) -> tuple[RowShape, Placement]:
@@ -319,9 +333,13 @@ def _place(
     return shape, place(lengths, patches, shape)
 
 
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    # Not AutoTokenizer, which imports torch wherever it is installed.
+    if not (folder / "tokenizer.json").exists():
+        raise CheckpointError(
+            f"{folder} has no tokenizer.json: save it once with transformers' AutoTokenizer"
+        )
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder} has no tokenizer that can be read: {reason}") from error
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise CheckpointError(f"{folder}/tokenizer.json cannot be read: {error}") from error

@@ -193,6 +193,7 @@ class Pair:
             output = (model or self.torch).model(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
+                use_cache=False,
                 mm_token_type_ids=torch.tensor(item.visual[None].astype(np.int64)),
                 **inputs,
             )

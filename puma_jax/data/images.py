@@ -9,8 +9,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import warnings
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -19,9 +17,10 @@ from puma_jax.config import ImageConfig, VisionConfig
 from puma_jax.errors import ImageError
 from puma_jax.typing import UInt8, ndarray
 
-ImageSource = str | os.PathLike[str] | bytes | Image.Image | ndarray
+ImageSource = str | os.PathLike | bytes | Image.Image | ndarray
 
 _MOST_ELONGATED = 200
+_MOST_PIXELS = 2**26
 
 
 def open_image(source: ImageSource) -> Image.Image:
@@ -42,14 +41,18 @@ def open_image(source: ImageSource) -> Image.Image:
         return Image.fromarray(source)
     name = "image" if isinstance(source, bytes | Image.Image) else str(source)
     try:
-        with warnings.catch_warnings():
-            # A warning about a decompression bomb or broken metadata is a reason to stop.
-            warnings.simplefilter("error")
-            if isinstance(source, Image.Image):
-                return source.convert("RGB")
-            file = io.BytesIO(source) if isinstance(source, bytes) else Path(source)
-            with Image.open(file) as image:
-                return image.convert("RGB")
+        if isinstance(source, Image.Image):
+            return source.convert("RGB")
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            # PIL only warns of these, and a warning cannot be made an error in one thread alone.
+            if image.width * image.height > _MOST_PIXELS:
+                raise ImageError(
+                    f"{name} has {image.width} × {image.height} pixels, "
+                    f"more than the {_MOST_PIXELS:,} that are decoded"
+                )
+            return image.convert("RGB")
+    except ImageError:
+        raise
     except FileNotFoundError:
         raise ImageError(f"{name} does not exist") from None
     except Exception as error:  # decoders raise whatever their format's parser trips over

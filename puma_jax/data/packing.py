@@ -205,8 +205,8 @@ def fitting_shape(
 ) -> RowShape:
     """Return a shape of chunk, for one group, that items like these fill well.
 
-    What fits into one chunk gets a shape of powers of two, so that single queries meet few shapes
-    and compile few times. A long job gets the row lengths that leave the least unused.
+    What fits into one row gets a length that is a power of two, so that single queries meet few
+    shapes and compile few times. More gets the row lengths that leave the least unused.
 
     Args:
         lengths: Tokens of each item.
@@ -222,10 +222,17 @@ def fitting_shape(
         return RowShape(rows, length, patch_rows, patch_length, slots)
     length, all_rows = _least_waste(lengths)
     patch_length, all_patch_rows = _least_waste(images)
-    rows = max(1, tokens_per_chunk // length)
-    # A little room to spare: a chunk's share of images differs from that of all items.
-    patch_rows = int(np.ceil(1.03 * all_patch_rows * rows / all_rows))
-    return RowShape(rows, length, patch_rows, patch_length, slots)
+
+    def patch_rows(rows: int) -> int:
+        return -(-all_patch_rows * rows // all_rows)
+
+    def cost(rows: int) -> int:
+        return -(-all_rows // rows) * (rows * length + patch_rows(rows) * patch_length)
+
+    # Patch rows come in whole numbers: some numbers of token rows leave less of them empty.
+    most = max(1, tokens_per_chunk // length)
+    rows = min(range(most, most // 2, -1), key=cost)
+    return RowShape(rows, length, patch_rows(rows), patch_length, slots)
 
 
 _STEP = 128  # accelerator kernels want rows of whole tiles
@@ -233,11 +240,14 @@ _WIDEST = 1024
 
 
 def _few_rows(sizes: ndarray) -> tuple[int, int]:
-    """Return the length and the number of rows, powers of two, for a handful of items."""
+    """Return the length and the number of rows, both of few possible values, for one chunk."""
     if not len(sizes):
         return _STEP, 0
-    length = _power_of_two(max(sizes.max(), min(sizes.sum(), _WIDEST // 2)), _STEP // 2)
-    return length, _power_of_two(_rows_needed(sizes, length), 1)
+    if sizes.sum() <= _WIDEST // 2:
+        return _power_of_two(int(sizes.sum()), _STEP // 2), 1
+    length, rows = _least_waste(sizes)
+    step = max(1, _power_of_two(rows, 1) // 8)
+    return length, -(-rows // step) * step
 
 
 def _least_waste(sizes: ndarray) -> tuple[int, int]:
@@ -261,7 +271,7 @@ def _rows_needed(sizes: ndarray, length: int) -> int:
 
 
 def _power_of_two(size: int, least: int) -> int:
-    return max(least, 1 << (int(size) - 1).bit_length())
+    return max(least, 1 << (size - 1).bit_length())
 
 
 def _take(room: list[tuple[int, int]], size: int, capacity: int) -> tuple[int, int]:

@@ -7,10 +7,15 @@ is causal, so what the chat template puts behind [RET] cannot matter and is left
 from __future__ import annotations
 
 import copy
+import json
 import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from puma_jax.config import ModelConfig
 from puma_jax.data.items import Item
@@ -47,23 +52,32 @@ def normalise(text: str | None) -> str:
 def query_text(instruction: str | None, text: str | None) -> str:
     r"""Return the text of a query: its instruction, then its own text on the next line.
 
+    White space around the text is dropped, so that the two can be tokenised apart.
+
     >>> query_text("find a picture", "a red bicycle")
     'Find a picture.\na red bicycle.'
     """
-    return normalise(f"{normalise(instruction)}\n{text or ''}")
+    return normalise(f"{normalise(instruction)}\n{(text or '').strip()}")
+
+
+@dataclass(frozen=True)
+class Body:
+    """What an item says, without the template around it."""
+
+    tokens: tuple[int, ...]
+    text: int
+    """How many of the tokens are the text's; the rest ask for one word."""
 
 
 class Prompter:
     """Turns texts and patches into items for one model."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: ModelConfig):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, config: ModelConfig):
         """Prepare the tokenizer: [RET] takes the first row of the token table that is spare.
 
         Raises:
-            CheckpointError: The tokenizer is not a fast one, or the table has no spare row.
+            CheckpointError: The token table has no spare row.
         """
-        if not tokenizer.is_fast:
-            raise CheckpointError(f"{type(tokenizer).__name__} has no tokenizer.json to run fast")
         self.config = config
         self.tokenizer = tokenizer
         tokenizer.add_special_tokens({"additional_special_tokens": [config.prompt.ret_token]})
@@ -98,19 +112,56 @@ class Prompter:
         Raises:
             ItemError: There is neither text nor image.
         """
-        config, vision = self.config, self.config.vision
         if not text and patches is None:
             raise ItemError("an item has neither text nor image")
-        ask = _ASK[patches is not None, bool(text)]
-        body = self._plain.encode(self._cut(text) + ask, add_special_tokens=False).ids
+        return self.assemble(self.body(text, image=patches is not None).tokens, patches, grid)
+
+    def body(self, text: str, *, image: bool, instructed: bool = False) -> Body:
+        """Return the tokens of a text and of the sentence that asks for one word.
+
+        Args:
+            text: As it shall be read; may be empty.
+            image: Whether an image comes before it.
+            instructed: Whether an instruction, and the end of its line, comes before it; then an
+                empty text leaves no line of its own.
+        """
+        ask = _ASK[image, bool(text) or instructed]
+        if instructed and not text:
+            ask = ask.removeprefix("\n")
+        limit = self.config.prompt.max_text_tokens
+        # No token is shorter than a byte, so most texts need not be tokenised to be counted.
+        alone = self._encode(text) if len(text.encode()) > limit else []
+        if len(alone) > limit:
+            self._warn_once(len(alone))
+            return Body((*alone[:limit], *self._encode(ask)), limit)
+        tokens = self._encode(text + ask)
+        return Body(tokens, len(tokens) - len(self._encode(ask)))
+
+    def instruction(self, instruction: str) -> tuple[int, ...]:
+        """Return the tokens of an instruction and of the end of its line.
+
+        They may be put before a `body` that was made with `instructed`: tokenisers of the Qwen
+        kind never join a line's end with what follows.
+        """
+        return self._encode(normalise(instruction) + "\n")
+
+    def assemble(
+        self,
+        body: Sequence[int],
+        patches: UInt8[ndarray, "patches values"] | None = None,
+        grid: tuple[int, int] = (0, 0),
+    ) -> Item:
+        """Return the item of a body of tokens and, if there are patches, an image before it."""
+        config, vision = self.config, self.config.vision
+        framed: list[int] = []
         grids = []
         if patches is None:
             patches = np.zeros((0, vision.patch_values), np.uint8)
         else:
             holders = [config.image_token_id] * (len(patches) // vision.merged)
-            body = [config.vision_start_token_id, *holders, config.vision_end_token_id, *body]
+            framed = [config.vision_start_token_id, *holders, config.vision_end_token_id]
             grids = [(grid[0] // vision.merge_size, grid[1] // vision.merge_size)]
-        tokens = np.array([*self._start, *body, *self._end], np.int32)
+        tokens = np.array([*self._start, *framed, *body, *self._end], np.int32)
         visual = tokens == config.image_token_id
         return Item(
             tokens=tokens,
@@ -123,20 +174,42 @@ class Prompter:
             patch_images=np.zeros(len(patches), np.int32),
         )
 
-    def _cut(self, text: str) -> str:
-        """Return the text, cut at the limit of tokens; say so the first time."""
-        limit = self.config.prompt.max_text_tokens
-        if len(text.encode()) <= limit:  # no token is shorter than a byte
-            return text
-        encoded = self._plain.encode(text, add_special_tokens=False)
-        if len(encoded.ids) <= limit:
-            return text
+    @property
+    def overhead(self) -> int:
+        """Tokens of an item of text beside its body."""
+        return len(self._start) + len(self._end)
+
+    def save_tokenizer(self, folder: Path, source: Mapping[str, Any]) -> None:
+        """Write the tokenizer, with [RET], so that every generation of transformers loads it.
+
+        Args:
+            folder: An existing folder.
+            source: The tokenizer_config.json that came with the base model. It is kept, with
+                [RET] added; the one transformers 5 writes names classes that 4 does not know.
+        """
+        self.tokenizer.save_pretrained(folder)
+        if not source:
+            return
+        ret = self.config.prompt.ret_token
+        special = [*source.get("additional_special_tokens", ()), ret]
+        config = {**source, "additional_special_tokens": list(dict.fromkeys(special))}
+        if "added_tokens_decoder" in source:
+            entry = {"content": ret, "special": True, "normalized": False}
+            entry |= dict.fromkeys(("lstrip", "rstrip", "single_word"), False)
+            decoder = {**source["added_tokens_decoder"], str(self.ret_token_id): entry}
+            config["added_tokens_decoder"] = decoder
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._plain.encode(text, add_special_tokens=False).ids)
+
+    def _warn_once(self, length: int) -> None:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"a text of {len(encoded.ids)} tokens was cut at {limit} "
+                f"a text of {length} tokens was cut at {self.config.prompt.max_text_tokens} "
                 "(PromptConfig.max_text_tokens); later ones are cut without a word",
                 TextCutWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-        return text[: encoded.offsets[limit - 1][1]]

@@ -34,6 +34,7 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
 _MOST_LISTED = 20
+_BLOCK_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class HubConfigs:
     """config.json"""
     preprocessor: Mapping[str, Any] = field(default_factory=dict)
     """preprocessor_config.json"""
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
+    """tokenizer_config.json"""
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,7 @@ class Checkpoint:
                 path, stored = self.files[tensor]
                 if path not in opened:
                     opened[path] = stack.enter_context(safe_open(path, "numpy"))
-                values = opened[path].get_slice(stored)
-                slot[...] = _transposed(values, index) if _is_kernel(name) else values[index]
+                _copy(opened[path].get_slice(stored), index, slot, transposed=_is_kernel(name))
         return part
 
 
@@ -132,10 +134,10 @@ def open_checkpoint(location: str | os.PathLike[str]) -> Checkpoint:
         UnknownModelError: No family answers to its model_type.
     """
     folder = _local_folder(location)
-    preprocessor = folder / "preprocessor_config.json"
+    beside = [folder / "preprocessor_config.json", folder / "tokenizer_config.json"]
     source = HubConfigs(
-        model=read_json(folder / "config.json"),
-        preprocessor=read_json(preprocessor) if preprocessor.exists() else {},
+        read_json(folder / "config.json"),
+        *(read_json(path) if path.exists() else {} for path in beside),
     )
     family = family_of(str(source.model.get("model_type")))
     config = family.read_config(source.model, source.preprocessor)
@@ -234,13 +236,24 @@ def _is_kernel(name: str) -> bool:
     return name.endswith(".kernel")
 
 
-def _transposed(values: Any, index: tuple[slice, ...]) -> ndarray:
-    """Read a part of a kernel; inputs of more than one axis (a convolution's) are flattened."""
-    inputs, outputs = index
-    if len(values.get_shape()) == 2:
-        return values[outputs, inputs].T
-    part = values[outputs]
-    return part.reshape(len(part), -1)[:, inputs].T
+def _copy(values: Any, index: tuple[slice, ...], slot: ndarray, *, transposed: bool) -> None:
+    """Copy `values[index]` into `slot`, `index` being that of the transpose if `transposed`.
+
+    It goes block by block: a tensor is never in memory twice, and a block that is turned stays in
+    the cache meanwhile. Inputs of more than one axis (a convolution's) are flattened.
+    """
+    shape = values.get_shape()
+    rows = range(*index[-1 if transposed else 0].indices(shape[0]))
+    for start in range(0, len(rows), _BLOCK_ROWS):
+        here = slice(start, min(start + _BLOCK_ROWS, len(rows)))
+        there = slice(rows[here.start], rows[here.stop - 1] + 1)
+        if not transposed:
+            slot[here] = values[(there, *index[1:])]
+        elif len(shape) == 2:
+            slot[:, here] = values[there, index[0]].T
+        else:
+            block = values[there]
+            slot[:, here] = block.reshape(len(block), -1)[:, index[0]].T
 
 
 def _tensor_names(config: ModelConfig, name: str, decoder_layers: Sequence[int]) -> list[str]:

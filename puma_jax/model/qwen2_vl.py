@@ -87,7 +87,7 @@ def read_config(hf: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Model
     Raises:
         CheckpointError: A field is missing, or asks for something this family does not do.
     """
-    text, tower = {**hf, **hf.get("text_config", {})}, hf.get("vision_config", {})
+    text, tower = {**hf, **(hf.get("text_config") or {})}, hf.get("vision_config") or {}
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     _refuse_what_we_do_not_do(text, rope, tower)
     ours = hf.get(OURS, {})

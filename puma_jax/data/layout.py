@@ -1,0 +1,151 @@
+"""Where the files of a benchmark lie, found by looking at its folder.
+
+```
+query/{split}/mbeir_{set}_task{N}_{split}.jsonl     query/train/mbeir_{set}_train.jsonl
+query/union_train/mbeir_union_up_train.jsonl        instructions/query_instructions.tsv
+cand_pool/local/mbeir_{set}_task{N}[_{split}]_cand_pool.jsonl
+cand_pool/global/mbeir_union_{split}_cand_pool.jsonl
+qrels/{split}/mbeir_{set}[_task{N}]_{split}_qrels.txt
+```
+Any name may stand for {set}, any folder but train and union_train for {split}.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from puma_jax.data.lines import FilePath
+from puma_jax.data.records import TASKS
+from puma_jax.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationSet:
+    """The queries of one dataset and task, the pool they search, and what they should find.
+
+    The paths of a pool or of qrels that are missing say where they should be.
+    """
+
+    name: str
+    task: int
+    split: str
+    queries_path: Path
+    pool_path: Path
+    """The local pool."""
+    qrels_path: Path
+
+    @property
+    def missing(self) -> tuple[Path, ...]:
+        """The files that are not there."""
+        paths = (self.queries_path, self.pool_path, self.qrels_path)
+        return tuple(path for path in paths if not path.is_file())
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """The files of a folder in M-BEIR layout."""
+
+    root: Path
+    sets: tuple[EvaluationSet, ...]
+    """By split, then task, then name."""
+    train: dict[str, Path]
+    """Training queries of each dataset, by its name."""
+    union_train: Path | None
+    """Training queries of all datasets."""
+    local_pools: tuple[Path, ...]
+    global_pools: dict[str, Path]
+    """Documents of all datasets, by split; that of "train" has the training queries' positives."""
+    qrels: tuple[Path, ...]
+    instructions: Path | None
+    unknown: tuple[Path, ...]
+    """Files that lie where queries or pools should, but have a name that says nothing."""
+
+
+def discover(root: FilePath) -> Benchmark:
+    """Return the files of a benchmark. None of them is opened, and any of them may be missing.
+
+    Raises:
+        DataError: There is no such folder, none of the layout's files is in it, or the name of
+            one holds a task that does not exist.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder")
+    unknown: list[Path] = []
+    sets = []
+    for folder in sorted((root / "query").glob("*/")):
+        if folder.name not in ("train", "union_train"):
+            sets += _evaluation_sets(root, folder.name, unknown)
+    qrels: list[Path] = []
+    for folder in sorted((root / "qrels").glob("*/")):
+        qrels += _named(folder, "mbeir_", "_qrels.txt", unknown).values()
+    local_pools = _named(root / "cand_pool/local", "mbeir_", "_cand_pool.jsonl", unknown)
+    benchmark = Benchmark(
+        root=root,
+        sets=tuple(sorted(sets, key=lambda found: (found.split, found.task, found.name))),
+        train=_named(root / "query/train", "mbeir_", "_train.jsonl", unknown),
+        union_train=_if_file(root / "query/union_train/mbeir_union_up_train.jsonl"),
+        local_pools=tuple(local_pools.values()),
+        global_pools=_named(root / "cand_pool/global", "mbeir_union_", "_cand_pool.jsonl", unknown),
+        qrels=tuple(qrels),
+        instructions=_if_file(root / "instructions/query_instructions.tsv"),
+        unknown=tuple(unknown),
+    )
+    if not (sets or benchmark.train or benchmark.union_train or local_pools):
+        raise DataError(
+            f"{root} holds no benchmark in M-BEIR layout: there is no file such as "
+            "query/test/mbeir_{set}_task{N}_test.jsonl or "
+            "cand_pool/local/mbeir_{set}_task{N}_cand_pool.jsonl"
+        )
+    return benchmark
+
+
+def _evaluation_sets(root: Path, split: str, unknown: list[Path]) -> list[EvaluationSet]:
+    """Return the sets of one split."""
+    sets = []
+    for stem, path in _named(root / "query" / split, "mbeir_", f"_{split}.jsonl", unknown).items():
+        parts = re.fullmatch("(.+)_task([0-9])", stem)
+        if not parts:
+            unknown.append(path)
+            continue
+        task = int(parts[2])
+        if task not in TASKS:
+            raise DataError(f"{path}: task {task} is not one of {', '.join(map(str, TASKS))}")
+        pool = root / f"cand_pool/local/mbeir_{stem}_cand_pool.jsonl"
+        # MSCOCO has a pool for each split.
+        pool_of_split = root / f"cand_pool/local/mbeir_{stem}_{split}_cand_pool.jsonl"
+        sets.append(
+            EvaluationSet(
+                name=parts[1],
+                task=task,
+                split=split,
+                queries_path=path,
+                pool_path=_if_file(pool_of_split) or pool,
+                qrels_path=root / f"qrels/{split}/mbeir_{stem}_{split}_qrels.txt",
+            )
+        )
+    return sets
+
+
+def _if_file(path: Path) -> Path | None:
+    """Return the path if there is such a file."""
+    return path if path.is_file() else None
+
+
+def _named(folder: Path, start: str, end: str, unknown: list[Path]) -> dict[str, Path]:
+    """Return the files of a folder by what their names hold between start and end.
+
+    Files with the same suffix and another name are added to `unknown`.
+    """
+    found = {}
+    for path in sorted(folder.glob(f"*{Path(end).suffix}")):
+        name = path.name
+        if name.startswith("."):  # not data: the operating system's and editors' files
+            continue
+        if name.startswith(start) and name.endswith(end) and len(name) > len(start + end):
+            found[name[len(start) : -len(end)]] = path
+        else:
+            unknown.append(path)
+    return found

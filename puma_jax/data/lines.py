@@ -1,0 +1,298 @@
+"""Files of one record a line: read in a stream or by row, written whole or not at all.
+
+Whatever a file holds, the only error that comes out is a `DataError` of one line that starts with
+the file's name and the number of the line.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import weakref
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal, NamedTuple, SupportsIndex, TypeVar
+
+import numpy as np
+
+from puma_jax.errors import DataError
+from puma_jax.typing import Int, ndarray
+
+FilePath = str | os.PathLike[str]
+OnBadRecord = Literal["error", "skip"]
+Record = TypeVar("Record")
+
+MAX_LINE_BYTES = 1 << 26
+"""A longer line is a bad record; no more than this is ever held of one."""
+
+_SHOWN_CHARACTERS = 60
+
+
+@dataclass
+class BadRecords:
+    """Counts the records that `on_bad_record="skip"` passes over, and keeps what was wrong."""
+
+    keep: int = 10
+    """How many messages to keep: the first ones."""
+    count: int = 0
+    messages: list[str] = field(default_factory=list)
+
+    def add(self, message: str) -> None:
+        """Count one bad record."""
+        self.count += 1
+        if len(self.messages) < self.keep:
+            self.messages.append(message)
+
+
+class Line(NamedTuple):
+    """One line of a file."""
+
+    number: int
+    """From 1."""
+    start: int
+    """Where it starts in the file, in bytes."""
+    content: bytes
+    """With the newline at its end; one byte above `MAX_LINE_BYTES` where the line is too long."""
+
+
+def numbered_lines(path: FilePath) -> Iterator[Line]:
+    """Yield every line of a file. A byte order mark at the start of the file is passed over.
+
+    Raises:
+        DataError: The file does not exist or cannot be read.
+    """
+    with _as_data_error(path, "read"), open(path, "rb") as file:
+        start = len(codecs.BOM_UTF8)
+        if file.read(start) != codecs.BOM_UTF8:
+            start = 0
+        file.seek(start)
+        number = 1
+        while content := file.readline(MAX_LINE_BYTES + 1):
+            yield Line(number, start, content)
+            start += len(content)
+            while content and not content.endswith(b"\n"):  # the rest of a line that is too long
+                content = file.readline(MAX_LINE_BYTES)
+                start += len(content)
+            number += 1
+
+
+def read_records(
+    path: FilePath,
+    parse: Callable[[bytes], Record | None],
+    *,
+    on_bad_record: OnBadRecord = "error",
+    skipped: BadRecords | None = None,
+) -> Iterator[Record]:
+    """Yield the record of every line that is not blank.
+
+    Args:
+        path: The file.
+        parse: Returns the record of a line, None for a line that holds none; raises DataError,
+            to which the file's name and the line's number are added here.
+        on_bad_record: "error" stops at a bad record, "skip" goes on with the next.
+        skipped: Counts the bad records that were skipped.
+
+    Raises:
+        DataError: The file cannot be read, or a record is bad and `on_bad_record` is "error".
+    """
+    for line in numbered_lines(path):
+        if line.content.isspace():
+            continue
+        try:
+            record = parse(line.content)
+        except DataError as error:
+            reject(located(error, path, line.number), on_bad_record, skipped)
+            continue
+        if record is not None:
+            yield record
+
+
+def reject(error: DataError, on_bad_record: OnBadRecord, skipped: BadRecords | None) -> None:
+    """Raise the error of a bad record, or count it."""
+    if on_bad_record != "skip":
+        raise error from None
+    if skipped is not None:
+        skipped.add(str(error))
+
+
+def located(error: Exception, path: FilePath, number: int) -> DataError:
+    """Return the error with its place, "file:line: ", in front."""
+    return DataError(f"{Path(path).name}:{number}: {error}")
+
+
+def decode_line(content: bytes) -> str:
+    """Return the text of a line.
+
+    Raises:
+        DataError: The line is too long, holds a NUL byte, or is not UTF-8.
+    """
+    if len(content) > MAX_LINE_BYTES:
+        raise DataError(f"line is longer than {MAX_LINE_BYTES} bytes")
+    if b"\0" in content:
+        raise DataError("line holds a NUL byte; the file is damaged or no text")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"byte {error.start + 1} of the line, 0x{content[error.start]:02x}, is not UTF-8"
+        ) from None
+
+
+def json_object(content: bytes) -> dict[str, Any]:
+    """Return the JSON object that a line holds.
+
+    Raises:
+        DataError: The line is not UTF-8, not JSON, no object, or gives a key twice.
+    """
+    try:
+        value = _DECODER.decode(decode_line(content).rstrip())
+    except json.JSONDecodeError as error:
+        raise DataError(f"not JSON: {error.msg} (column {error.pos + 1})") from None
+    except RecursionError:
+        raise DataError("not JSON that can be read: nested too deeply") from None
+    except ValueError as error:  # ours, from below, and Python's limit on the digits of a number
+        raise DataError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{shown(value)} is not an object {{...}}")
+    return value
+
+
+def shown(value: object) -> str:
+    """Return a JSON value as an error message shows it: short, on one line, as in the file."""
+    if isinstance(value, dict):
+        return "{...}"
+    if isinstance(value, list):
+        return "[...]"
+    if isinstance(value, str):
+        # What cannot be printed is escaped: newlines would break the line, lone surrogates stdout.
+        cut = value[:_SHOWN_CHARACTERS]
+        end = "" if cut == value else "..."
+        return json.dumps(cut + end, ensure_ascii=not cut.isprintable())
+    text = json.dumps(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
+
+
+def write_lines(path: FilePath, lines: Iterable[str]) -> int:
+    """Write lines to a file and return how many; parent folders are made.
+
+    The file appears under its name once it is complete, and is left as it was if anything fails.
+
+    Raises:
+        DataError: The file cannot be written.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    count = 0
+    with _as_data_error(path, "written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(partial, "w", encoding="utf-8", newline="\n") as file:
+                for line in lines:
+                    file.write(line + "\n")
+                    count += 1
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    return count
+
+
+class RowIndex(Generic[Record]):
+    """Random access to the records of a file, of which only the places are kept in memory.
+
+    Blank lines are no rows. Rows can be read by several threads at once; forked and unpickled
+    copies read the file on their own.
+    """
+
+    starts: Int[ndarray, "rows+1"]
+    """Where each row starts in the file, in bytes; last, the size of the file."""
+    line_numbers: Int[ndarray, "rows"]
+
+    def __init__(self, path: FilePath, parse: Callable[[bytes], Record]):
+        """Find the rows, in one pass over the file.
+
+        Args:
+            path: The file.
+            parse: Returns the record of a line, such as `mbeir.parse_query`.
+
+        Raises:
+            DataError: The file does not exist or cannot be read.
+        """
+        self.path = Path(path)
+        self.parse = parse
+        starts, line_numbers = array("q"), array("q")
+        for line in numbered_lines(path):
+            if not line.content.isspace():
+                starts.append(line.start)
+                line_numbers.append(line.number)
+        with _as_data_error(path, "read"):
+            starts.append(self.path.stat().st_size)
+        self.starts = np.array(starts, np.int64)
+        self.line_numbers = np.array(line_numbers, np.int64)
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self.line_numbers)
+
+    def __getitem__(self, row: SupportsIndex) -> Record:
+        """Return the record of a row.
+
+        Raises:
+            DataError: The record is bad, or the file can no longer be read.
+            IndexError: There is no such row.
+        """
+        row = range(len(self))[row]
+        start, end = int(self.starts[row]), int(self.starts[row + 1])
+        with _as_data_error(self.path, "read"):
+            # pread has no position that a forked process or another thread could move.
+            content = os.pread(self._descriptor, min(end - start, MAX_LINE_BYTES + 1), start)
+        try:
+            return self.parse(content)
+        except DataError as error:
+            raise located(error, self.path, int(self.line_numbers[row])) from None
+
+    def _open(self) -> None:
+        with _as_data_error(self.path, "read"):
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_descriptor"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open()
+
+
+@contextmanager
+def _as_data_error(path: FilePath, verb: str) -> Iterator[None]:
+    """Turn the operating system's errors into DataError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be {verb}: {error.strerror or error}") from error
+
+
+def _object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object; of two values under one key, JSON readers would differ in which counts."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {shown(twice)} is given twice")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    """Refuse NaN and Infinity, which Python reads and other JSON readers do not."""
+    raise ValueError(f"{name} is no JSON number")
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object_of_unique_keys, parse_constant=_refuse_constant
+)

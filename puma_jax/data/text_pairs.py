@@ -1,0 +1,86 @@
+"""Pairs of texts that mean the same, from a table: what stage 1 is trained on."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+
+from puma_jax.data.lines import (
+    MAX_LINE_BYTES,
+    BadRecords,
+    FilePath,
+    OnBadRecord,
+    decode_line,
+    located,
+    numbered_lines,
+    reject,
+    shown,
+)
+from puma_jax.errors import DataError
+
+_COLUMNS = ("sent0", "sent1")
+
+
+def read_text_pairs(
+    path: FilePath, *, on_bad_record: OnBadRecord = "error", skipped: BadRecords | None = None
+) -> Iterator[tuple[str, str]]:
+    """Yield the columns sent0 and sent1 of a CSV file; other columns, as hard_neg, are passed over.
+
+    Args:
+        path: The file. Its first row names the columns.
+        on_bad_record: "error" stops at a bad row, "skip" goes on with the next.
+        skipped: Counts the bad rows that were skipped.
+
+    Raises:
+        DataError: The file cannot be read, a column is missing from its first row, or a row is
+            bad and `on_bad_record` is "error".
+    """
+    rows = _numbered_rows(path, on_bad_record, skipped)
+    number, header = next(rows, (1, []))
+    for column in _COLUMNS:
+        if column not in header:
+            names = ", ".join(map(shown, header)) or "none"
+            raise located(DataError(f"no column {column}; columns are {names}"), path, number)
+    places = [header.index(column) for column in _COLUMNS]
+    for number, row in rows:
+        pair = [row[place].strip() for place in places if place < len(row)]
+        if len(row) != len(header):
+            problem = f"{len(row)} columns, but the first row names {len(header)}"
+        elif not all(pair):
+            problem = f"{_COLUMNS[pair.index('')]} is empty"
+        else:
+            yield pair[0], pair[1]
+            continue
+        reject(located(DataError(problem), path, number), on_bad_record, skipped)
+
+
+def _numbered_rows(
+    path: FilePath, on_bad_record: OnBadRecord, skipped: BadRecords | None
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows that are not blank, each with the number of its last line."""
+    # The limit holds for the whole process and is 128 KiB where nobody has raised it.
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
+    rows = csv.reader(_text_lines(path, on_bad_record, skipped), strict=True)
+    while True:
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            reject(located(error, path, rows.line_num), on_bad_record, skipped)
+            continue
+        if row is None:
+            return
+        if row:
+            yield rows.line_num, row
+
+
+def _text_lines(
+    path: FilePath, on_bad_record: OnBadRecord, skipped: BadRecords | None
+) -> Iterator[str]:
+    """Yield every line as text; a bad one that is skipped as a blank one, to keep the count."""
+    for line in numbered_lines(path):
+        try:
+            text = decode_line(line.content)
+        except DataError as error:
+            reject(located(error, path, line.number), on_bad_record, skipped)
+            text = "\n"
+        yield text

@@ -1,0 +1,269 @@
+"""Whether the files of a benchmark fit together: every record, every image, every reference."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from puma_jax.data.images import open_image
+from puma_jax.data.layout import Benchmark, EvaluationSet, discover
+from puma_jax.data.lines import BadRecords, FilePath, OnBadRecord, Record, read_records
+from puma_jax.data.mbeir import (
+    parse_candidate,
+    parse_qrel,
+    parse_query,
+    read_instructions,
+)
+from puma_jax.data.records import (
+    TASKS,
+    Candidate,
+    InstructionKey,
+    Modality,
+    Query,
+    instruction_key,
+)
+from puma_jax.errors import DataError, ImageError
+
+
+@dataclass
+class FileReport:
+    """What one file holds."""
+
+    path: str
+    """Relative to the root of the benchmark."""
+    records: int = 0
+    """Without the bad ones."""
+    bad: int = 0
+    warnings: Counter[str] = field(default_factory=Counter)
+    """How often each thing occurs that is odd, but not wrong."""
+
+
+@dataclass
+class Report:
+    """What a benchmark holds; prints as a table."""
+
+    files: list[FileReport]
+    bad: BadRecords
+    notes: list[str]
+    """What concerns the folder: files that are missing, or have unknown names."""
+
+    @property
+    def sound(self) -> bool:
+        """Whether there are no bad records; warnings and notes may be."""
+        return self.bad.count == 0
+
+    def __str__(self) -> str:
+        width = max(len(file.path) for file in self.files)
+        lines = [f"{'file':{width}}  {'records':>9}  {'bad':>7}  {'warnings':>8}"]
+        lines += [
+            f"{file.path:{width}}  {file.records:>9,}  {file.bad:>7,}  {file.warnings.total():>8,}"
+            for file in self.files
+        ]
+        if self.bad.count:
+            lines += ["", f"bad records: {self.bad.count:,}, the first of them:"]
+            lines += [f"  {message}" for message in self.bad.messages]
+        warned = [file for file in self.files if file.warnings]
+        if warned:
+            lines += ["", "warnings:"]
+            lines += [
+                f"  {count:,} × {warning} ({file.path})"
+                for file in warned
+                for warning, count in file.warnings.items()
+            ]
+        if self.notes:
+            lines += ["", "notes:", *(f"  {note}" for note in self.notes)]
+        return "\n".join(lines)
+
+
+def validate(
+    root: FilePath, *, on_bad_record: OnBadRecord = "skip", check_images: bool = True
+) -> Report:
+    """Check a whole benchmark and return what it holds.
+
+    Bad records are those that readers refuse; ids given twice in one file; queries whose modality
+    or task is not that of their task or file; queries of which no positive is in any pool, and
+    training queries without one; images that are missing or cannot be decoded.
+
+    Warnings count what M-BEIR itself has, or what only matters to some uses: positives and judged
+    documents that are not in the pool, or of another modality than the task says; queries without
+    an instruction or a judgement; judgements of unknown queries.
+
+    The ids of all documents are held in memory, and, with `check_images`, the paths of all images.
+
+    Args:
+        root: Folder of the benchmark.
+        on_bad_record: "error" stops at the first bad record, "skip" reports all.
+        check_images: Whether to decode every image, each once. Without, images may be missing.
+
+    Raises:
+        DataError: The folder holds no benchmark, a file cannot be read, the table of instructions
+            is bad, or a record is bad and `on_bad_record` is "error".
+    """
+    benchmark = discover(root)
+    check = _Check(benchmark, on_bad_record, check_images)
+    local_pools = {path: check.pool(path) for path in benchmark.local_pools}
+    for path in benchmark.global_pools.values():
+        check.pool(path)
+    for evaluation_set in benchmark.sets:
+        check.evaluation_set(evaluation_set, local_pools.get(evaluation_set.pool_path))
+    for path in benchmark.train.values():
+        check.queries(path)
+    if benchmark.union_train:
+        check.queries(benchmark.union_train)
+    for path in benchmark.qrels:
+        if path not in check.files:
+            check.qrels(path)
+    return Report(list(check.files.values()), check.bad, _notes(benchmark))
+
+
+def _notes(benchmark: Benchmark) -> list[str]:
+    """Return what is to be said of files that are missing or unknown."""
+
+    def name(path: Path) -> str:
+        return path.relative_to(benchmark.root).as_posix()
+
+    notes = [f"{name(path)} is missing" for found in benchmark.sets for path in found.missing]
+    if benchmark.instructions is None:
+        notes.append("instructions/query_instructions.tsv is missing")
+    notes += [
+        f"{name(path)} is not used: its name is not of the layout" for path in benchmark.unknown
+    ]
+    return notes
+
+
+class _Check:
+    """What is known of a benchmark while its files are read: pools first, then what names them."""
+
+    def __init__(self, benchmark: Benchmark, on_bad_record: OnBadRecord, check_images: bool):
+        self.root = benchmark.root
+        self.on_bad_record = on_bad_record
+        self.check_images = check_images
+        self.bad = BadRecords()
+        self.files: dict[Path, FileReport] = {}
+        self.modalities: dict[str, Modality] = {}  # of the documents of all pools
+        self.decoded: set[str] = set()  # images; local and global pools show the same ones
+        self.instructions: set[InstructionKey] | None = None
+        if benchmark.instructions:
+            self.instructions = set(read_instructions(benchmark.instructions))
+
+    def pool(self, path: Path) -> set[str]:
+        """Check a pool and return the ids of its documents."""
+        dids: set[str] = set()
+
+        def parse(line: bytes) -> Candidate:
+            candidate = parse_candidate(line)
+            _check_new("did", candidate.did, dids)
+            self._check_image("img_path", candidate.image)
+            return candidate
+
+        for candidate in self._records(path, parse):
+            did = sys.intern(candidate.did)  # one copy of each, whatever the number of pools
+            dids.add(did)
+            self.modalities[did] = candidate.modality
+        return dids
+
+    def evaluation_set(self, evaluation_set: EvaluationSet, pool: set[str] | None) -> None:
+        """Check the queries and judgements of a set, and that they name each other."""
+        path = evaluation_set.queries_path
+        queries = self.queries(path, evaluation_set.task, pool)
+        if evaluation_set.qrels_path.is_file():
+            answered = self.qrels(evaluation_set.qrels_path, queries, pool)
+            for _ in queries - answered:
+                self._warn(path, "query without a relevant document in the qrels")
+
+    def queries(
+        self, path: Path, task: int | None = None, pool: set[str] | None = None
+    ) -> set[str]:
+        """Check queries, of a set with one task or else for training, and return their ids."""
+        qids: set[str] = set()
+
+        def parse(line: bytes) -> Query:
+            query = parse_query(line)
+            _check_new("qid", query.qid, qids)
+            _check_task(query, task)
+            if task is None and not query.positives:
+                raise DataError("pos_cand_list is empty, but training needs a positive")
+            self._check_positives(query)
+            self._check_image("query_img_path", query.image)
+            return query
+
+        for query in self._records(path, parse):
+            qids.add(query.qid)
+            self._warn_of_positives(path, query, pool)
+            dataset, modality, target = key = instruction_key(query)
+            if self.instructions is not None and key not in self.instructions:
+                kind = f'dataset_id "{dataset}", {modality} → {target}'
+                self._warn(path, f"query without an instruction for {kind}")
+        return qids
+
+    def qrels(
+        self, path: Path, queries: set[str] | None = None, pool: set[str] | None = None
+    ) -> set[str]:
+        """Check judgements, against what is given, and return the queries that have an answer."""
+        answered = set()
+        for qrel in self._records(path, parse_qrel):
+            if qrel.relevance > 0:
+                answered.add(qrel.qid)
+            if queries is not None and qrel.qid not in queries:
+                self._warn(path, "judgement of an unknown query")
+            if pool is not None and qrel.did not in pool:
+                self._warn(path, "judged document is not in the local pool")
+        return answered
+
+    def _records(self, path: Path, parse: Callable[[bytes], Record]) -> Iterator[Record]:
+        """Yield the good records of a file, and count them and the bad ones."""
+        file = self.files[path] = FileReport(path.relative_to(self.root).as_posix())
+        bad_before = self.bad.count
+        for record in read_records(path, parse, on_bad_record=self.on_bad_record, skipped=self.bad):
+            file.records += 1
+            yield record
+        file.bad = self.bad.count - bad_before
+
+    def _warn(self, path: Path, warning: str) -> None:
+        self.files[path].warnings[warning] += 1
+
+    def _warn_of_positives(self, path: Path, query: Query, pool: set[str] | None) -> None:
+        target = TASKS[query.task][1]
+        for did in query.positives:
+            if did not in self.modalities:
+                self._warn(path, "positive is in no pool")
+            elif self.modalities[did] != target:
+                self._warn(path, "positive is of another modality than the task says")
+            elif pool is not None and did not in pool:
+                self._warn(path, "positive is not in the local pool")
+
+    def _check_positives(self, query: Query) -> None:
+        known = self.modalities
+        if known and query.positives and not any(did in known for did in query.positives):
+            raise DataError(
+                f'pos_cand_list: neither "{query.positives[0]}" nor what follows is in any pool'
+            )
+
+    def _check_image(self, name: str, image: str | None) -> None:
+        if image is None or not self.check_images or image in self.decoded:
+            return
+        try:
+            open_image(self.root / image)
+        except ImageError as error:
+            raise DataError(f"{name} {error}") from error
+        self.decoded.add(image)
+
+
+def _check_new(name: str, identifier: str, seen: set[str]) -> None:
+    if identifier in seen:
+        raise DataError(f'{name} "{identifier}" is given twice')
+
+
+def _check_task(query: Query, task: int | None) -> None:
+    """Refuse a query of another task than that of its file, or another modality than its task's."""
+    if task is not None and query.task != task:
+        raise DataError(f"task_id {query.task} in a file of task {task}")
+    expected = TASKS[query.task][0]
+    if query.modality != expected:
+        raise DataError(
+            f'query_modality is "{query.modality}", but queries of task {query.task} are '
+            f'"{expected}"'
+        )

@@ -1,0 +1,62 @@
+import csv
+
+import pytest
+
+from puma_jax.data.lines import BadRecords
+from puma_jax.data.text_pairs import read_text_pairs
+from puma_jax.errors import DataError
+
+
+def write(path, text):
+    path.write_bytes(text.encode())
+    return path
+
+
+def test_pairs_come_back_as_the_csv_module_wrote_them(tmp_path):
+    pairs = [
+        ("A man plays.", "Someone plays."),
+        ('He said "no",\nand left', "ü, 漢"),
+        ("long " * 100_000, "b"),
+    ]
+    path = tmp_path / "nli.csv"
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.writer(file)
+        writer.writerow(["", "sent1", "hard_neg", "sent0"])
+        writer.writerows([row, second, "no", first] for row, (first, second) in enumerate(pairs))
+    assert list(read_text_pairs(path)) == [(first.strip(), second) for first, second in pairs]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("a", "1 columns, but the first row names 3"),
+        ("a,b,c,d", "4 columns, but the first row names 3"),
+        ("a, ,c", "sent1 is empty"),
+        ('"a"b,c,d', "',' expected after '\"'"),
+        ("a,b\0,c", "line holds a NUL byte"),
+        ("a\rb,c,d", "new-line character seen in unquoted field"),
+    ],
+)
+def test_a_bad_row_is_named_and_can_be_skipped(tmp_path, row, message):
+    path = write(tmp_path / "nli.csv", f"sent0,sent1,hard_neg\na,b,c\n\n{row}\nd,e,\n")
+    with pytest.raises(DataError, match=f"^nli.csv:4: {message}"):
+        list(read_text_pairs(path))
+    skipped = BadRecords()
+    pairs = list(read_text_pairs(path, on_bad_record="skip", skipped=skipped))
+    assert pairs == [("a", "b"), ("d", "e")]
+    assert skipped.count == 1
+
+
+def test_a_quote_that_is_never_closed_is_named(tmp_path):
+    path = write(tmp_path / "nli.csv", 'sent0,sent1\na,b\n"c,d\ne,f\n')
+    with pytest.raises(DataError, match=r"^nli.csv:4: unexpected end of data"):
+        list(read_text_pairs(path))
+
+
+def test_a_column_that_is_missing_is_named(tmp_path):
+    for text, names in (("sent0,text\na,b\n", '"sent0", "text"'), ("", "none")):
+        path = write(tmp_path / "nli.csv", text)
+        with pytest.raises(
+            DataError, match=f"^nli.csv:1: no column sent[01]; columns are {names}$"
+        ):
+            list(read_text_pairs(path, on_bad_record="skip"))

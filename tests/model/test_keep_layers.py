@@ -1,0 +1,76 @@
+"""A layer slice is an array slice, and the model that is left an ordinary one."""
+
+import copy
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from puma_jax.errors import LayerSelectionError
+from puma_jax.model.encoder import keep_layers
+from puma_jax.model.hf import open_checkpoint
+from puma_jax.model.tree import named_leaves
+from puma_jax.rows import RowShape
+from tests.reference import FLOAT32, encode, pack, random_image
+
+LAYERS = {
+    1: [0],
+    2: [0, 1],
+    4: [0, 1, 2, 3],
+    (0, 1, 3): [0, 1, 3],
+    (0, -1): [0, 3],
+    (2, 0): [2, 0],
+}
+
+
+@pytest.mark.parametrize("keep", LAYERS)
+def test_the_slice_equals_the_reference_with_those_layers_deleted(tiny, keep):
+    reference = copy.deepcopy(tiny.torch)
+    model = reference.model.language_model
+    model.layers = torch.nn.ModuleList(model.layers[i] for i in LAYERS[keep])
+    model.config.num_hidden_layers = len(model.layers)
+    model.config.layer_types = ["full_attention"] * len(model.layers)
+    items = [tiny.item("A red bicycle."), tiny.item("Make it blue.", random_image(90, 200))]
+    rows, placement = pack(items, RowShape(2, 256, 1, 128, 2))
+
+    config, params = keep_layers(tiny.config, tiny.params, keep)
+    read = open_checkpoint(tiny.folder).read(keep, dtype="float32")
+
+    assert config.kept_layers == tuple(LAYERS[keep])
+    assert config.decoder.layers == len(LAYERS[keep])
+    ours = np.asarray(encode(params, rows, FLOAT32))[placement.slot]
+    for mine, item in zip(ours, items, strict=True):
+        np.testing.assert_allclose(mine, tiny.expected(item, reference), rtol=0, atol=1e-4)
+    jax.tree.map(np.testing.assert_array_equal, params, read)
+
+
+def test_slices_compose_in_terms_of_the_base_model(tiny):
+    config, params = keep_layers(tiny.config, tiny.params, [0, 2, 3])
+    config, params = keep_layers(config, params, [0, -1])
+    assert config.kept_layers == (0, 3)
+    _, at_once = keep_layers(tiny.config, tiny.params, [0, 3])
+    jax.tree.map(np.testing.assert_array_equal, params, at_once)
+
+
+def test_the_model_that_was_cut_is_left_as_it_was(tiny):
+    before = {name: leaf.shape for name, leaf in named_leaves(tiny.params).items()}
+    keep_layers(tiny.config, tiny.params, 1)
+    assert {name: leaf.shape for name, leaf in named_leaves(tiny.params).items()} == before
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        (0, "keep_layers 0 is out of range: the model has 4 layers"),
+        (5, "keep_layers 5 is out of range: the model has 4 layers"),
+        ([], "keep_layers is empty: name at least one layer"),
+        ([0, 4], "keep_layers names layer 4: the model has layers 0 to 3"),
+        ([0, -5], "keep_layers names layer -5: the model has layers 0 to 3"),
+        ([1, 2, -3], "keep_layers names layer 1 more than once"),
+    ],
+)
+def test_a_selection_that_cannot_be_is_one_clear_line(tiny, keep, message):
+    with pytest.raises(LayerSelectionError) as error:
+        keep_layers(tiny.config, tiny.params, keep)
+    assert str(error.value) == message

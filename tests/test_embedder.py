@@ -1,0 +1,163 @@
+"""The face: one vector for each item, the same whatever stands beside it."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from puma_jax import Embedder, embedder
+from puma_jax.errors import CheckpointError, ImageError, ItemError, LayerSelectionError
+from puma_jax.prune import parse_layers
+from tests.reference import random_image
+
+
+@pytest.fixture(scope="module")
+def whole(tiny):
+    return Embedder.load(tiny.folder, dtype="float32")
+
+
+def mixed(n, seed=0):
+    """Items of all three kinds and of many sizes."""
+    rng = np.random.default_rng(seed)
+    items = []
+    for i in range(n):
+        item = {}
+        if i % 3 != 1:
+            item["text"] = " ".join(["word"] * int(rng.integers(1, 40)))
+        if i % 3 != 0:
+            item["image"] = random_image(*rng.integers(20, 200, 2).tolist(), seed=i)
+        items.append(item)
+    return items
+
+
+def test_vectors_equal_the_reference(whole, tiny):
+    image = random_image(90, 200)
+    items = [{"text": "a red bicycle"}, {"image": image}, {"image": image, "text": "make it blue"}]
+    vectors = whole.encode(items, instruction="Find an image that matches.")
+    assert vectors.dtype == np.float32
+    assert vectors.shape == (3, whole.width)
+    same = [
+        tiny.item("Find an image that matches.\na red bicycle."),
+        tiny.item("Find an image that matches.", image),
+        tiny.item("Find an image that matches.\nmake it blue.", image),
+    ]
+    for vector, item in zip(vectors, same, strict=True):
+        state = tiny.expected(item)
+        np.testing.assert_allclose(vector, state / np.linalg.norm(state), rtol=0, atol=1e-5)
+
+
+def test_an_item_has_the_same_vector_alone_and_amid_fifty(whole):
+    items = mixed(51)
+    together = whole.encode(items)
+    for i in (0, 1, 2, 25, 26, 50):
+        alone = whole.encode([items[i]])[0]
+        np.testing.assert_allclose(together[i], alone, rtol=0, atol=1e-5)
+
+
+def test_permuted_items_give_permuted_vectors(whole):
+    items = mixed(40, seed=1)
+    order = np.random.default_rng(0).permutation(len(items))
+    permuted = whole.encode([items[i] for i in order])
+    np.testing.assert_allclose(permuted, whole.encode(items)[order], rtol=0, atol=1e-5)
+
+
+def test_the_size_of_chunks_changes_nothing(whole):
+    items = mixed(30, seed=2)
+    small = whole.encode(items, tokens_per_chunk=256)
+    np.testing.assert_allclose(small, whole.encode(items), rtol=0, atol=1e-5)
+
+
+def test_long_jobs_compile_one_shape(whole):
+    items = mixed(400, seed=3)
+    before = embedder._vectors._cache_size()
+    whole.encode((item for item in items), tokens_per_chunk=1024, progress=False)
+    assert embedder._vectors._cache_size() == before + 1
+
+
+def test_no_items_give_no_vectors(whole):
+    assert whole.encode([]).shape == (0, whole.width)
+
+
+def test_keeping_layers_before_and_after_reading_is_the_same(whole, tiny):
+    items = mixed(5)
+    lazily = Embedder.load(tiny.folder, dtype="float32").keep_layers([0, 1, 3]).keep_layers(2)
+    assert whole.params is not None
+    cut = whole.keep_layers([0, 1, 3]).keep_layers(2)
+    assert lazily.config == cut.config
+    np.testing.assert_array_equal(lazily.encode(items), cut.encode(items))
+
+
+def test_saved_and_loaded_it_gives_the_same_vectors(whole, tmp_path):
+    items = mixed(5)
+    cut = whole.keep_layers([0, 3])
+    cut.save(tmp_path / "saved")
+    loaded = Embedder.load(tmp_path / "saved", dtype=None)
+    assert loaded.config == cut.config
+    np.testing.assert_array_equal(loaded.encode(items), cut.encode(items))
+    with pytest.raises(CheckpointError, match="exists: choose another folder, or remove it"):
+        cut.save(tmp_path / "saved")
+    assert not (tmp_path / "saved.partial").exists()
+
+
+def test_bfloat16_vectors_stay_near(whole, tiny):
+    items = mixed(6)
+    half = Embedder.load(tiny.folder, dtype="bfloat16").encode(items)
+    np.testing.assert_allclose(np.linalg.norm(half, axis=1), 1, atol=1e-5)
+    assert (half * whole.encode(items)).sum(1).min() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("item", "error", "message"),
+    [
+        ({}, ItemError, "item 1: neither text nor image"),
+        ({"text": None, "image": None}, ItemError, "item 1: neither text nor image"),
+        ({"text": "  "}, ItemError, "item 1: an item has neither text nor image"),
+        ({"text": 3}, ItemError, "item 1: text is a int, expected a str"),
+        ({"text": "\ud800"}, ItemError, "item 1: text is not valid Unicode"),
+        ({"txt": "a"}, ItemError, r"item 1: unknown fields \['txt'\], expected text and image"),
+        ({"image": "no.jpg"}, ImageError, "item 1: no.jpg does not exist"),
+        ({"image": b"nonsense"}, ImageError, "item 1: image cannot be decoded"),
+        ({"image": 3}, ImageError, "item 1: image is a int, expected a path, bytes"),
+    ],
+)
+def test_a_bad_item_is_named(whole, item, error, message):
+    with pytest.raises(error, match=message):
+        whole.encode([{"text": "good"}, item])
+
+
+def test_prune_cuts_from_the_shell(tiny, tmp_path):
+    command = [sys.executable, "-m", "puma_jax.prune", "--model", str(tiny.folder)]
+    out = tmp_path / "pruned"
+    done = subprocess.run(
+        [*command, "--keep-layers", "0-1,3", "--out", str(out)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == f"Kept layers 0, 1, 3. The model is in {out}"
+    assert Embedder.load(out).config.kept_layers == (0, 1, 3)
+    failed = subprocess.run(
+        [*command, "--keep-layers", "9", "--out", str(tmp_path / "other")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert failed.returncode == 2
+    assert failed.stderr.splitlines()[-1] == (
+        "error: keep_layers 9 is out of range: the model has 4 layers"
+    )
+
+
+def test_layers_are_named_by_count_index_or_range():
+    assert parse_layers("12") == 12
+    assert parse_layers("0-3,27") == [0, 1, 2, 3, 27]
+    assert parse_layers("5,") == [5]
+    with pytest.raises(LayerSelectionError, match='"all" is neither a number'):
+        parse_layers("all")
+
+
+def test_importing_the_package_brings_neither_torch_nor_tensorflow():
+    code = (
+        "import sys, puma_jax.embedder, puma_jax.prune, puma_jax.model.lora;"
+        "print([m for m in ('torch', 'tensorflow', 'grain', 'tensorflow_datasets')"
+        " if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
