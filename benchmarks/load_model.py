@@ -89,11 +89,15 @@ def load_and_embed(checkpoint: Path, dtype: str) -> None:
     print(f"{describe()}, weights and activations {dtype}")
     print(f"kept weights   {kept / 1e9:.2f} B parameters, {kept_bytes / 1e9:.2f} GB")
     print(f"time to load   {loaded:.1f} s ({kept_bytes / 1e9 / loaded:.2f} GB/s)")
-    verdict = "within" if memory <= limit else "OVER"
-    print(f"peak memory    {memory / 1e9:.2f} GB, {verdict} 1.3 × weights + 1 GB = {limit / 1e9:.2f} GB")
+    verdict = (
+        f"{'within' if memory <= limit else 'OVER'} 1.3 × weights + 1 GB = {limit / 1e9:.2f} GB"
+    )
+    print(f"peak memory    {memory / 1e9:.2f} GB, {verdict}")
     for run in ("first call, with compilation", "second call"):
         start = time.perf_counter()
-        vectors = embedder.encode(items(), instruction="Find an image that matches.", progress=False)
+        vectors = embedder.encode(
+            items(), instruction="Find an image that matches.", progress=False
+        )
         seconds = time.perf_counter() - start
         print(f"embed 16 items {16 / seconds:.2f} items/s ({seconds:.1f} s, {run})")
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3)

@@ -1,33 +1,20 @@
-"""What this machine can do: its matrix-product peak, its memory, a median of repeated timings."""
+"""What this machine can do: its matrix-product peak and its memory."""
 
 from __future__ import annotations
 
 import os
 import resource
-import statistics
-import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 
-def median_seconds(run: Callable[[], object], repeats: int = 5) -> float:
-    """Return the median time of `run`, after one call that is not counted."""
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def matmul_peak(dtype: str = "float32", size: int = 2048) -> float:
-    """Return the FLOP/s of a large square product, the best of what jax reaches here."""
+def square_product(dtype: str = "float32", size: int = 3072) -> tuple[Callable[[], object], int]:
+    """Return a large matrix product, to be timed as the machine's peak, and its FLOPs."""
     a = jnp.ones((size, size), dtype)
     product = jax.jit(lambda a: a @ a)
-    return 2 * size**3 / median_seconds(lambda: product(a).block_until_ready())
+    return lambda: product(a).block_until_ready(), 2 * size**3
 
 
 def peak_memory() -> int:

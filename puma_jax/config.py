@@ -166,6 +166,33 @@ class ComputeConfig:
     """What the backward pass recomputes in each layer: nothing, all but matmuls, everything."""
 
 
+@dataclass(frozen=True)
+class PlanConfig:
+    """Which pairs make up the batch of each step."""
+
+    seed: int = 0
+    batch: int = 600
+    """Pairs in the global batch (arXiv 2507.08064: 600 in stage 2)."""
+    weights: tuple[tuple[str, float], ...] = ()
+    """Name of a set and its share of all pairs; empty gives every pair the same chance."""
+    one_set_per_batch: bool = False
+    """Fill a batch from one set only, in place of mixing all of them."""
+    instructions: bool = True
+    """Put one of the instructions of its kind before each query."""
+    window: int = 32
+    """Steps over which long and short items are dealt out evenly."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges that would otherwise fail far from here."""
+        _require(self.batch >= 1, f"plan.batch {self.batch} must be at least 1")
+        _require(self.window >= 1, f"plan.window {self.window} must be at least 1")
+        _require(
+            not (self.weights and self.one_set_per_batch),
+            "plan.weights and plan.one_set_per_batch exclude each other: batches of one set come "
+            "in proportion to the sizes of the sets",
+        )
+
+
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ConfigError(message)

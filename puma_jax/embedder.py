@@ -23,8 +23,9 @@ from transformers import PreTrainedTokenizerFast
 from puma_jax.config import ComputeConfig, DType, ImageConfig, ModelConfig, PromptConfig
 from puma_jax.data.images import ImageSource, open_image, patchify
 from puma_jax.data.items import Item
-from puma_jax.data.packing import Placement, fill, fitting_shape, place
+from puma_jax.data.packing import Placement, fill, place
 from puma_jax.data.prompts import Prompter, query_text
+from puma_jax.data.shapes import fitting_shape
 from puma_jax.errors import CheckpointError, ImageError, ItemError, PackingError
 from puma_jax.model import encoder, hf
 from puma_jax.model.encoder import Encoder
@@ -262,7 +263,7 @@ class Embedder:
         lengths = np.array([len(item.tokens) for item in items])
         patches = np.array([len(item.patches) for item in items])
         shape, placement = _place(lengths, patches, shape, tokens)
-        rows = fill(items, placement, shape, self.config.vision.merged)
+        rows = fill(items, placement, shape, self.config.vision)
         chunks = [
             _vectors(self.params, jax.tree.map(operator.itemgetter(chunk), rows), self.compute)
             for chunk in range(placement.chunks)

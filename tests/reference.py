@@ -31,6 +31,8 @@ from puma_jax.model.hf import open_checkpoint
 from puma_jax.rows import Rows, RowShape
 
 FLOAT32 = ComputeConfig(dtype="float32")
+# All that packing asks of a tower.
+VISION = VisionConfig(layers=1, width=32, heads=2, mlp_width=64, out_width=64)
 encode = jax.jit(encoder.encode, static_argnames=("compute", "groups"))
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
@@ -234,7 +236,7 @@ def pack(items: list[Item], shape: RowShape) -> tuple[Rows, object]:
     lengths = np.array([len(item.tokens) for item in items])
     patches = np.array([len(item.patches) for item in items])
     placement = place(lengths, patches, shape, 1)
-    rows = fill(items, placement, shape, merged=4)
+    rows = fill(items, placement, shape, VISION)
     return jax.tree.map(lambda a: jax.numpy.asarray(a[0]), rows), placement
 
 

@@ -7,7 +7,6 @@ The arithmetic of sizes and the order of patches are those of transformers' `Qwe
 from __future__ import annotations
 
 import io
-import math
 import os
 
 import numpy as np
@@ -15,7 +14,7 @@ from PIL import Image
 
 from puma_jax.config import ImageConfig, VisionConfig
 from puma_jax.errors import ImageError
-from puma_jax.typing import UInt8, ndarray
+from puma_jax.typing import Int, UInt8, ndarray
 
 ImageSource = str | os.PathLike | bytes | Image.Image | ndarray
 
@@ -59,33 +58,54 @@ def open_image(source: ImageSource) -> Image.Image:
         raise ImageError(f"{name} cannot be decoded: {error}") from error
 
 
-def resized_size(
-    height: int, width: int, vision: VisionConfig, limits: ImageConfig
-) -> tuple[int, int]:
-    """Return the height and width, in pixels, that an image is resized to.
+def resized_sizes(
+    heights: Int[ndarray, "n"], widths: Int[ndarray, "n"], vision: VisionConfig, limits: ImageConfig
+) -> tuple[Int[ndarray, "n"], Int[ndarray, "n"]]:
+    """Return the heights and widths, in pixels, that images are resized to.
 
     Both are multiples of `patch_size` × `merge_size`, their product lies within the limits, and
     the proportions change as little as that allows.
 
     Raises:
-        ImageError: One side is more than 200 times the other.
+        ImageError: One side of an image is more than 200 times the other.
     """
-    if max(height, width) > _MOST_ELONGATED * min(height, width):
+    long, short = np.maximum(heights, widths), np.minimum(heights, widths)
+    if (long > _MOST_ELONGATED * short).any():
+        worst = int(np.argmax(long / short))
         raise ImageError(
-            f"image of {width} × {height} pixels is too elongated: "
+            f"image of {widths[worst]} × {heights[worst]} pixels is too elongated: "
             f"one side may be {_MOST_ELONGATED} times the other"
         )
     unit = vision.patch_size * vision.merge_size
-    rows, columns = round(height / unit), round(width / unit)
-    if rows * columns * unit**2 > limits.max_pixels:
-        shrink = math.sqrt(height * width / limits.max_pixels)
-        rows = max(1, math.floor(height / shrink / unit))
-        columns = max(1, math.floor(width / shrink / unit))
-    elif rows * columns * unit**2 < limits.min_pixels:
-        grow = math.sqrt(limits.min_pixels / (height * width))
-        rows = math.ceil(height * grow / unit)
-        columns = math.ceil(width * grow / unit)
-    return rows * unit, columns * unit
+    sides = [np.asarray(side, np.float64) for side in (heights, widths)]
+    rounded = [np.rint(side / unit) for side in sides]
+    shrink = np.sqrt(sides[0] * sides[1] / limits.max_pixels)
+    grow = np.sqrt(limits.min_pixels / (sides[0] * sides[1]))
+    area = rounded[0] * rounded[1] * unit**2
+    rows, columns = (
+        np.where(
+            area > limits.max_pixels,
+            np.maximum(1, np.floor(side / shrink / unit)),
+            np.where(area < limits.min_pixels, np.ceil(side * grow / unit), near),
+        )
+        for side, near in zip(sides, rounded, strict=True)
+    )
+    return (rows * unit).astype(np.int64), (columns * unit).astype(np.int64)
+
+
+def patch_counts(
+    heights: Int[ndarray, "n"], widths: Int[ndarray, "n"], vision: VisionConfig, limits: ImageConfig
+) -> Int[ndarray, "n"]:
+    """Return how many patches images become; 0 where height and width are 0, for no image.
+
+    Raises:
+        ImageError: One side of an image is more than 200 times the other.
+    """
+    counts = np.zeros(len(heights), np.int64)
+    there = np.asarray(heights) > 0
+    rows, columns = resized_sizes(heights[there], widths[there], vision, limits)
+    counts[there] = rows * columns // vision.patch_size**2
+    return counts
 
 
 def patchify(
@@ -100,7 +120,10 @@ def patchify(
     Raises:
         ImageError: The image is too elongated.
     """
-    height, width = resized_size(image.height, image.width, vision, limits)
+    heights, widths = resized_sizes(
+        np.array([image.height]), np.array([image.width]), vision, limits
+    )
+    height, width = int(heights[0]), int(widths[0])
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     side, merge = vision.patch_size, vision.merge_size

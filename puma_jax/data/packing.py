@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from puma_jax.config import VisionConfig
 from puma_jax.data.items import Item
 from puma_jax.errors import PackingError
 from puma_jax.rows import Rows, RowShape
@@ -31,6 +32,33 @@ class Placement:
     patch_row: Int[ndarray, "n"]
     patch_column: Int[ndarray, "n"]
     slot: Int[ndarray, "n"]
+
+    def part(
+        self, shape: RowShape, number: int, parts: int
+    ) -> tuple[Int[ndarray, "m"], Placement, RowShape]:
+        """Return what falls to one of several hosts, which share the groups evenly and in order.
+
+        Returns:
+            Which items, where they lie in this part alone, and its shape.
+        """
+        local = replace(
+            shape,
+            rows=shape.rows // parts,
+            patch_rows=shape.patch_rows // parts,
+            slots=shape.slots // parts,
+            groups=shape.groups // parts,
+        )
+        items = np.flatnonzero(self.slot // local.slots == number)
+        here = Placement(
+            chunks=self.chunks,
+            chunk=self.chunk[items],
+            row=self.row[items] - number * local.rows,
+            column=self.column[items],
+            patch_row=np.maximum(self.patch_row[items] - number * local.patch_rows, 0),
+            patch_column=self.patch_column[items],
+            slot=self.slot[items] - number * local.slots,
+        )
+        return items, here, local
 
 
 def place(
@@ -154,19 +182,21 @@ class _Cells:
         )
 
 
-def fill(items: Sequence[Item], placement: Placement, shape: RowShape, merged: int) -> Rows:
+def fill(
+    items: Sequence[Item], placement: Placement, shape: RowShape, vision: VisionConfig
+) -> Rows:
     """Copy items to their places.
 
     Args:
         items: The items, as many as `placement` has places.
         placement: From `place`, for the same shape.
         shape: Of a chunk.
-        merged: Patches in one visual token.
+        vision: What a patch is, and how many become one visual token.
 
     Returns:
         NumPy arrays with a leading axis of chunks.
     """
-    values = items[0].patches.shape[1] if items else 0
+    merged = vision.merged
     tokens = (placement.chunks, shape.rows, shape.length)
     patches = (placement.chunks, shape.patch_rows, shape.patch_length)
     rows = Rows(
@@ -174,7 +204,7 @@ def fill(items: Sequence[Item], placement: Placement, shape: RowShape, merged: i
         segments=np.zeros(tokens, np.int32),
         positions=np.zeros((*tokens, 3), np.int32),
         visual=np.full(tokens, -1, np.int32),
-        patches=np.zeros((*patches, values), np.uint8),
+        patches=np.zeros((*patches, vision.patch_values), np.uint8),
         patch_segments=np.zeros(patches, np.int32),
         patch_positions=np.zeros((*patches, 2), np.int32),
         ret=np.zeros((placement.chunks, shape.slots), np.int32),
@@ -200,78 +230,14 @@ def fill(items: Sequence[Item], placement: Placement, shape: RowShape, merged: i
     return rows
 
 
-def fitting_shape(
-    lengths: Int[ndarray, "n"], patches: Int[ndarray, "n"], tokens_per_chunk: int
-) -> RowShape:
-    """Return a shape of chunk, for one group, that items like these fill well.
-
-    What fits into one row gets a length that is a power of two, so that single queries meet few
-    shapes and compile few times. More gets the row lengths that leave the least unused.
-
-    Args:
-        lengths: Tokens of each item.
-        patches: Image patches of each item.
-        tokens_per_chunk: About how many tokens a chunk shall hold.
-    """
-    lengths, patches = np.asarray(lengths), np.asarray(patches)
-    images = patches[patches > 0]
-    slots = _power_of_two(max(1, tokens_per_chunk // int(lengths.min())), 1)
-    if lengths.sum() <= tokens_per_chunk:
-        length, rows = _few_rows(lengths)
-        patch_length, patch_rows = _few_rows(images)
-        return RowShape(rows, length, patch_rows, patch_length, slots)
-    length, all_rows = _least_waste(lengths)
-    patch_length, all_patch_rows = _least_waste(images)
-
-    def patch_rows(rows: int) -> int:
-        return -(-all_patch_rows * rows // all_rows)
-
-    def cost(rows: int) -> int:
-        return -(-all_rows // rows) * (rows * length + patch_rows(rows) * patch_length)
-
-    # Patch rows come in whole numbers: some numbers of token rows leave less of them empty.
-    most = max(1, tokens_per_chunk // length)
-    rows = min(range(most, most // 2, -1), key=cost)
-    return RowShape(rows, length, patch_rows(rows), patch_length, slots)
-
-
-_STEP = 128  # accelerator kernels want rows of whole tiles
-_WIDEST = 1024
-
-
-def _few_rows(sizes: ndarray) -> tuple[int, int]:
-    """Return the length and the number of rows, both of few possible values, for one chunk."""
-    if not len(sizes):
-        return _STEP, 0
-    if sizes.sum() <= _WIDEST // 2:
-        return _power_of_two(int(sizes.sum()), _STEP // 2), 1
-    length, rows = _least_waste(sizes)
-    step = max(1, _power_of_two(rows, 1) // 8)
-    return length, -(-rows // step) * step
-
-
-def _least_waste(sizes: ndarray) -> tuple[int, int]:
-    """Return the row length, a whole number of steps, that wastes least; and the rows it takes."""
-    if not len(sizes):
-        return _STEP, 0
-    shortest = -(-int(sizes.max()) // _STEP) * _STEP
-    candidates = range(shortest, max(shortest, _WIDEST) + _STEP, _STEP)
-    needed = {length: _rows_needed(sizes, length) for length in candidates}
-    length = min(candidates, key=lambda length: length * needed[length])
-    return length, needed[length]
-
-
-def _rows_needed(sizes: ndarray, length: int) -> int:
+def rows_needed(sizes: Int[ndarray, "n"], length: int) -> int:
+    """Return how many rows of a length items of these sizes take."""
     room: list[tuple[int, int]] = []
-    for size in -np.sort(-sizes):
-        at = bisect.bisect_left(room, (int(size),))
+    for size in (-np.sort(-np.asarray(sizes))).tolist():
+        at = bisect.bisect_left(room, (size,))
         free, row = room.pop(at) if at < len(room) else (length, len(room))
-        bisect.insort(room, (free - int(size), row))
+        bisect.insort(room, (free - size, row))
     return len(room)
-
-
-def _power_of_two(size: int, least: int) -> int:
-    return max(least, 1 << (size - 1).bit_length())
 
 
 def _take(room: list[tuple[int, int]], size: int, capacity: int) -> tuple[int, int]:

@@ -9,17 +9,14 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from puma_jax.config import ModelConfig
-from puma_jax.data.items import Item
-from puma_jax.data.positions import counted_positions, mrope_positions, patch_positions
+from puma_jax.data.items import Body, Item, Template
 from puma_jax.errors import CheckpointError, ItemError
 from puma_jax.typing import UInt8, ndarray
 
@@ -60,15 +57,6 @@ def query_text(instruction: str | None, text: str | None) -> str:
     return normalise(f"{normalise(instruction)}\n{(text or '').strip()}")
 
 
-@dataclass(frozen=True)
-class Body:
-    """What an item says, without the template around it."""
-
-    tokens: tuple[int, ...]
-    text: int
-    """How many of the tokens are the text's; the rest ask for one word."""
-
-
 class Prompter:
     """Turns texts and patches into items for one model."""
 
@@ -87,14 +75,20 @@ class Prompter:
                 f"no spare row for {config.prompt.ret_token}: the tokenizer has {len(tokenizer)} "
                 f"tokens, the token table {config.decoder.vocab_size} rows"
             )
-        self._start = tokenizer.encode(_START, add_special_tokens=False)
-        self._end = [*tokenizer.encode(_TURN, add_special_tokens=False), self.ret_token_id]
         # Users' texts may hold "<|image_pad|>" or "<|im_end|>": to this copy they are plain text.
         self._plain = copy.deepcopy(tokenizer.backend_tokenizer)
         self._plain.encode_special_tokens = True
         self._plain.no_truncation()
         self._plain.no_padding()
         self._warned = False
+        turn = tokenizer.encode(_TURN, add_special_tokens=False)
+        self.template = Template(
+            config=config,
+            start=tuple(tokenizer.encode(_START, add_special_tokens=False)),
+            end=(*turn, self.ret_token_id),
+            ask_text=self._encode(_ASK[False, True]),
+            ask_both=self._encode(_ASK[True, True]),
+        )
 
     def item(
         self,
@@ -114,7 +108,9 @@ class Prompter:
         """
         if not text and patches is None:
             raise ItemError("an item has neither text nor image")
-        return self.assemble(self.body(text, image=patches is not None).tokens, patches, grid)
+        return self.template.assemble(
+            self.body(text, image=patches is not None).tokens, patches, grid
+        )
 
     def body(self, text: str, *, image: bool, instructed: bool = False) -> Body:
         """Return the tokens of a text and of the sentence that asks for one word.
@@ -128,56 +124,19 @@ class Prompter:
         ask = _ASK[image, bool(text) or instructed]
         if instructed and not text:
             ask = ask.removeprefix("\n")
-        limit = self.config.prompt.max_text_tokens
-        # No token is shorter than a byte, so most texts need not be tokenised to be counted.
-        alone = self._encode(text) if len(text.encode()) > limit else []
+        alone, limit = self._encode(text), self.config.prompt.max_text_tokens
         if len(alone) > limit:
             self._warn_once(len(alone))
             return Body((*alone[:limit], *self._encode(ask)), limit)
-        tokens = self._encode(text + ask)
-        return Body(tokens, len(tokens) - len(self._encode(ask)))
+        return Body(self._encode(text + ask), len(alone))
 
     def instruction(self, instruction: str) -> tuple[int, ...]:
         """Return the tokens of an instruction and of the end of its line.
 
-        They may be put before a `body` that was made with `instructed`: tokenisers of the Qwen
-        kind never join a line's end with what follows.
+        `Template.join` puts them before a `body` that was made with `instructed`: tokenizers of
+        the Qwen kind never join a line's end with what follows.
         """
         return self._encode(normalise(instruction) + "\n")
-
-    def assemble(
-        self,
-        body: Sequence[int],
-        patches: UInt8[ndarray, "patches values"] | None = None,
-        grid: tuple[int, int] = (0, 0),
-    ) -> Item:
-        """Return the item of a body of tokens and, if there are patches, an image before it."""
-        config, vision = self.config, self.config.vision
-        framed: list[int] = []
-        grids = []
-        if patches is None:
-            patches = np.zeros((0, vision.patch_values), np.uint8)
-        else:
-            holders = [config.image_token_id] * (len(patches) // vision.merged)
-            framed = [config.vision_start_token_id, *holders, config.vision_end_token_id]
-            grids = [(grid[0] // vision.merge_size, grid[1] // vision.merge_size)]
-        tokens = np.array([*self._start, *framed, *body, *self._end], np.int32)
-        visual = tokens == config.image_token_id
-        return Item(
-            tokens=tokens,
-            positions=mrope_positions(visual, grids)
-            if config.prompt.positions == "mrope"
-            else counted_positions(len(tokens)),
-            visual=visual,
-            patches=patches,
-            patch_positions=patch_positions(*grid, vision.merge_size),
-            patch_images=np.zeros(len(patches), np.int32),
-        )
-
-    @property
-    def overhead(self) -> int:
-        """Tokens of an item of text beside its body."""
-        return len(self._start) + len(self._end)
 
     def save_tokenizer(self, folder: Path, source: Mapping[str, Any]) -> None:
         """Write the tokenizer, with [RET], so that every generation of transformers loads it.

@@ -41,18 +41,19 @@ class PatchEmbedding(nnx.Module):
         channels = len(self.mean)
         kernel = self.projection.kernel[...].astype(jnp.float32)
         kernel = kernel.reshape(channels, self.frames, -1, kernel.shape[-1]).sum(1)
-        return self.normalise(patches).astype(dtype) @ kernel.reshape(-1, kernel.shape[-1]).astype(
-            dtype
-        )
+        return normalise(patches, self.mean, self.std).astype(dtype) @ kernel.reshape(
+            -1, kernel.shape[-1]
+        ).astype(dtype)
 
-    def normalise(
-        self, patches: UInt8[Array, "rows length values"]
-    ) -> Float[Array, "rows length values"]:
-        """Pixel values as the published image processor hands them to the model, float32."""
-        rows, length, values = patches.shape
-        mean, std = (np.asarray(of, np.float32)[:, None] for of in (self.mean, self.std))
-        scaled = patches.reshape(rows, length, len(mean), -1).astype(jnp.float32) / 255
-        return ((scaled - mean) / std).reshape(rows, length, values)
+
+def normalise(
+    patches: UInt8[Array, "rows length values"], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[Array, "rows length values"]:
+    """Return pixel values as the published image processor hands them to the model, float32."""
+    rows, length, values = patches.shape
+    centre, spread = (np.asarray(of, np.float32)[:, None] for of in (mean, std))
+    scaled = patches.reshape(rows, length, len(mean), -1).astype(jnp.float32) / 255
+    return ((scaled - centre) / spread).reshape(rows, length, values)
 
 
 class VisionAttention(nnx.Module):

@@ -9,12 +9,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from puma_jax.config import ImageConfig, VisionConfig
-from puma_jax.data.images import open_image, patchify, resized_size
+from puma_jax.config import ImageConfig
+from puma_jax.data.images import open_image, patch_counts, patchify, resized_sizes
 from puma_jax.errors import ImageError
-from tests.reference import image_processor, pixel_values, random_image
+from tests.reference import VISION, image_processor, pixel_values, random_image
 
-VISION = VisionConfig(layers=1, width=32, heads=2, mlp_width=64, out_width=64)
 LIMITS = ImageConfig()
 SIZES = [(56, 56), (256, 341), (1, 1), (3, 500), (700, 20), (1000, 1200), (29, 31)]
 
@@ -32,14 +31,18 @@ def test_patches_equal_those_of_the_published_processor(size, limits):
     )
 
 
-@given(st.integers(1, 3000), st.integers(1, 3000))
-def test_sizes_equal_smart_resize(height, width):
-    if max(height, width) > 200 * min(height, width):
+@given(st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), min_size=1, max_size=50))
+def test_sizes_equal_smart_resize(sizes):
+    heights, widths = np.array(sizes).T
+    if any(max(size) > 200 * min(size) for size in sizes):
         with pytest.raises(ImageError, match="too elongated"):
-            resized_size(height, width, VISION, LIMITS)
+            resized_sizes(heights, widths, VISION, LIMITS)
         return
-    theirs = smart_resize(height, width, 28, LIMITS.min_pixels, LIMITS.max_pixels)
-    assert resized_size(height, width, VISION, LIMITS) == theirs
+    theirs = [smart_resize(*size, 28, LIMITS.min_pixels, LIMITS.max_pixels) for size in sizes]
+    rows, columns = resized_sizes(heights, widths, VISION, LIMITS)
+    assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == theirs
+    counts = patch_counts(np.append(heights, 0), np.append(widths, 0), VISION, LIMITS)
+    assert counts.tolist() == [height * width // 196 for height, width in theirs] + [0]
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "LA", "1", "YCbCr"])

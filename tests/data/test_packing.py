@@ -1,15 +1,21 @@
 """Packing: every item once, whole, inside its limits and its own segment, whatever the lengths."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puma_jax.data.items import Item
-from puma_jax.data.packing import fill, fitting_shape, place
+from puma_jax.data.packing import fill, place
+from puma_jax.data.shapes import fitting_shape
 from puma_jax.errors import PackingError
 from puma_jax.rows import RowShape
+from tests.reference import VISION
 
+# The smallest patch there is: three values.
+SMALL = dataclasses.replace(VISION, patch_size=1)
 SHAPE = RowShape(rows=4, length=64, patch_rows=4, patch_length=96, slots=24, groups=2)
 
 
@@ -41,7 +47,7 @@ def test_every_item_lies_whole_in_one_place(sizes):
     lengths = np.array([len(item.tokens) for item in items])
     patches = np.array([len(item.patches) for item in items])
     placement = place(lengths, patches, SHAPE)
-    rows = fill(items, placement, SHAPE, merged=4)
+    rows = fill(items, placement, SHAPE, SMALL)
 
     assert (rows.segments > 0).sum() == lengths.sum()
     assert (rows.patch_segments > 0).sum() == patches.sum()

@@ -99,7 +99,23 @@ def test_instruction_and_body_tokenised_apart_are_the_whole(tiny, text, image):
     tail = query_text("find it", text).removeprefix("Find it.").removeprefix("\n")
     apart = prompter.body(tail, image=image, instructed=True)
     instruction = prompter.instruction("find it")
-    assert (*instruction, *apart.tokens) == together.tokens
+    assert prompter.template.join(instruction, apart, image=image) == together.tokens
+
+
+@pytest.mark.parametrize("length", [436, 441, 442, 443, 600])
+@pytest.mark.parametrize("image", [True, False])
+def test_joined_and_cut_they_are_the_whole_cut(tiny, length, image):
+    prompter = tiny.prompter
+    text = ("word " * 200)[: length - 1] + "."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TextCutWarning)
+        together = prompter.body(query_text("find it", text), image=image)
+        apart = prompter.body(text, image=image, instructed=True)
+    instruction = prompter.instruction("find it")
+    assert prompter.template.join(instruction, apart, image=image) == together.tokens
+    one = [np.array([n]) for n in (len(instruction), len(apart.tokens), apart.text, image)]
+    one[3] = one[3].astype(bool)
+    assert prompter.template.joined_lengths(*one)[0] == len(together.tokens)
 
 
 def test_positions_are_a_plain_count_on_request(tiny):

@@ -1,0 +1,133 @@
+"""Forward speed of the decoder and the tower at Qwen2-VL-2B's widths, beside transformers on torch.
+
+    python benchmarks/forward.py
+
+Both run the same float32 weights' shapes on the same tokens, in turns in one process, so that
+whatever else the machine does falls on both, and on the large matrix product that says what the
+machine could do meanwhile. Printed: median time, FLOP/s, and fraction of that peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import qwen2_vl_2b
+import torch
+from machine import describe, square_product
+from transformers import Qwen2VLConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import (
+    Qwen2VisionTransformerPretrainedModel,
+    Qwen2VLTextModel,
+)
+
+from puma_jax.config import ComputeConfig
+from puma_jax.data.positions import counted_positions, patch_positions
+from puma_jax.model.encoder import init
+
+FLOAT32 = ComputeConfig(dtype="float32")
+
+
+def in_turns(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Return the median seconds of each, run one after the other so that noise hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if turn:  # the first turn compiles
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(of) for name, of in times.items()}
+
+
+def report(what: str, flops: float, runs: dict[str, Callable[[], object]], repeats: int) -> None:
+    """Time the contenders and the peak in turns; print a line for each, and the ratio."""
+    product, product_flops = square_product()
+    seconds = in_turns({**runs, "peak": product}, repeats)
+    peak = product_flops / seconds.pop("peak")
+    print(f"{what:8} matrix-product peak {peak / 1e9:.0f} GFLOP/s")
+    for name, time_taken in seconds.items():
+        speed = flops / time_taken
+        rates = f"{speed / 1e9:6.1f} GFLOP/s  {speed / peak:4.0%} of peak"
+        print(f"{what:8} {name:6} {time_taken:7.3f} s  {rates}")
+    print(f"{what:8} puma_jax is {seconds['torch'] / seconds['jax']:.2f} × torch")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=2, help="of decoder and of tower")
+    parser.add_argument("--length", type=int, default=512, help="tokens in a row, patches in a row")
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=7)
+    arguments = parser.parse_args()
+    layers, length, rows = arguments.layers, arguments.length, arguments.rows
+    config = qwen2_vl_2b.config(layers, layers)
+    params = init(config, jax.random.key(0))
+    theirs = Qwen2VLConfig(
+        text_config={
+            "vocab_size": 1000,
+            "hidden_size": 1536,
+            "intermediate_size": 8960,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
+        vision_config={"depth": layers, "embed_dim": 1280, "hidden_size": 1536},
+    )
+    theirs._attn_implementation = "sdpa"
+    print(f"{describe()}, torch {torch.__version__}, {torch.get_num_threads()} torch threads")
+    print(f"{layers} layers, {rows} rows of {length}, float32, medians of {arguments.repeats}")
+
+    x = np.random.default_rng(0).normal(size=(rows, length, 1536)).astype(np.float32)
+    x_jax, x_torch = jnp.asarray(x), torch.tensor(x)
+    segments = jnp.ones((rows, length), jnp.int32)
+    positions = jnp.asarray(np.tile(counted_positions(length), (rows, 1, 1)))
+    decode = jax.jit(lambda p, x: p.norm(p(x, segments, positions, FLOAT32)))
+    decoder = Qwen2VLTextModel(theirs.text_config).eval()
+
+    def torch_decoder() -> None:
+        with torch.inference_mode():
+            decoder(inputs_embeds=x_torch, use_cache=False)
+
+    flops = qwen2_vl_2b.decoder_flops(config, rows * length, length)
+    runs = {
+        "jax": lambda: decode(params.decoder, x_jax).block_until_ready(),
+        "torch": torch_decoder,
+    }
+    report("decoder", flops, runs, arguments.repeats)
+
+    side = 2 * int((length / 4) ** 0.5)
+    patches = np.random.default_rng(0).integers(0, 256, (rows, side * side, 588), np.uint8)
+    where = jnp.asarray(np.tile(patch_positions(side, side, 2), (rows, 1, 1)))
+    images = jnp.ones((rows, side * side), jnp.int32)
+    see = jax.jit(lambda p, x: p(x, images, where, FLOAT32))
+    tower = Qwen2VisionTransformerPretrainedModel(theirs.vision_config).eval()
+    pixels = torch.tensor(
+        np.repeat(patches.reshape(-1, 3, 1, 196) / 255, 2, axis=2).reshape(-1, 1176),
+        dtype=torch.float32,
+    )
+    grid = torch.tensor([[1, side, side]] * rows)
+    patches_jax = jnp.asarray(patches)
+
+    def torch_tower() -> None:
+        with torch.inference_mode():
+            tower(pixels, grid_thw=grid)
+
+    flops = qwen2_vl_2b.vision_flops(config, rows * side * side, side * side)
+    runs = {
+        "jax": lambda: see(params.vision, patches_jax).block_until_ready(),
+        "torch": torch_tower,
+    }
+    report("tower", flops, runs, arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()

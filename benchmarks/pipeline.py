@@ -1,0 +1,92 @@
+"""How fast a core makes items: JPEGs to patches, beside transformers' processor, and whole batches.
+
+    python benchmarks/pipeline.py
+
+Both preprocess the same JPEGs of 256 pixels on the short side, in turns, on one core. Ours hands
+uint8 to the device, which normalises there; the normalised values are compared, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import statistics
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import qwen2_vl_2b
+from PIL import Image
+from transformers import Qwen2VLImageProcessorPil
+
+from puma_jax.config import ImageConfig
+from puma_jax.data.images import open_image, patchify
+from puma_jax.model.vision import normalise
+
+LIMITS = ImageConfig()
+VISION = qwen2_vl_2b.config().vision
+
+
+def jpegs(count: int) -> list[bytes]:
+    """Return JPEG files with structure at several scales, 256 × 256 to 384 pixels."""
+    rng = np.random.default_rng(0)
+    files = []
+    for number in range(count):
+        width = 256 + 16 * (number % 9)
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
+        smooth = np.asarray(coarse.resize((width, 256), Image.Resampling.BICUBIC), np.int16)
+        noisy = np.clip(smooth + rng.integers(-12, 12, smooth.shape), 0, 255).astype(np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(noisy).save(file, "JPEG", quality=90)
+        files.append(file.getvalue())
+    return files
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    files = jpegs(arguments.images)
+    processor = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": LIMITS.min_pixels, "longest_edge": LIMITS.max_pixels}
+    )
+
+    def ours() -> list[np.ndarray]:
+        return [patchify(open_image(file), VISION, LIMITS)[0] for file in files]
+
+    def theirs() -> list[np.ndarray]:
+        opened = [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
+        return [processor(image, return_tensors="np")["pixel_values"] for image in opened]
+
+    def decode_alone() -> None:
+        for file in files:
+            open_image(file)
+
+    times: dict[str, list[float]] = {}
+    for _ in range(arguments.repeats):
+        for run in (ours, theirs, decode_alone):
+            start = time.perf_counter()
+            run()
+            times.setdefault(run.__name__, []).append(time.perf_counter() - start)
+    speed = {name: arguments.images / statistics.median(of) for name, of in times.items()}
+    print(f"{arguments.images} JPEGs, 256 pixels on the short side, one core, medians")
+    print(
+        f"puma_jax      {speed['ours']:7.0f} items/s   (uint8, {ours()[0][0].nbytes} bytes a patch)"
+    )
+    print(f"transformers  {speed['theirs']:7.0f} items/s   ({theirs()[0][0].nbytes} bytes a patch)")
+    print(f"ratio         {speed['ours'] / speed['theirs']:7.2f} ×")
+    print(f"decoding JPEG alone, the floor of both: {speed['decode_alone']:.0f} items/s")
+
+    worst = 0.0
+    for patches, values in zip(ours(), theirs(), strict=True):
+        mine = np.asarray(
+            normalise(jnp.asarray(patches[None]), VISION.image_mean, VISION.image_std)
+        )[0]
+        frame = values.reshape(len(patches), VISION.channels, 2, -1)[:, :, 0]
+        worst = max(worst, float(np.abs(mine - frame.reshape(mine.shape)).max()))
+    print(f"largest difference of normalised pixels: {worst:.1e} (one grey level is 1.5e-02)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""The pipeline: every batch byte for byte the same, whoever makes it, and just what was planned."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from puma_jax.config import ImageConfig, PlanConfig
+from puma_jax.data import mbeir
+from puma_jax.data.builder import Settings, build
+from puma_jax.data.images import open_image, patchify
+from puma_jax.data.mbeir import Candidate, Instruction, Query
+from puma_jax.data.pipeline import Loader, batches, counted, on_device
+from puma_jax.data.plan import Plan
+from puma_jax.data.prompts import Prompter, normalise, query_text
+from puma_jax.data.store import Store
+from puma_jax.errors import ConfigError, DataError
+from puma_jax.model import encoder
+from puma_jax.rows import Rows
+from tests.reference import FLOAT32, byte_tokenizer, random_image
+
+INSTRUCTION = Instruction("image,text", "text", "mine", "m", ("find the text", "Which text is it?"))
+CHUNKS, GROUPS = 2, 4
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """60 queries of image and text for 40 texts, and 20 queries of text for 20 images."""
+    root = tmp_path_factory.mktemp("mbeir")
+    (root / "images").mkdir()
+    for number in range(20):
+        random_image(40 + 5 * number, 90, number).save(root / f"images/{number}.png")
+    image = [f"images/{number}.png" for number in range(20)]
+    queries = [
+        Query(f"m:{n}", f"text {n}", image[n % 20], "image,text", (f"c:{n % 40}", "c:1"), 6)
+        for n in range(60)
+    ] + [Query(f"t:{n}", "words " * n + "end", None, "text", (f"i:{n}",), 0) for n in range(20)]
+    candidates = [Candidate(f"c:{n}", f"candidate {n}", None, "text") for n in range(40)]
+    candidates += [Candidate(f"i:{n}", None, image[n], "image") for n in range(20)]
+    mbeir.write_queries(root / "query/union_train/mbeir_union_up_train.jsonl", queries)
+    pool = "cand_pool/global/mbeir_union_train_cand_pool.jsonl"
+    mbeir.write_candidates(root / pool, candidates)
+    mbeir.write_instructions(root / "instructions/query_instructions.tsv", [INSTRUCTION])
+    return root
+
+
+@pytest.fixture(scope="module")
+def config(tiny):
+    return dataclasses.replace(tiny.config, images=ImageConfig(4 * 28**2, 9 * 28**2))
+
+
+@pytest.fixture(scope="module")
+def prompter(config):
+    return Prompter(byte_tokenizer(), config)
+
+
+@pytest.fixture(scope="module")
+def store(root, prompter, tmp_path_factory):
+    out = tmp_path_factory.mktemp("built") / "data"
+    build(Settings(root=root, out=out, workers=1), prompter)
+    return Store.open(out)
+
+
+@pytest.fixture(scope="module")
+def plan(store, prompter):
+    return Plan(store.table, store.instructions, prompter.template, PlanConfig(batch=16, window=4))
+
+
+@pytest.fixture(scope="module")
+def shape(plan):
+    return plan.fitting_shape(CHUNKS, GROUPS)
+
+
+@pytest.fixture(scope="module")
+def loader(store, plan, shape):
+    return Loader(store, plan, shape, CHUNKS)
+
+
+@pytest.fixture(scope="module")
+def expected(loader):
+    """Six batches, made one by one."""
+    return [loader(step) for step in range(6)]
+
+
+def assert_same(first, second):
+    ours, theirs = (jax.tree.leaves(batch) for batch in (first, second))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_the_number_of_workers_changes_nothing(loader, expected, workers):
+    for made, alone in zip(batches(loader, 0, 6, workers=workers), expected, strict=True):
+        assert_same(made, alone)
+
+
+@pytest.mark.parametrize("start", [1, 3, 5])
+def test_resuming_at_any_step_changes_nothing(loader, expected, start):
+    for made, alone in zip(batches(loader, start, 6), expected[start:], strict=True):
+        assert_same(made, alone)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_hosts_together_hold_what_one_would(store, plan, shape, expected, hosts):
+    for step in (0, 4):
+        parts = [
+            Loader(store, plan, shape, CHUNKS, host=host, hosts=hosts)(step)
+            for host in range(hosts)
+        ]
+        whole = expected[step]
+        rows = jax.tree.map(lambda *parts: np.concatenate(parts, 1), *[part.rows for part in parts])
+        assert_same(rows, whole.rows)
+        for part in parts:
+            assert_same(dataclasses.replace(part, rows=whole.rows), whole)
+
+
+def test_groups_that_do_not_divide_among_hosts_are_refused(store, plan, shape):
+    with pytest.raises(ConfigError, match="4 groups do not divide among 3 hosts"):
+        Loader(store, plan, shape, CHUNKS, host=0, hosts=3)
+
+
+def test_a_batch_holds_the_items_that_were_planned(
+    root, loader, plan, shape, expected, prompter, tiny, config
+):
+    """Read back through the model: each slot's vector is that of the item made from the files."""
+    queries = list(mbeir.read_queries(root / "query/union_train/mbeir_union_up_train.jsonl"))
+    pool = root / "cand_pool/global/mbeir_union_train_cand_pool.jsonl"
+    candidates = list(mbeir.read_candidates(pool))
+    batch, pairs = expected[2], plan.pairs(2)
+    run = jax.jit(encoder.encode, static_argnames=("compute", "groups"))
+    states = np.concatenate(
+        [
+            run(
+                tiny.params,
+                jax.tree.map(lambda a, c=c: jax.numpy.asarray(a[c]), batch.rows),
+                FLOAT32,
+                groups=GROUPS,
+            )
+            for c in range(CHUNKS)
+        ]
+    )
+
+    def alone(text, image):
+        cut = patchify(open_image(root / image), config.vision, config.images) if image else ()
+        item = prompter.item(text, *cut)
+        return tiny.expected(item)
+
+    for number in (0, 5, 11, 15):
+        query = queries[pairs.query[number]]
+        candidate = candidates[pairs.candidate[number]]
+        assert candidate.did in query.positives
+        instruction = None if query.task == 0 else INSTRUCTION.prompts[pairs.prompt[number]]
+        found = states[batch.query_slot[number]]
+        theirs = alone(query_text(instruction, query.text), query.image)
+        np.testing.assert_allclose(found, theirs, rtol=0, atol=1e-4)
+        found = states[batch.candidate_slot[number]]
+        theirs = alone(normalise(candidate.text), candidate.image)
+        np.testing.assert_allclose(found, theirs, rtol=0, atol=1e-4)
+        assert batch.modality[number] == mbeir.modality_code(candidate.modality)
+
+
+def test_transfers_run_ahead_and_nothing_is_lost_or_reordered(expected):
+    started = []
+
+    def put(batch):
+        started.append(len(started))
+        return len(started)
+
+    for number, (batch, token) in enumerate(on_device(iter(expected), put, ahead=2)):
+        assert batch is expected[number]
+        assert token == number + 1
+        assert len(started) == min(number + 3, 6)
+
+
+def test_counters_say_how_full_the_rows_are(loader, plan, shape):
+    pairs = list(counted(batches(loader, 0, 3), lambda batch: batch))
+    assert len(pairs) == 3
+    for step, (_, counters) in enumerate(pairs):
+        made = plan.step(step, shape, CHUNKS)
+        room = CHUNKS * shape.rows * shape.length
+        assert counters.useful_tokens == pytest.approx(made.lengths.sum() / room)
+        assert 0 < counters.useful_patches <= 1
+        assert counters.pairs_per_second > 0
+        assert counters.blank_images == 0
+
+
+def test_an_image_that_cannot_be_decoded_stops_the_run_or_is_left_blank(
+    root, prompter, plan, shape, tmp_path
+):
+    import shutil
+
+    copy = shutil.copytree(root, tmp_path / "mbeir")
+    build(Settings(root=copy, out=tmp_path / "data", images="path", workers=1), prompter)
+    store = Store.open(tmp_path / "data")
+    path = copy / "images/3.png"
+    path.write_bytes(path.read_bytes()[:200])
+    steps = range(plan.steps_per_epoch)
+    loader = Loader(store, plan, shape, CHUNKS)
+    with pytest.raises(DataError, match=r"\(images/3.png\): image cannot be decoded"):
+        list(map(loader, steps))
+    skipping = Loader(store, plan, shape, CHUNKS, on_bad_record="skip")
+    blank = [skipping(step) for step in steps]
+    bad = sum(int((~batch.valid).sum()) for batch in blank)
+    assert bad >= 1
+    for batch in blank:
+        queries = np.array([int(q) % 20 == 3 and q < 60 for q in batch.query])
+        candidates = np.array([c == 43 for c in batch.candidate])
+        np.testing.assert_array_equal(~batch.valid, queries | candidates)
+
+
+def test_data_that_changed_since_it_was_built_is_found(root, prompter, plan, shape, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(root, tmp_path / "mbeir")
+    build(Settings(root=copy, out=tmp_path / "data", images="path", workers=1), prompter)
+    random_image(300, 40).save(copy / "images/3.png")
+    store = Store.open(tmp_path / "data")
+    loader = Loader(store, plan, shape, CHUNKS)
+    with pytest.raises(DataError, match=r"planned were .* build the data again"):
+        list(map(loader, range(plan.steps_per_epoch)))
+
+
+def test_rows_of_a_batch_are_plain_numpy(expected):
+    assert isinstance(expected[0].rows, Rows)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(expected[0]))

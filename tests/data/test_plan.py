@@ -1,0 +1,225 @@
+"""The plan: pure in (seed, step), each query once an epoch, rows that hold every step."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from puma_jax.config import PlanConfig
+from puma_jax.data.items import Template
+from puma_jax.data.plan import Plan, _shuffle
+from puma_jax.data.store import Instructions, Prompt
+from puma_jax.data.table import LengthTable
+from puma_jax.errors import ConfigError, PackingError
+from puma_jax.rows import RowShape
+
+QUERIES, CANDIDATES = 1003, 300
+SETS = ("large", "small", "tiny")
+
+
+@pytest.fixture(scope="module")
+def table():
+    """Three sets of 800, 180 and 23 queries, one to four positives each."""
+    rng = np.random.default_rng(0)
+    sides = {}
+    for side, n in (("query", QUERIES), ("candidate", CANDIDATES)):
+        kind = rng.integers(0, 3, n)
+        text = rng.integers(1, 100, n) * (kind != 0)
+        sides |= {
+            f"{side}_tokens": text + 8,
+            f"{side}_height": np.where(kind != 1, 56, 0),
+            f"{side}_width": np.where(kind != 1, 28 * rng.integers(2, 20, n), 0),
+        }
+        sides |= {"query_text": text} if side == "query" else {"candidate_modality": kind}
+    positives = rng.integers(1, 5, QUERIES)
+    start = np.append(0, np.cumsum(positives))
+    return LengthTable(
+        **sides,
+        query_plain_tokens=sides["query_tokens"] + 1,
+        query_key=np.where(np.arange(QUERIES) % 5 == 0, -1, np.arange(QUERIES) % 2),
+        query_set=np.repeat([0, 1, 2], [800, 180, 23]),
+        query_task=np.zeros(QUERIES, int),
+        positive_start=start,
+        positive_row=rng.integers(0, CANDIDATES, start[-1]),
+        negative_start=np.zeros(QUERIES + 1, int),
+        negative_row=np.zeros(0, int),
+    )
+
+
+@pytest.fixture(scope="module")
+def plan_of(table, tiny):
+    """Make a plan with some settings."""
+    prompts = tuple(tuple(Prompt("", (7,) * n) for n in lengths) for lengths in ((3, 5, 9), (4,)))
+    keys = (("0", "text", "image"), ("1", "text", "image"))
+    instructions = Instructions(keys, prompts, SETS)
+    template = Template(tiny.config, (1,) * 14, (2,) * 6, (3,) * 8, (4,) * 10)
+    return lambda **settings: Plan(table, instructions, template, PlanConfig(**settings))
+
+
+def same(first, second):
+    return all(np.array_equal(value, getattr(second, name)) for name, value in vars(first).items())
+
+
+@given(st.integers(1, 3000), st.integers(0, 5))
+def test_a_shuffle_is_a_permutation(size, seed):
+    shuffled = _shuffle(np.arange(size), size, seed)
+    assert sorted(shuffled.tolist()) == list(range(size))
+
+
+def test_shuffles_of_two_seeds_have_nothing_in_common():
+    one, other = (_shuffle(np.arange(10_000), 10_000, seed) for seed in (0, 1))
+    for shuffled in (one, other):
+        # As many fixed points and descents as chance would have.
+        assert (shuffled == np.arange(10_000)).sum() < 10
+        assert abs((np.diff(shuffled) < 0).mean() - 0.5) < 0.03
+        assert abs(np.corrcoef(shuffled, np.arange(10_000))[0, 1]) < 0.05
+    assert (one == other).sum() < 10
+
+
+@pytest.mark.parametrize("settings", [{}, {"one_set_per_batch": True}, {"window": 5}])
+def test_no_query_comes_twice_in_an_epoch_and_all_but_the_rest_come(plan_of, settings):
+    plan = plan_of(batch=20, **settings)
+    for epoch in range(2):
+        steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+        seen = np.concatenate([plan.pairs(step).query for step in steps])
+        assert len(seen) == len(set(seen.tolist())) == 20 * plan.steps_per_epoch
+        assert len(seen) > QUERIES - 3 * 20
+
+
+def test_any_step_is_planned_the_same_without_those_before(plan_of):
+    plan = plan_of(batch=16)
+    in_order = [plan.pairs(step) for step in range(130)]
+    for step in (129, 0, 64, 31, 32, 99):
+        assert same(plan_of(batch=16).pairs(step), in_order[step])
+
+
+def test_another_seed_or_epoch_is_another_order_and_other_choices(plan_of):
+    plan = plan_of(batch=500)
+    first = np.sort(plan.pairs(0).query)
+    assert not np.array_equal(first, np.sort(plan_of(batch=500, seed=1).pairs(0).query))
+    again = {q: (c, p) for q, c, p in zip(*vars(plan.pairs(0)).values(), strict=True)}
+    later = {q: (c, p) for q, c, p in zip(*vars(plan.pairs(2)).values(), strict=True)}
+    both = set(again) & set(later)
+    assert len(both) > 100
+    assert sum(again[q] != later[q] for q in both) > len(both) / 2
+
+
+def test_positives_and_prompts_are_those_of_the_query_all_of_them_sometimes(plan_of, table):
+    plan = plan_of(batch=500)
+    drawn = {}
+    for step in range(60):
+        for query, candidate, prompt in zip(*vars(plan.pairs(step)).values(), strict=True):
+            drawn.setdefault(int(query), set()).add((int(candidate), int(prompt)))
+    for query, choices in drawn.items():
+        here = slice(table.positive_start[query], table.positive_start[query + 1])
+        assert {candidate for candidate, _ in choices} <= set(table.positive_row[here].tolist())
+        prompts = {-1: {-1}, 0: {0, 1, 2}, 1: {0}}[int(table.query_key[query])]
+        assert {prompt for _, prompt in choices} <= prompts
+    drawn_all = [
+        len(choices) == len({(c, p) for c, _ in choices for _, p in choices})
+        for choices in drawn.values()
+    ]
+    assert np.mean(drawn_all) > 0.7
+
+
+def test_without_instructions_no_prompt_is_drawn(plan_of):
+    plan = plan_of(batch=100, instructions=False)
+    pairs = plan.pairs(0)
+    assert (pairs.prompt == -1).all()
+    lengths, patches = plan.item_sizes(pairs)
+    plain = plan.table.query_plain_tokens[pairs.query]
+    np.testing.assert_array_equal(
+        lengths[:100], 20 + plain + np.where(patches[:100] > 0, 2 + patches[:100] // 4, 0)
+    )
+
+
+def test_weights_are_kept_in_every_window(plan_of):
+    weights = (("large", 1.0), ("tiny", 0.5), ("small", 2.5))
+    plan = plan_of(batch=40, weights=weights)
+    counts = np.array(
+        [
+            np.bincount(plan.table.query_set[plan.pairs(step).query], minlength=3)
+            for step in range(64)
+        ]
+    )
+    np.testing.assert_allclose(counts[:25].sum(0) / 1000, [0.25, 0.625, 0.125], atol=0.01)
+    # A small set comes round often, but never anew before all of it has come.
+    tiny = np.concatenate(
+        [plan.pairs(s).query[plan.table.query_set[plan.pairs(s).query] == 2] for s in range(25)]
+    )
+    visits = np.bincount(tiny - 980, minlength=23)
+    assert visits.max() - visits.min() <= 1
+
+
+def test_a_batch_of_one_set_is_of_one_set_in_proportion(plan_of):
+    plan = plan_of(batch=20, one_set_per_batch=True)
+    sets = [
+        set(plan.table.query_set[plan.pairs(s).query].tolist()) for s in range(plan.steps_per_epoch)
+    ]
+    assert all(len(of_step) == 1 for of_step in sets)
+    counts = np.bincount([min(of_step) for of_step in sets], minlength=3)
+    assert counts.tolist() == [40, 9, 1]
+
+
+def test_dealing_makes_all_steps_alike(plan_of):
+    def spread(window):
+        plan = plan_of(batch=30, window=window)
+        sizes = [plan.item_sizes(plan.pairs(step)) for step in range(32)]
+        return [np.std([size[i].sum() for size in sizes]) for i in (0, 1)]
+
+    dealt, drawn = spread(32), spread(1)
+    assert dealt[0] < drawn[0] / 5
+    assert dealt[1] < drawn[1] / 2
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_the_fitting_shape_fits_every_step_of_an_epoch_and_wastes_little(plan_of, groups):
+    plan = plan_of(batch=100)
+    shape = plan.fitting_shape(chunks=2, groups=groups)
+    for step in range(plan.steps_per_epoch):
+        made = plan.step(step, shape, 2)
+        assert made.placement.chunk.max() < 2
+        if groups == 1:
+            assert made.lengths.sum() > 0.85 * 2 * shape.rows * shape.length
+
+
+def test_rows_hold_the_largest_item_of_all_not_only_of_the_steps_looked_at(plan_of):
+    plan = plan_of(batch=4)
+    shape = plan.fitting_shape(chunks=1, groups=1, looked_at=1)
+    sizes = [plan.item_sizes(plan.pairs(step)) for step in range(2 * plan.steps_per_epoch)]
+    most = tuple(max(int(size[i].max()) for size in sizes) for i in (0, 1))
+    assert plan.largest_item()[0] >= most[0]
+    assert plan.largest_item()[1] >= most[1]
+    assert shape.length >= plan.largest_item()[0]
+    assert shape.patch_length >= plan.largest_item()[1]
+
+
+def test_what_does_not_fit_is_an_error_when_it_is_planned(plan_of):
+    with pytest.raises(PackingError, match="raise"):
+        plan_of(batch=100).step(0, RowShape(2, 512, 2, 512, 300), 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch": 2000}, "batch 2000 is larger than the data: 1003 pairs"),
+        ({"batch": 900, "one_set_per_batch": True}, "larger than the data"),
+        ({"weights": (("none", 1.0),)}, "names none; the sets are large, small, tiny"),
+        ({"batch": 1, "window": 2, "weights": (("tiny", 1.0), ("large", 9.0))}, "less than two"),
+        ({"weights": (("tiny", 1.0),), "one_set_per_batch": True}, "exclude each other"),
+        ({"batch": 0}, "must be at least 1"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(plan_of, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        plan_of(**settings)
+
+
+def test_a_plan_can_be_sent_to_a_worker(plan_of):
+    import pickle
+
+    plan = plan_of(batch=16)
+    assert same(pickle.loads(pickle.dumps(plan)).pairs(40), plan.pairs(40))
+    assert dataclasses.is_dataclass(plan.config)
