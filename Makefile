@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 
-.PHONY: test check format clean
+.PHONY: test check format data clean
 
 test: check
 	$(BIN)/python -m pytest
@@ -13,6 +13,9 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+data: $(STAMP)
+	$(BIN)/python -m puma_jax.data.openmoji --out runs/openmoji
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from puma_jax.errors import LayerSelectionError
-from puma_jax.model.encoder import keep_layers
+from puma_jax.model.encoder import abstract, keep_layers
 from puma_jax.model.hf import open_checkpoint
 from puma_jax.model.tree import named_leaves
 from puma_jax.rows import RowShape
@@ -43,6 +43,17 @@ def test_the_slice_equals_the_reference_with_those_layers_deleted(tiny, keep):
     for mine, item in zip(ours, items, strict=True):
         np.testing.assert_allclose(mine, tiny.expected(item, reference), rtol=0, atol=1e-4)
     jax.tree.map(np.testing.assert_array_equal, params, read)
+
+
+def test_the_program_does_not_grow_with_depth(tiny):
+    """Compile time is that of one layer: 28 layers lower to as many lines as 12."""
+    rows, _ = pack([tiny.item("A.", random_image(60, 60))], RowShape(1, 128, 1, 64, 1))
+
+    def lines(layers):
+        config = tiny.config.with_layers(tuple(range(layers)))
+        return encode.lower(abstract(config), rows, FLOAT32).as_text().count("\n")
+
+    assert lines(28) == lines(12)
 
 
 def test_slices_compose_in_terms_of_the_base_model(tiny):
