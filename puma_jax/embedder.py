@@ -24,7 +24,7 @@ from puma_jax.config import ComputeConfig, DType, ImageConfig, ModelConfig, Prom
 from puma_jax.data.images import ImageSource, open_image, patchify
 from puma_jax.data.items import Item
 from puma_jax.data.packing import Placement, fill, place
-from puma_jax.data.prompts import Prompter, query_text
+from puma_jax.data.prompts import Prompter, load_tokenizer, query_text
 from puma_jax.data.shapes import fitting_shape
 from puma_jax.errors import CheckpointError, ImageError, ItemError, PackingError
 from puma_jax.model import encoder, hf
@@ -111,7 +111,7 @@ class Embedder:
         return cls(
             config,
             _Unread(checkpoint, layers, dtype, placement),
-            _tokenizer(checkpoint.folder),
+            load_tokenizer(checkpoint.folder),
             compute=compute or ComputeConfig(dtype=dtype),
             source=checkpoint.source,
         )
@@ -332,15 +332,3 @@ def _place(
             return shape, place(lengths, patches, shape)
     shape = fitting_shape(lengths, patches, tokens)
     return shape, place(lengths, patches, shape)
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    # Not AutoTokenizer, which imports torch wherever it is installed.
-    if not (folder / "tokenizer.json").exists():
-        raise CheckpointError(
-            f"{folder} has no tokenizer.json: save it once with transformers' AutoTokenizer"
-        )
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(folder)
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise CheckpointError(f"{folder}/tokenizer.json cannot be read: {error}") from error

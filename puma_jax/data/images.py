@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image
@@ -38,24 +40,52 @@ def open_image(source: ImageSource) -> Image.Image:
                 "expected uint8 [height, width, 3]"
             )
         return Image.fromarray(source)
-    name = "image" if isinstance(source, bytes | Image.Image) else str(source)
+    if isinstance(source, Image.Image):
+        return _decoded(source)
+    with _opened(source) as image:
+        return _decoded(image)
+
+
+def image_size(source: str | os.PathLike | bytes) -> tuple[int, int]:
+    """Return the height and width of an image in pixels; only its header is read.
+
+    Raises:
+        ImageError: There is no such file, or it is no image, or too large to be decoded.
+    """
+    with _opened(source) as image:
+        return image.height, image.width
+
+
+@contextmanager
+def _opened(source: str | os.PathLike | bytes) -> Iterator[Image.Image]:
+    """Open an image that is not larger than what is decoded."""
+    name = _name(source)
     try:
-        if isinstance(source, Image.Image):
-            return source.convert("RGB")
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            # PIL only warns of these, and a warning cannot be made an error in one thread alone.
-            if image.width * image.height > _MOST_PIXELS:
-                raise ImageError(
-                    f"{name} has {image.width} × {image.height} pixels, "
-                    f"more than the {_MOST_PIXELS:,} that are decoded"
-                )
-            return image.convert("RGB")
-    except ImageError:
-        raise
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     except FileNotFoundError:
         raise ImageError(f"{name} does not exist") from None
     except Exception as error:  # decoders raise whatever their format's parser trips over
         raise ImageError(f"{name} cannot be decoded: {error}") from error
+    with image:
+        # PIL only warns of these, and a warning cannot be made an error in one thread alone.
+        if image.width * image.height > _MOST_PIXELS:
+            raise ImageError(
+                f"{name} has {image.width} × {image.height} pixels, "
+                f"more than the {_MOST_PIXELS:,} that are decoded"
+            )
+        yield image
+
+
+def _decoded(image: Image.Image) -> Image.Image:
+    try:
+        return image.convert("RGB")
+    except Exception as error:
+        name = getattr(image, "filename", "") or "image"
+        raise ImageError(f"{name} cannot be decoded: {error}") from error
+
+
+def _name(source: str | os.PathLike | bytes) -> str:
+    return "image" if isinstance(source, bytes) else str(source)
 
 
 def resized_sizes(

@@ -19,7 +19,7 @@ from PIL import Image
 from puma_jax.data.examples import Record
 from puma_jax.data.images import patchify
 from puma_jax.data.items import Body, Item
-from puma_jax.data.lines import OnBadRecord
+from puma_jax.data.mbeir.lines import OnBadRecord
 from puma_jax.data.packing import fill
 from puma_jax.data.plan import Pairs, Plan, Step
 from puma_jax.data.store import Store

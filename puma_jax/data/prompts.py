@@ -57,6 +57,23 @@ def query_text(instruction: str | None, text: str | None) -> str:
     return normalise(f"{normalise(instruction)}\n{(text or '').strip()}")
 
 
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a model's folder.
+
+    Raises:
+        CheckpointError: There is no tokenizer.json, or it cannot be read.
+    """
+    # Not AutoTokenizer, which imports torch wherever it is installed.
+    if not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(
+            f"{folder} has no tokenizer.json: save it once with transformers' AutoTokenizer"
+        )
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise CheckpointError(f"{folder}/tokenizer.json cannot be read: {error}") from error
+
+
 class Prompter:
     """Turns texts and patches into items for one model."""
 

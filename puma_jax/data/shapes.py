@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -39,7 +40,13 @@ def fitting_shape(
     if lengths.sum() <= tokens_per_chunk:
         length, rows = _few_rows(lengths)
         patch_length, patch_rows = _few_rows(images)
-        return RowShape(rows, length, patch_rows, patch_length, slots)
+        shape = RowShape(rows, length, patch_rows, patch_length, slots)
+        # Placed together, tokens and patches may need a row more than each by itself.
+        while place(lengths, patches, shape).chunks > 1:
+            shape = replace(
+                shape, rows=shape.rows + 1, patch_rows=patch_rows and shape.patch_rows + 1
+            )
+        return shape
     length, all_rows = _least_waste(lengths)
     patch_length, all_patch_rows = _least_waste(images)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator
 
-from puma_jax.data.lines import (
+from puma_jax.data.mbeir.lines import (
     MAX_LINE_BYTES,
     BadRecords,
     FilePath,

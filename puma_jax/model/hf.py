@@ -134,13 +134,8 @@ def open_checkpoint(location: str | os.PathLike[str]) -> Checkpoint:
         UnknownModelError: No family answers to its model_type.
     """
     folder = _local_folder(location)
-    beside = [folder / "preprocessor_config.json", folder / "tokenizer_config.json"]
-    source = HubConfigs(
-        read_json(folder / "config.json"),
-        *(read_json(path) if path.exists() else {} for path in beside),
-    )
-    family = family_of(str(source.model.get("model_type")))
-    config = family.read_config(source.model, source.preprocessor)
+    config, source = read_config(folder)
+    family = family_of(config.family)
     found: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
     for path in _shards(folder):
         for stored, shape in _tensor_shapes(path).items():
@@ -148,6 +143,22 @@ def open_checkpoint(location: str | os.PathLike[str]) -> Checkpoint:
     _check_tensors(folder, config, {name: shape for name, (_, _, shape) in found.items()})
     files = {name: (path, stored) for name, (path, stored, _) in found.items()}
     return Checkpoint(folder, config, source, files)
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, HubConfigs]:
+    """Return the config of the model in a folder, and the files it was read from.
+
+    Raises:
+        CheckpointError: There is no config.json, or a file is broken.
+        UnknownModelError: No family answers to its model_type.
+    """
+    beside = [folder / "preprocessor_config.json", folder / "tokenizer_config.json"]
+    source = HubConfigs(
+        read_json(folder / "config.json"),
+        *(read_json(path) if path.exists() else {} for path in beside),
+    )
+    family = family_of(str(source.model.get("model_type")))
+    return family.read_config(source.model, source.preprocessor), source
 
 
 def write_checkpoint(

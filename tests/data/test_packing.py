@@ -112,7 +112,7 @@ def test_images_in_a_shape_without_patch_rows_are_an_error():
         place(np.array([9]), np.array([16]), RowShape(1, 64, 0, 128, 4))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(sizes, st.sampled_from([64, 512, 4096]))
 def test_a_fitting_shape_fits(sizes, tokens):
     lengths = np.array([length for length, _ in sizes])

@@ -5,7 +5,13 @@ import warnings
 import numpy as np
 import pytest
 
-from puma_jax.data.prompts import Prompter, TextCutWarning, normalise, query_text
+from puma_jax.data.prompts import (
+    Prompter,
+    TextCutWarning,
+    load_tokenizer,
+    normalise,
+    query_text,
+)
 from puma_jax.errors import CheckpointError, ItemError
 from tests.reference import byte_tokenizer, qwen2_vl_config, random_image
 
@@ -126,6 +132,14 @@ def test_positions_are_a_plain_count_on_request(tiny):
     patches, grid = np.zeros((24, 588), np.uint8), (4, 6)
     item = prompter.item("A.", patches, grid)
     np.testing.assert_array_equal(item.positions, np.arange(len(item.tokens))[:, None].repeat(3, 1))
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"has no tokenizer.json: save it once"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"tokenizer.json cannot be read"):
+        load_tokenizer(tmp_path)
 
 
 def test_nothing_to_embed_is_an_error(tiny):

@@ -2,7 +2,7 @@ import csv
 
 import pytest
 
-from puma_jax.data.lines import BadRecords
+from puma_jax.data.mbeir.lines import BadRecords
 from puma_jax.data.text_pairs import read_text_pairs
 from puma_jax.errors import DataError
 

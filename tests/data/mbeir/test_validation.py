@@ -7,7 +7,7 @@ from PIL import Image
 
 from puma_jax.data import mbeir
 from puma_jax.data.mbeir import Candidate, Instruction, Qrel, Query
-from puma_jax.data.validation import validate
+from puma_jax.data.mbeir.validation import validate
 from puma_jax.errors import DataError
 
 QUERIES = "query/test/mbeir_own_task3_test.jsonl"

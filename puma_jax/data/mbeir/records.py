@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from puma_jax.data.lines import shown
+from puma_jax.data.mbeir.lines import shown
 from puma_jax.errors import DataError
 
 Modality = Literal["image", "text", "image,text"]

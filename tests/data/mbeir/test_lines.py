@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from puma_jax.data import lines
-from puma_jax.data.lines import RowIndex, json_object, read_records, write_lines
+from puma_jax.data.mbeir import lines
+from puma_jax.data.mbeir.lines import RowIndex, json_object, read_records, write_lines
 from puma_jax.errors import DataError
 
 

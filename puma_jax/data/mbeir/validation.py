@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from puma_jax.data.images import open_image
-from puma_jax.data.layout import Benchmark, EvaluationSet, discover
-from puma_jax.data.lines import BadRecords, FilePath, OnBadRecord, Record, read_records
-from puma_jax.data.mbeir import (
+from puma_jax.data.mbeir.files import (
     parse_candidate,
     parse_qrel,
     parse_query,
     read_instructions,
 )
-from puma_jax.data.records import (
+from puma_jax.data.mbeir.layout import Benchmark, EvaluationSet, discover
+from puma_jax.data.mbeir.lines import BadRecords, FilePath, OnBadRecord, Record, read_records
+from puma_jax.data.mbeir.records import (
     TASKS,
     Candidate,
     InstructionKey,

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
-from puma_jax.data.lines import (
+from puma_jax.data.mbeir.lines import (
     BadRecords,
     FilePath,
     OnBadRecord,
@@ -20,49 +20,17 @@ from puma_jax.data.lines import (
     shown,
     write_lines,
 )
-from puma_jax.data.records import (
+from puma_jax.data.mbeir.records import (
     MODALITIES,
     ONE_OF_MODALITIES,
-    TASKS,
     Candidate,
     Instruction,
     InstructionKey,
     Modality,
     Qrel,
     Query,
-    dataset_id,
-    instruction_key,
-    modality_code,
 )
 from puma_jax.errors import DataError
-
-__all__ = [
-    "MODALITIES",
-    "TASKS",
-    "BadRecords",
-    "Candidate",
-    "Instruction",
-    "InstructionKey",
-    "Modality",
-    "OnBadRecord",
-    "Qrel",
-    "Query",
-    "dataset_id",
-    "instruction_key",
-    "modality_code",
-    "parse_candidate",
-    "parse_instruction",
-    "parse_qrel",
-    "parse_query",
-    "read_candidates",
-    "read_instructions",
-    "read_qrels",
-    "read_queries",
-    "write_candidates",
-    "write_instructions",
-    "write_qrels",
-    "write_queries",
-]
 
 _SPELLINGS: dict[str, Modality] = {name: name for name in MODALITIES} | {"text,image": "image,text"}
 _INSTRUCTION_COLUMNS = ["query_modality", "cand_modality", "dataset_name", "dataset_id"]

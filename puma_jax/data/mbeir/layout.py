@@ -16,8 +16,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from puma_jax.data.lines import FilePath
-from puma_jax.data.records import TASKS
+from puma_jax.data.mbeir.lines import FilePath
+from puma_jax.data.mbeir.records import TASKS
 from puma_jax.errors import DataError
 
 

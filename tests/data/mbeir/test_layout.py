@@ -1,6 +1,6 @@
 import pytest
 
-from puma_jax.data.layout import EvaluationSet, discover
+from puma_jax.data.mbeir.layout import EvaluationSet, discover
 from puma_jax.errors import DataError
 
 # The 16 test sets of M-BEIR, in the order of their tasks.

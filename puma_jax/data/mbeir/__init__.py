@@ -1,0 +1,79 @@
+"""The M-BEIR layout: records, the files that hold them, the folder that holds the files.
+
+`records` says what a query and a candidate are, `lines` how files of one record a line are read,
+`files` reads and writes each kind, `layout` finds them in a folder, `validation` checks all of it.
+"""
+
+from puma_jax.data.mbeir.files import (
+    parse_candidate,
+    parse_instruction,
+    parse_qrel,
+    parse_query,
+    read_candidates,
+    read_instructions,
+    read_qrels,
+    read_queries,
+    write_candidates,
+    write_instructions,
+    write_qrels,
+    write_queries,
+)
+from puma_jax.data.mbeir.layout import (
+    Benchmark,
+    EvaluationSet,
+    discover,
+)
+from puma_jax.data.mbeir.lines import (
+    BadRecords,
+    OnBadRecord,
+)
+from puma_jax.data.mbeir.records import (
+    MODALITIES,
+    TASKS,
+    Candidate,
+    Instruction,
+    InstructionKey,
+    Modality,
+    Qrel,
+    Query,
+    dataset_id,
+    instruction_key,
+    modality_code,
+)
+from puma_jax.data.mbeir.validation import (
+    Report,
+    validate,
+)
+
+__all__ = [
+    "MODALITIES",
+    "TASKS",
+    "BadRecords",
+    "Benchmark",
+    "Candidate",
+    "EvaluationSet",
+    "Instruction",
+    "InstructionKey",
+    "Modality",
+    "OnBadRecord",
+    "Qrel",
+    "Query",
+    "Report",
+    "dataset_id",
+    "discover",
+    "instruction_key",
+    "modality_code",
+    "parse_candidate",
+    "parse_instruction",
+    "parse_qrel",
+    "parse_query",
+    "read_candidates",
+    "read_instructions",
+    "read_qrels",
+    "read_queries",
+    "validate",
+    "write_candidates",
+    "write_instructions",
+    "write_qrels",
+    "write_queries",
+]

@@ -1,0 +1,204 @@
+import dataclasses
+import multiprocessing
+import os
+import pickle
+import re
+import threading
+import urllib.parse
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from puma_jax.data.builder import Settings, build
+from puma_jax.data.images import open_image
+from puma_jax.data.prompts import Prompter
+from puma_jax.data.store import Store
+from puma_jax.errors import CheckpointError, DataError, ImageError
+from tests.data import fake_mbeir
+from tests.reference import byte_tokenizer
+
+QUERIES, CANDIDATES = 13, 12
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return fake_mbeir.write_union(tmp_path_factory.mktemp("mbeir"))
+
+
+@pytest.fixture(scope="module")
+def folder(root, tiny, tmp_path_factory):
+    """Built data with images inline, in shards of five."""
+    out = tmp_path_factory.mktemp("store") / "inline"
+    build(Settings(root, out, shard_items=5, workers=1), tiny.prompter)
+    return out
+
+
+@pytest.fixture
+def store(folder):
+    return Store.open(folder)
+
+
+def fields(record):
+    """What of a record can be compared."""
+    return [
+        value.tolist() if isinstance(value, np.ndarray) else value
+        for value in vars(record).values()
+    ]
+
+
+def test_rows_are_read_in_any_order(store):
+    qids = [query.qid for query in fake_mbeir.queries()]
+    for row in (12, 0, 7, 7):
+        assert store.query(np.int64(row)).id == qids[row]
+    assert store.query(-1).id == qids[-1]
+    with pytest.raises(IndexError):
+        store.query(QUERIES)
+    with pytest.raises(IndexError):
+        store.candidate(CANDIDATES)
+
+
+def test_images_are_decoded(store, root, tiny, folder, tmp_path):
+    build(Settings(root, tmp_path / "paths", images="path", workers=1), tiny.prompter)
+    expected = open_image(root / fake_mbeir.image_path(3))
+    for one in (store, Store.open(tmp_path / "paths"), Store.open(tmp_path / "paths", root=root)):
+        np.testing.assert_array_equal(one.image(one.candidate(3)), expected)
+    elsewhere = Store.open(tmp_path / "paths", root=tmp_path)
+    with pytest.raises(ImageError, match=r"9:3 \(mbeir_images/3.png\): .*3.png does not exist"):
+        elsewhere.image(elsewhere.candidate(3))
+    with pytest.raises(ImageError, match="9:1: there is no image"):
+        store.image(store.candidate(1))
+    damaged = dataclasses.replace(store.candidate(0), image=b"\xff\xd8")
+    with pytest.raises(ImageError, match="9:0: image cannot be decoded"):
+        store.image(damaged)
+
+
+def test_threads_may_share_a_store(store):
+    expected = [fields(store.query(row)) for row in range(QUERIES)]
+    with ThreadPoolExecutor(8) as pool:
+        read = pool.map(store.query, [*range(QUERIES)] * 20)
+        assert [fields(record) for record in read] == expected * 20
+
+
+def test_other_processes_read_a_pickled_store(store):
+    expected = [fields(store.candidate(row)) for row in range(CANDIDATES)]
+    assert len(store.table.query_task) == QUERIES
+    assert len(pickle.dumps(store)) < 2000  # neither table nor readers travel
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        read = pool.map(store.candidate, range(CANDIDATES), chunksize=1)
+        assert [fields(record) for record in read] == expected
+
+
+def test_a_forked_process_opens_readers_of_its_own(store, monkeypatch):
+    parent = fields(store.query(3))
+    (readers,) = store._sources.values()
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert fields(store.query(3)) == parent
+    assert len({id(source) for source in store._sources.values()} - {id(readers)}) == 1
+
+
+def test_the_tokenizer_and_the_cut_must_be_those_of_the_model(store, tiny, tmp_path):
+    store.check(tiny.prompter)
+    # [RET] is in the tokenizer of a model that was saved, and not in that of its base.
+    tiny.prompter.save_tokenizer(tmp_path, {})
+    store.check(Prompter(type(byte_tokenizer()).from_pretrained(tmp_path), tiny.config))
+    other = byte_tokenizer()
+    other.add_tokens(["one more"])
+    vocabulary = dataclasses.replace(tiny.config.decoder, vocab_size=300)
+    config = dataclasses.replace(tiny.config, decoder=vocabulary)
+    with pytest.raises(CheckpointError, match=r"built with tokenizer [0-9a-f]{64}, the model has"):
+        store.check(Prompter(other, config))
+    prompt = dataclasses.replace(tiny.config.prompt, max_text_tokens=20)
+    config = dataclasses.replace(tiny.config, prompt=prompt)
+    with pytest.raises(CheckpointError, match="max_text_tokens 450, the model has 20: build the"):
+        store.check(Prompter(byte_tokenizer(), config))
+
+
+def test_what_is_missing_or_damaged_is_named(root, tiny, tmp_path):
+    with pytest.raises(DataError, match="none holds no finished build: run python -m puma_jax"):
+        Store.open(tmp_path / "none")
+    out = tmp_path / "out"
+    build(Settings(root, out, shard_items=5, workers=1), tiny.prompter)
+    shard = out / "queries/queries-train.array_record-00001-of-00003"
+    shard.write_bytes(shard.read_bytes()[:70_000])
+    store = Store.open(out)
+    assert store.query(0).id == "9:10"
+    with pytest.raises(DataError, match="out: row 5 of queries cannot be read: Corrupted"):
+        store.query(5)
+    (out / "candidates/dataset_info.json").write_text("{")
+    with pytest.raises(DataError, match=r"candidates/dataset_info.json cannot be read"):
+        store.candidate(0)
+    (out / "instructions.json").write_text("{}")
+    with pytest.raises(DataError, match=r"instructions.json cannot be read"):
+        _ = Store.open(out).instructions
+
+
+class Bucket(DirFileSystem):
+    """A local folder that answers as Google Cloud Storage does to fsspec."""
+
+    protocol = ("gcs", "gs")
+    folder = ""
+
+    def __init__(self, **_):
+        super().__init__(path=self.folder, fs=LocalFileSystem())
+
+    def open(self, path, mode="rb", **options):
+        return super().open(path.removeprefix("gs://bucket/"), mode, **options)
+
+    def exists(self, path, **options):
+        return super().exists(path.removeprefix("gs://bucket/"), **options)
+
+
+@pytest.fixture
+def bucket(folder, monkeypatch):
+    """A bucket with built data, for fsspec and for array_record's own client."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            name = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path).partition("/o/")[2]
+            content = (folder.parent / name).read_bytes()
+            first, last = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers["Range"]).groups()
+            # "-9" asks for the last 9 bytes, "9-" for all but the first 9.
+            start = int(first) if first else max(0, len(content) - int(last))
+            end = min(len(content), int(last) + 1) if first and last else len(content)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
+            self.send_header("Content-Length", str(end - start))
+            self.end_headers()
+            self.wfile.write(content[start:end])
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", address)
+    monkeypatch.setattr(Bucket, "folder", str(folder.parent))
+    known = fsspec.registry.get("gcs")
+    fsspec.register_implementation("gcs", Bucket, clobber=True)
+    yield f"gs://bucket/{Path(folder).name}"
+    fsspec.register_implementation("gcs", known, clobber=True)
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_store_is_read_from_a_bucket(bucket, store):
+    remote = Store.open(bucket)
+    for row in (0, 6, 12):
+        assert fields(remote.query(row)) == fields(store.query(row))
+    np.testing.assert_array_equal(
+        remote.image(remote.candidate(2)), store.image(store.candidate(2))
+    )
+    for name, column in vars(store.table).items():
+        np.testing.assert_array_equal(getattr(remote.table, name), column)
+    assert remote.instructions == store.instructions

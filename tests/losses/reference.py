@@ -1,0 +1,50 @@
+"""The losses in float64 NumPy, one pair at a time, straight from the formulas."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def contrastive(
+    queries,
+    candidates,
+    *,
+    modality,
+    tau_norm,
+    tau_hard,
+    relative=False,
+    same_modality_only=False,
+    valid=None,
+    document=None,
+    negatives=None,
+):
+    """Mean over valid i of −log softmax_j (s_ij / T_ij)[i], over the j that count."""
+    n = len(queries)
+    valid = np.ones(n, bool) if valid is None else valid
+    keys, kinds, counts = candidates, modality, valid
+    documents = None if document is None else list(document)
+    if negatives is not None:
+        vectors, kind, of_document, counted = negatives
+        keys = np.concatenate([candidates, vectors])
+        kinds = np.concatenate([modality, kind])
+        counts = np.concatenate([valid, counted])
+        documents = None if document is None else [*document, *of_document]
+    losses = []
+    for i in range(n):
+        if not valid[i]:
+            continue
+        own = float(queries[i] @ keys[i])
+        logits = {}
+        for j in range(len(keys)):
+            counted = counts[j]
+            counted &= not (same_modality_only and kinds[j] != kinds[i])
+            counted &= documents is None or documents[j] != documents[i]
+            if j != i and not counted:
+                continue
+            score = float(queries[i] @ keys[j])
+            temperature = tau_hard if kinds[j] == kinds[i] else tau_norm
+            logits[j] = ((score - own) if relative else score) / temperature
+        most = max(logits.values())
+        total = sum(np.exp(logit - most) for logit in logits.values())
+        losses.append(most + np.log(total) - logits[i])
+    return float(np.mean(losses)) if losses else 0.0
