@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import operator
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -41,9 +42,17 @@ _PREPARED_AT_ONCE = 64
 _SECONDS_UNTIL_BAR = 2.0
 
 
-@partial(jax.jit, static_argnames="compute")
-def _vectors(params: Encoder, rows: Rows, compute: ComputeConfig) -> Array:
-    return encoder.unit(encoder.encode(params, rows, compute))
+@functools.cache
+def _vectors() -> Callable[[Encoder, Rows, ComputeConfig], Array]:
+    """Return the compiled function from rows to the unit vectors of all slots."""
+    # XLA for CPUs multiplies bfloat16 in float32. Left to itself it widens the weights of all
+    # layers before the loop over them: twice their memory more, for every chunk anew.
+    by_layer = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+    return jax.jit(
+        lambda params, rows, compute: encoder.unit(encoder.encode(params, rows, compute)),
+        static_argnames="compute",
+        compiler_options=by_layer if jax.default_backend() == "cpu" else None,
+    )
 
 
 class Embedder:
@@ -265,7 +274,7 @@ class Embedder:
         shape, placement = _place(lengths, patches, shape, tokens)
         rows = fill(items, placement, shape, self.config.vision)
         chunks = [
-            _vectors(self.params, jax.tree.map(operator.itemgetter(chunk), rows), self.compute)
+            _vectors()(self.params, jax.tree.map(operator.itemgetter(chunk), rows), self.compute)
             for chunk in range(placement.chunks)
         ]
         return shape, _Running(placement, chunks)

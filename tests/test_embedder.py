@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 
 from puma_jax import Embedder, embedder
+from puma_jax.config import ComputeConfig
 from puma_jax.errors import CheckpointError, ImageError, ItemError, LayerSelectionError
+from puma_jax.model.encoder import abstract
 from puma_jax.prune import parse_layers
-from tests.reference import random_image
+from puma_jax.rows import RowShape
+from tests.reference import pack, random_image
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +73,21 @@ def test_the_size_of_chunks_changes_nothing(whole):
 
 def test_long_jobs_compile_one_shape(whole):
     items = mixed(400, seed=3)
-    before = embedder._vectors._cache_size()
+    before = embedder._vectors()._cache_size()
     whole.encode((item for item in items), tokens_per_chunk=1024, progress=False)
-    assert embedder._vectors._cache_size() == before + 1
+    assert embedder._vectors()._cache_size() == before + 1
+
+
+def test_bfloat16_weights_are_never_widened_all_at_once(tiny):
+    """On a CPU, XLA would keep a float32 copy of every layer while it embeds."""
+    rows, _ = pack([tiny.item("A.", random_image(60, 60))], RowShape(1, 128, 1, 64, 1))
+
+    def memory(layers):
+        params = abstract(tiny.config.with_layers(tuple(range(layers))), "bfloat16")
+        compiled = embedder._vectors().lower(params, rows, ComputeConfig()).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert memory(64) < 1.1 * memory(4)
 
 
 def test_no_items_give_no_vectors(whole):

@@ -463,5 +463,3 @@ def test_command_line_prints_one_line_and_exits_with_2(tmp_path):
     run = python("-m", "puma_jax.data.openmoji", "--out", tmp_path, "--size", 57)
     assert run.returncode == 2
     assert run.stderr == "error: size 57 is not a multiple of 28, such as 56\n"
-
-
