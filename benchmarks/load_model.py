@@ -40,7 +40,7 @@ def make_checkpoint(folder: Path, tokenizer: Path) -> None:
     rng = np.random.default_rng(0)
     shards: list[dict[str, np.ndarray]] = [{}]
     room = SHARD_BYTES
-    for name, shape in hf._expected_shapes(config).items():
+    for name, shape in hf.tensor_shapes(config).items():
         values = rng.standard_normal(shape, np.float32) * np.float32(0.02)
         values = values.astype(ml_dtypes.bfloat16)
         if values.nbytes > room and shards[-1]:

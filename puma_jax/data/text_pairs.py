@@ -1,10 +1,17 @@
-"""Pairs of texts that mean the same, from a table: what stage 1 is trained on."""
+"""Pairs of texts that mean the same, from a table: what stage 1 is trained on.
+
+`python -m puma_jax.data.text_pairs --table nli_for_simcse.csv --out nli` makes a folder in M-BEIR
+layout of them (task 1, text to text), which is built and trained on like any other.
+"""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
+from pathlib import Path
 
+from puma_jax import cli
+from puma_jax.data.mbeir.files import write_candidates, write_queries
 from puma_jax.data.mbeir.lines import (
     MAX_LINE_BYTES,
     BadRecords,
@@ -16,6 +23,7 @@ from puma_jax.data.mbeir.lines import (
     reject,
     shown,
 )
+from puma_jax.data.mbeir.records import Candidate, Query
 from puma_jax.errors import DataError
 
 _COLUMNS = ("sent0", "sent1")
@@ -54,6 +62,64 @@ def read_text_pairs(
         reject(located(DataError(problem), path, number), on_bad_record, skipped)
 
 
+def write_benchmark(
+    table: FilePath,
+    out: FilePath,
+    *,
+    name: str = "pairs",
+    on_bad_record: OnBadRecord = "error",
+    skipped: BadRecords | None = None,
+) -> int:
+    """Write the pairs of a table as training data in M-BEIR layout; return how many there are.
+
+    The first text of a pair is a query without instruction, the second the document it looks for.
+    The table is read twice, so that no text need be held.
+
+    Args:
+        table: A CSV file; see `read_text_pairs`.
+        out: The folder to write to.
+        name: Of the set, and of the dataset in all ids.
+        on_bad_record: "error" stops at a bad row, "skip" goes on with the next.
+        skipped: Counts the bad rows that were skipped.
+
+    Raises:
+        DataError: As of `read_text_pairs`, or a file cannot be written.
+    """
+
+    def numbered(skipped: BadRecords | None) -> Iterator[tuple[str, str, str]]:
+        pairs = read_text_pairs(table, on_bad_record=on_bad_record, skipped=skipped)
+        for number, (first, second) in enumerate(pairs, 1):
+            yield f"{name}:{number}", first, second
+
+    write_candidates(
+        Path(out) / "cand_pool/global/mbeir_union_train_cand_pool.jsonl",
+        (Candidate(did, second, None, "text") for did, _, second in numbered(None)),
+    )
+    return write_queries(
+        Path(out) / f"query/train/mbeir_{name}_train.jsonl",
+        (
+            Query(qid, first, None, "text", positives=(qid,), task=1)
+            for qid, first, _ in numbered(skipped)
+        ),
+    )
+
+
+def main(table: Path, out: Path, name: str = "pairs", on_bad_record: OnBadRecord = "error") -> None:
+    """Make training data in M-BEIR layout from a table of pairs of texts.
+
+    Args:
+        table: A CSV file whose first row names sent0 and sent1 among its columns.
+        out: The folder to write to.
+        name: Of the set.
+        on_bad_record: Stop at a bad row, or skip it and say in the end how many there were.
+    """
+    skipped = BadRecords()
+    pairs = write_benchmark(table, out, name=name, on_bad_record=on_bad_record, skipped=skipped)
+    for message in skipped.messages:
+        print(f"skipped {message}")
+    print(f"{pairs:,} pairs are in {out}, {skipped.count:,} bad rows were skipped")
+
+
 def _numbered_rows(
     path: FilePath, on_bad_record: OnBadRecord, skipped: BadRecords | None
 ) -> Iterator[tuple[int, list[str]]]:
@@ -84,3 +150,7 @@ def _text_lines(
             reject(located(error, path, line.number), on_bad_record, skipped)
             text = "\n"
         yield text
+
+
+if __name__ == "__main__":
+    cli.run(main)

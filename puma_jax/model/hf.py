@@ -276,7 +276,7 @@ def _tensor_names(config: ModelConfig, name: str, decoder_layers: Sequence[int])
     return [pattern.format(layer) for layer in layers]
 
 
-def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Canonical name → shape on disk of every tensor of a model."""
     on_disk = family_of(config.family).disk_shapes(config)
     expected = {}
@@ -288,7 +288,7 @@ def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _check_tensors(folder: Path, config: ModelConfig, found: dict[str, tuple[int, ...]]) -> None:
-    expected = _expected_shapes(config)
+    expected = tensor_shapes(config)
     ignored = family_of(config.family).ignored
     wrong = [f"{name} is missing" for name in expected if name not in found]
     wrong += [
