@@ -9,6 +9,7 @@ and its patches in one patch row of the same cell.
 from __future__ import annotations
 
 import bisect
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -114,7 +115,10 @@ class _Cells:
         self.patch_room = [
             [(shape.patch_length, row) for row in range(self.patch_rows)] for _ in range(self.cells)
         ]
-        self.free_patches = [self.patch_rows * shape.patch_length] * self.cells
+        # A heap of (minus the patches that are free, cell).
+        self.emptiest = [
+            (-self.patch_rows * shape.patch_length, cell) for cell in range(self.cells)
+        ]
 
     def place_all(self, lengths: ndarray, patches: ndarray) -> Placement:
         """Place every item, or raise PackingError."""
@@ -139,16 +143,21 @@ class _Cells:
         )
 
     def _place_image(self, length: int, patches: int) -> tuple[int, ...]:
-        for cell in sorted(range(self.cells), key=self.free_patches.__getitem__, reverse=True):
+        passed_over = []
+        while self.emptiest:
+            free, cell = heapq.heappop(self.emptiest)
             room, patch_room = self.room[cell], self.patch_room[cell]
-            if (
+            fits = (
                 self.items_in[cell] < self.slots
                 and room[-1][0] >= length
                 and patch_room[-1][0] >= patches
-            ):
-                self.free_patches[cell] -= patches
+            )
+            passed_over.append((free + patches if fits else free, cell))
+            if fits:
                 row, column = _take(room, length, self.shape.length)
                 patch_row, patch_column = _take(patch_room, patches, self.shape.patch_length)
+                for entry in passed_over:
+                    heapq.heappush(self.emptiest, entry)
                 return (cell, row, column, patch_row, patch_column, self._next_slot(cell))
         raise self._full(f"an item of {length} tokens and {patches} patches")
 

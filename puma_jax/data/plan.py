@@ -284,14 +284,15 @@ def _deal(
     in patches; of those, the longest goes to the hand with the fewest tokens so far.
     """
     rounds = np.lexsort((lengths, patches)).reshape(-1, hands)
+    longest_first = np.argsort(-lengths[rounds], axis=1, kind="stable")
+    rounds = np.take_along_axis(rounds, longest_first, axis=1)
     held = np.zeros(hands, np.int64)
-    dealt = np.empty((hands, len(rounds)), np.int64)
-    for number, cards in enumerate(rounds):
-        cards = cards[np.argsort(-lengths[cards], kind="stable")]
-        poorest_first = np.argsort(held, kind="stable")
-        dealt[poorest_first, number] = cards
-        held[poorest_first] += lengths[cards]
-    return dealt
+    dealt = np.empty((len(rounds), hands), np.int64)
+    for cards, sizes, hand_of in zip(rounds, lengths[rounds], dealt, strict=True):
+        poorest_first = held.argsort(kind="stable")
+        hand_of[poorest_first] = cards
+        held[poorest_first] += sizes
+    return dealt.T
 
 
 def _shuffle(places: Int[ndarray, "n"], size: int, *key: int) -> Int[ndarray, "n"]:
