@@ -12,8 +12,10 @@ from puma_jax.errors import PumaError
 
 def run(main: Callable[..., None]) -> None:
     """Call `main` with arguments from the command line; exit with 2 on a PumaError."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    module = spec.name.removesuffix(".__main__") if spec else None
     try:
-        tyro.cli(main)
+        tyro.cli(main, prog=module and f"python -m {module}")
     except PumaError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

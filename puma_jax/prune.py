@@ -6,25 +6,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from puma_jax import Embedder, cli
 from puma_jax.errors import LayerSelectionError
 
 
-def main(
-    model: str,
-    keep_layers: str,
-    out: Annotated[Path, tyro.conf.arg(help="Folder to write; must not exist.")],
-) -> None:
+def main(model: str, keep_layers: str, out: Path) -> None:
     """Write a model that has only some of the decoder layers of another.
 
     Args:
         model: A Hugging Face folder or hub id.
-        keep_layers: A number, for the first layers ("12"), or indices and ranges separated by
-            commas ("0-10,27"), in the order they shall run.
+        keep_layers: A number of first layers ("12"), or indices and ranges ("0-10,27").
         out: Folder to write; must not exist.
     """
     embedder = Embedder.load(model, dtype=None).keep_layers(parse_layers(keep_layers))
