@@ -168,6 +168,33 @@ def test_layers_are_named_by_count_index_or_range():
         parse_layers("all")
 
 
+def test_model_and_losses_need_nothing_but_the_core():
+    """They run where nothing is installed but jax, flax, numpy, safetensors and einops."""
+    code = """
+import sys
+for missing in ("PIL", "tqdm", "tyro", "grain", "array_record", "tensorflow_datasets", "jaxtyping",
+                "beartype", "huggingface_hub", "tokenizers"):
+    sys.modules[missing] = None
+import jax, jax.numpy as jnp
+from puma_jax.config import ComputeConfig, DecoderConfig, LoraConfig, ModelConfig, VisionConfig
+from puma_jax.losses import mac_loss
+from puma_jax.model import encoder, hf, lora
+from puma_jax.rows import Rows
+vision = VisionConfig(layers=1, width=16, heads=2, mlp_width=16, out_width=16)
+decoder = DecoderConfig(99, 16, 2, 2, 1, 8, 16, mrope_section=(2, 1, 1))
+config = ModelConfig("qwen2_vl", vision, decoder, 1, 2, 3)
+params = lora.add_lora(encoder.init(config, jax.random.key(0)), LoraConfig(2), jax.random.key(1))
+ones = lambda *shape: jnp.ones(shape, jnp.int32)
+rows = Rows(ones(2, 8), ones(2, 8), ones(2, 8, 3), -ones(2, 8), ones(1, 4, 588).astype(jnp.uint8),
+            ones(1, 4), ones(1, 4, 2), jnp.arange(4))
+vectors = encoder.unit(encoder.encode(params, rows, ComputeConfig("float32")))
+print(float(mac_loss(vectors, vectors, ones(4), tau_norm=0.03, tau_hard=0.02)) > 0)
+assert not {"torch", "tensorflow"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "True", done.stderr
+
+
 def test_importing_the_package_brings_neither_torch_nor_tensorflow():
     code = (
         "import sys, puma_jax.embedder, puma_jax.prune, puma_jax.model.lora;"

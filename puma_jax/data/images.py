@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import einops
 import numpy as np
 from PIL import Image
 
@@ -157,9 +158,13 @@ def patchify(
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     side, merge = vision.patch_size, vision.merge_size
-    rows, columns = height // side, width // side
-    pixels = np.asarray(image).reshape(
-        rows // merge, merge, side, columns // merge, merge, side, vision.channels
+    patches = einops.rearrange(
+        np.asarray(image),
+        "(block_row row y) (block_column column x) channel"
+        " -> (block_row block_column row column) (channel y x)",
+        row=merge,
+        column=merge,
+        y=side,
+        x=side,
     )
-    patches = pixels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, -1)
-    return patches, (rows, columns)
+    return patches, (height // side, width // side)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import einops
 import numpy as np
 
 from puma_jax.typing import Bool, Int, ndarray
@@ -64,6 +65,9 @@ def patch_positions(rows: int, columns: int, merge_size: int) -> Int[ndarray, "p
         columns: Patches from left to right, a multiple of `merge_size`.
         merge_size: Side of a block, in patches.
     """
-    grid = np.moveaxis(np.indices((rows, columns), dtype=np.int32), 0, -1)
-    blocks = grid.reshape(rows // merge_size, merge_size, columns // merge_size, merge_size, 2)
-    return blocks.swapaxes(1, 2).reshape(-1, 2)
+    return einops.rearrange(
+        np.indices((rows, columns), dtype=np.int32),
+        "yx (block_row row) (block_column column) -> (block_row block_column row column) yx",
+        row=merge_size,
+        column=merge_size,
+    )

@@ -7,6 +7,7 @@ an eighth of the bytes travel to the device.
 
 from __future__ import annotations
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,12 +39,14 @@ class PatchEmbedding(nnx.Module):
         self, patches: UInt8[Array, "rows length values"], dtype: DType
     ) -> Float[Array, "rows length width"]:
         """Return one vector for each patch of a still image."""
-        channels = len(self.mean)
-        kernel = self.projection.kernel[...].astype(jnp.float32)
-        kernel = kernel.reshape(channels, self.frames, -1, kernel.shape[-1]).sum(1)
-        return normalise(patches, self.mean, self.std).astype(dtype) @ kernel.reshape(
-            -1, kernel.shape[-1]
-        ).astype(dtype)
+        kernel = einops.reduce(
+            self.projection.kernel[...].astype(jnp.float32),
+            "(channel frame pixel) width -> (channel pixel) width",
+            "sum",
+            channel=len(self.mean),
+            frame=self.frames,
+        )
+        return normalise(patches, self.mean, self.std).astype(dtype) @ kernel.astype(dtype)
 
 
 def normalise(
