@@ -1,7 +1,5 @@
 """The plan: pure in (seed, step), each query once an epoch, rows that hold every step."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -222,4 +220,3 @@ def test_a_plan_can_be_sent_to_a_worker(plan_of):
 
     plan = plan_of(batch=16)
     assert same(pickle.loads(pickle.dumps(plan)).pairs(40), plan.pairs(40))
-    assert dataclasses.is_dataclass(plan.config)
