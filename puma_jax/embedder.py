@@ -218,19 +218,23 @@ class Embedder:
             max_shard_bytes: Weights are split into files of at most this size.
 
         Raises:
-            CheckpointError: The folder exists and is not empty.
+            CheckpointError: The folder exists and is not empty, or cannot be written.
         """
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CheckpointError(f"{folder} exists: choose another folder, or remove it")
-        partial = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        hf.write_checkpoint(
-            partial, self.config, self.params, self._source, max_shard_bytes=max_shard_bytes
-        )
-        self._prompter.save_tokenizer(partial, self._source.tokenizer)
-        partial.replace(folder)
+        unfinished = folder.with_name(f"{folder.name}.partial")
+        try:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            hf.write_checkpoint(
+                unfinished, self.config, self.params, self._source, max_shard_bytes=max_shard_bytes
+            )
+            self._prompter.save_tokenizer(unfinished, self._source.tokenizer)
+            unfinished.replace(folder)
+        except OSError as error:
+            reason = error.strerror or error
+            raise CheckpointError(f"{folder} cannot be written: {reason}") from error
 
     def _windows(
         self,

@@ -20,6 +20,9 @@ def main(model: str, keep_layers: str, out: Path) -> None:
         out: Folder to write; must not exist.
     """
     embedder = Embedder.load(model, dtype=None).keep_layers(parse_layers(keep_layers))
+    print(
+        f"Reading {embedder.config.decoder.layers} layers of {model}, writing {out} ...", flush=True
+    )
     embedder.save(out)
     kept = ", ".join(map(str, embedder.config.kept_layers))
     print(f"Kept layers {kept}. The model is in {out}")

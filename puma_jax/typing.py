@@ -12,10 +12,10 @@ from jax import Array
 from numpy import ndarray
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int, PRNGKeyArray, Shaped, UInt8
+    from jaxtyping import Bool, Float, Int, PRNGKeyArray, UInt8
 else:
     try:
-        from jaxtyping import Bool, Float, Int, PRNGKeyArray, Shaped, UInt8
+        from jaxtyping import Bool, Float, Int, PRNGKeyArray, UInt8
     except ImportError:
 
         class _Unchecked:
@@ -24,7 +24,7 @@ else:
             def __class_getitem__(cls, item: tuple[type, str]) -> Any:
                 return item[0]
 
-        Bool = Float = Int = Shaped = UInt8 = _Unchecked
+        Bool = Float = Int = UInt8 = _Unchecked
         PRNGKeyArray = Array
 
 AnyArray = Any
@@ -37,7 +37,6 @@ __all__ = [
     "Float",
     "Int",
     "PRNGKeyArray",
-    "Shaped",
     "UInt8",
     "ndarray",
 ]

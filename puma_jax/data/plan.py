@@ -25,6 +25,8 @@ from puma_jax.typing import Int, ndarray
 
 # What a random choice is for: equal counters must not give equal choices.
 _ORDER, _POSITIVE, _PROMPT = 1, 2, 3
+# Steps that a shape is tried on, by tokens and by patches.
+_FULLEST = 4
 
 
 @dataclass(frozen=True)
@@ -107,18 +109,22 @@ class Plan:
         lengths, patches = self.item_sizes(pairs)
         return Step(pairs, lengths, patches, place(lengths, patches, shape, chunks))
 
-    def fitting_shape(self, chunks: int, groups: int, looked_at: int = 8) -> RowShape:
+    def fitting_shape(self, chunks: int, groups: int, looked_at: int = 32) -> RowShape:
         """Return the tightest shape for the batches of this plan; see `shapes.batch_shape`.
 
         Args:
             chunks: Into how many chunks a batch is cut.
             groups: Data-parallel devices.
-            looked_at: How many steps, spread over an epoch, the shape is tried on. That its rows
+            looked_at: How many steps, spread over an epoch, are looked at for the fullest. Where
+                each batch is of one set, no step is like another, and all of them are. That rows
                 hold the largest item of all is made sure of in any case.
         """
-        spread = np.linspace(0, self.steps_per_epoch - 1, looked_at).astype(int)
-        steps = [self.item_sizes(self.pairs(step)) for step in np.unique(spread).tolist()]
-        return batch_shape(steps, chunks, groups, self.largest_item())
+        steps = self.steps_per_epoch if self.config.one_set_per_batch else looked_at
+        spread = np.unique(np.linspace(0, self.steps_per_epoch - 1, steps).astype(int))
+        sizes = [self.item_sizes(self.pairs(step)) for step in spread.tolist()]
+        totals = np.array([(lengths.sum(), patches.sum()) for lengths, patches in sizes])
+        fullest = np.unique(np.argsort(totals, axis=0)[-_FULLEST:])
+        return batch_shape([sizes[i] for i in fullest], chunks, groups, self.largest_item())
 
     def item_sizes(self, pairs: Pairs) -> tuple[Int[ndarray, "items"], Int[ndarray, "items"]]:
         """Return tokens and patches of all items of these pairs, the queries first."""

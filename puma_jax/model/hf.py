@@ -177,9 +177,14 @@ def write_checkpoint(
         params: The model, without LoRA leaves (see `lora.merge`).
         source: The configs that the base model came with, whose other fields are kept.
         max_shard_bytes: A file is closed before it grows past this; several files get an index.
+
+    Raises:
+        CheckpointError: The model has adapters that are not merged.
     """
     family = family_of(config.family)
     leaves = named_leaves(params)
+    if adapters := [name for name in leaves if name not in family.weights]:
+        raise CheckpointError(f"{adapters[0]} has no name on disk: merge adapters (lora.merge)")
     dtype = np.dtype(leaves["decoder.embedding.table"].dtype).name
     write_json(folder / "config.json", family.write_config(config, source.model) | {"dtype": dtype})
     write_json(

@@ -172,6 +172,13 @@ def test_dealing_makes_all_steps_alike(plan_of):
     assert dealt[1] < drawn[1] / 2
 
 
+def test_batches_of_one_set_fit_too_however_rare_the_set(plan_of):
+    plan = plan_of(batch=20, one_set_per_batch=True)
+    shape = plan.fitting_shape(chunks=1, groups=1)
+    for step in range(plan.steps_per_epoch):
+        plan.step(step, shape, 1)
+
+
 @pytest.mark.parametrize("groups", [1, 8])
 def test_the_fitting_shape_fits_every_step_of_an_epoch_and_wastes_little(plan_of, groups):
     plan = plan_of(batch=100)

@@ -12,9 +12,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, Qwen2VLForConditionalGeneration
 
+from puma_jax.config import LoraConfig
 from puma_jax.embedder import Embedder
 from puma_jax.errors import CheckpointError, UnknownModelError
-from puma_jax.model.hf import open_checkpoint
+from puma_jax.model.hf import HubConfigs, open_checkpoint, write_checkpoint
+from puma_jax.model.lora import add_lora
 from puma_jax.model.tree import named_leaves
 from tests import reference
 from tests.reference import random_image
@@ -135,6 +137,12 @@ def test_all_wrong_tensors_are_listed_in_one_error(tiny, tmp_path):
         "model.layers.0.self_attn.r_proj.weight has no place in this model; "
         "model.norm.weight has shape [3], expected [64]"
     )
+
+
+def test_adapters_must_be_merged_before_they_are_saved(tiny, tmp_path):
+    adapted = add_lora(tiny.params, LoraConfig(rank=2), jax.random.key(0))
+    with pytest.raises(CheckpointError, match=r"lora_a has no name on disk: merge adapters"):
+        write_checkpoint(tmp_path, tiny.config, adapted, HubConfigs())
 
 
 def test_a_missing_shard_is_named(tiny, tmp_path):
