@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from puma_jax.errors import ConfigError
 
 DType = Literal["float32", "bfloat16"]
 Positions = Literal["mrope", "1d"]
 Remat = Literal["none", "dots", "full"]
+PromptTemplate = Literal["chat", "bare"]
 
 # Mean and deviation of CLIP's training images, which the Qwen2-VL tower inherits.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise a ConfigError with this message unless the condition holds."""
+    if not holds:
+        raise ConfigError(message)
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,17 @@ class PromptConfig:
     """Text is cut at this many tokens, before the sentence that asks for one word."""
     positions: Positions = "mrope"
     """"mrope" is what serving engines compute; "1d" is what the released PUMA code trained with."""
+    template: PromptTemplate = "chat"
+    """"chat" asks for one word in the turns that the base model was tuned on; "bare" reads the item
+    alone: for small models trained from nothing, to whom these turns are only more tokens."""
+
+    def __post_init__(self) -> None:
+        """Check what would otherwise fail far from here."""
+        known = get_args(PromptTemplate)
+        require(
+            self.template in known,
+            f'prompt.template "{self.template}" is not one of {", ".join(known)}',
+        )
 
 
 @dataclass(frozen=True)
@@ -111,24 +129,24 @@ class ModelConfig:
         if not self.kept_layers:
             object.__setattr__(self, "kept_layers", tuple(range(self.decoder.layers)))
         decoder, vision = self.decoder, self.vision
-        _require(
+        require(
             len(self.kept_layers) == decoder.layers,
             f"kept_layers names {len(self.kept_layers)} layers, decoder.layers is {decoder.layers}",
         )
-        _require(
+        require(
             decoder.heads % decoder.kv_heads == 0,
             f"decoder.heads {decoder.heads} is not a multiple of kv_heads {decoder.kv_heads}",
         )
-        _require(
+        require(
             2 * sum(decoder.mrope_section) == decoder.head_dim,
             f"mrope_section {decoder.mrope_section} must sum to half of head_dim "
             f"{decoder.head_dim}",
         )
-        _require(
+        require(
             vision.width % (4 * vision.heads) == 0,
             f"vision.width {vision.width} must be a multiple of 4 × vision.heads {vision.heads}",
         )
-        _require(
+        require(
             vision.out_width == decoder.width,
             f"vision.out_width {vision.out_width} is not decoder.width {decoder.width}",
         )
@@ -150,8 +168,8 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges that would otherwise fail far from here."""
-        _require(self.rank >= 1, f"lora rank {self.rank} must be at least 1")
-        _require(0 <= self.dropout < 1, f"lora dropout {self.dropout} must be in [0, 1)")
+        require(self.rank >= 1, f"lora rank {self.rank} must be at least 1")
+        require(0 <= self.dropout < 1, f"lora dropout {self.dropout} must be in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -184,15 +202,10 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges that would otherwise fail far from here."""
-        _require(self.batch >= 1, f"plan.batch {self.batch} must be at least 1")
-        _require(self.window >= 1, f"plan.window {self.window} must be at least 1")
-        _require(
+        require(self.batch >= 1, f"plan.batch {self.batch} must be at least 1")
+        require(self.window >= 1, f"plan.window {self.window} must be at least 1")
+        require(
             not (self.weights and self.one_set_per_batch),
             "plan.weights and plan.one_set_per_batch exclude each other: batches of one set come "
             "in proportion to the sizes of the sets",
         )
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ConfigError(message)

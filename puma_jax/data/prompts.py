@@ -1,7 +1,8 @@
 """Items to token ids: the PUMA prompt, which ends at [RET].
 
 Wording, normalisation and the cut are those of arXiv 2507.08064 and its released code. Attention
-is causal, so what the chat template puts behind [RET] cannot matter and is left away.
+is causal, so what the chat template puts behind [RET] cannot matter and is left away. The bare
+template, for models that were never tuned to chat, leaves away all that is not the item.
 """
 
 from __future__ import annotations
@@ -11,21 +12,48 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
-from puma_jax.config import ModelConfig
+from puma_jax.config import ModelConfig, PromptTemplate
 from puma_jax.data.items import Body, Item, Template
 from puma_jax.errors import CheckpointError, ItemError
 from puma_jax.typing import UInt8, ndarray
 
-_START = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-_TURN = "<|im_end|>\n<|im_start|>assistant\n"
-_ASK = {
-    (True, True): "\nSummarize above image and sentence in one word: ",
-    (False, True): "\nSummarize above sentence in one word: ",
-    (True, False): "\nSummarize above image in one word: ",
+
+class _Wording(NamedTuple):
+    """What a template puts around an item."""
+
+    start: str
+    text_end: str
+    """Ends every text, and is cut with it."""
+    ask: Mapping[tuple[bool, bool], str]
+    """The sentence that asks for one word, by whether there are an image and a text."""
+    turn: str
+    """Between the item and [RET]."""
+
+
+_WORDINGS: Mapping[PromptTemplate, _Wording] = {
+    "chat": _Wording(
+        start="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
+        text_end="",
+        ask={
+            (True, True): "\nSummarize above image and sentence in one word: ",
+            (False, True): "\nSummarize above sentence in one word: ",
+            (True, False): "\nSummarize above image in one word: ",
+        },
+        turn="<|im_end|>\n<|im_start|>assistant\n",
+    ),
+    # A text ends its line: an instruction is tokenised with the end of its own, so that one which
+    # stands alone, before an image's query, must be read as one that a text follows. This rarely
+    # costs a token: tokenizers of the Qwen kind read a full stop and a line's end as one.
+    "bare": _Wording(
+        start="",
+        text_end="\n",
+        ask={(True, True): "", (False, True): "", (True, False): ""},
+        turn="",
+    ),
 }
 
 
@@ -98,13 +126,14 @@ class Prompter:
         self._plain.no_truncation()
         self._plain.no_padding()
         self._warned = False
-        turn = tokenizer.encode(_TURN, add_special_tokens=False)
+        wording = self._wording = _WORDINGS[config.prompt.template]
+        turn = tokenizer.encode(wording.turn, add_special_tokens=False)
         self.template = Template(
             config=config,
-            start=tuple(tokenizer.encode(_START, add_special_tokens=False)),
+            start=tuple(tokenizer.encode(wording.start, add_special_tokens=False)),
             end=(*turn, self.ret_token_id),
-            ask_text=self._encode(_ASK[False, True]),
-            ask_both=self._encode(_ASK[True, True]),
+            ask_text=self._encode(wording.ask[False, True]),
+            ask_both=self._encode(wording.ask[True, True]),
         )
 
     def item(
@@ -138,8 +167,10 @@ class Prompter:
             instructed: Whether an instruction, and the end of its line, comes before it; then an
                 empty text leaves no line of its own.
         """
-        ask = _ASK[image, bool(text) or instructed]
-        if instructed and not text:
+        ask = self._wording.ask[image, bool(text) or instructed]
+        if text:
+            text += self._wording.text_end
+        elif instructed:
             ask = ask.removeprefix("\n")
         alone, limit = self._encode(text), self.config.prompt.max_text_tokens
         if len(alone) > limit:

@@ -113,7 +113,8 @@ class Store:
             raise DataError(
                 f"{path} holds no finished build: run python -m puma_jax.data.builder --out {path}"
             )
-        build = _read(folder / BUILD_FILE, json.loads)
+        # Builds that do not name their template were made when there was only one.
+        build = {"template": "chat"} | _read(folder / BUILD_FILE, json.loads)
         root = build["root"] if root is None else epath.Path(root)
         return cls(os.fspath(folder), os.fspath(root), build)
 
@@ -160,7 +161,7 @@ class Store:
         """Check that the stored tokens are those a model would make.
 
         Raises:
-            CheckpointError: Its tokenizer is another, or cuts texts elsewhere.
+            CheckpointError: Its tokenizer or its template is another, or it cuts texts elsewhere.
         """
         for name, expected in wording(prompter).items():
             found = self._build.get(name)
@@ -199,6 +200,7 @@ def wording(prompter: Prompter) -> dict[str, Any]:
     return {
         "tokenizer": hashlib.sha256(backend.encode()).hexdigest(),
         "max_text_tokens": prompter.config.prompt.max_text_tokens,
+        "template": prompter.config.prompt.template,
     }
 
 

@@ -1,10 +1,13 @@
 """The PUMA prompt: its three forms, its normalisation, its cut, and [RET] at its end."""
 
+import dataclasses
 import warnings
 
 import numpy as np
 import pytest
 
+from puma_jax.config import PromptConfig
+from puma_jax.data.builder.shards import instructed_text
 from puma_jax.data.prompts import (
     Prompter,
     TextCutWarning,
@@ -12,7 +15,8 @@ from puma_jax.data.prompts import (
     normalise,
     query_text,
 )
-from puma_jax.errors import CheckpointError, ItemError
+from puma_jax.errors import CheckpointError, ConfigError, ItemError
+from puma_jax.model.qwen2_vl import OURS, read_config, write_config
 from tests.reference import byte_tokenizer, qwen2_vl_config, random_image
 
 START = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
@@ -67,8 +71,6 @@ def test_ret_takes_the_first_spare_row_and_keeps_it(tiny):
 
 
 def test_a_token_table_without_a_spare_row_is_refused(tiny):
-    import dataclasses
-
     decoder = dataclasses.replace(tiny.config.decoder, vocab_size=len(byte_tokenizer()))
     config = dataclasses.replace(tiny.config, decoder=decoder)
     with pytest.raises(CheckpointError, match=r"no spare row for \[RET\]"):
@@ -124,9 +126,80 @@ def test_joined_and_cut_they_are_the_whole_cut(tiny, length, image):
     assert prompter.template.joined_lengths(*one)[0] == len(together.tokens)
 
 
-def test_positions_are_a_plain_count_on_request(tiny):
-    import dataclasses
+@pytest.fixture(scope="module", params=["chat", "bare"])
+def prompter(tiny, request):
+    """Prompters of both templates, which cut at 20 tokens."""
+    return prompter_of(tiny, request.param)
 
+
+def prompter_of(tiny, template):
+    prompt = PromptConfig(template=template, max_text_tokens=20)
+    return Prompter(byte_tokenizer(), dataclasses.replace(tiny.config, prompt=prompt))
+
+
+@pytest.mark.filterwarnings("ignore::puma_jax.data.prompts.TextCutWarning")
+@pytest.mark.parametrize("instruction", ["find it", None])
+@pytest.mark.parametrize("image", [True, False])
+# After "Find it.", a line's end and the full stop, 10 letters fill 20 tokens.
+@pytest.mark.parametrize("text", ["a cat", "two\nlines", 'a "quote"', None]
+                         + ["x" * n for n in (8, 9, 10, 11, 18, 19, 20, 40)])  # fmt: skip
+def test_what_is_embedded_is_what_was_trained(prompter, instruction, image, text):
+    if text is None and not image:
+        return
+    patches = np.zeros((24, 588), np.uint8) if image else None
+    embedded = prompter.item(query_text(instruction, text), patches, (4, 6) if image else (0, 0))
+    template, one = prompter.template, lambda value: np.array([value])
+    if instruction:
+        line = prompter.instruction(instruction)
+        body = prompter.body(instructed_text(text), image=image, instructed=True)
+        tokens = template.join(line, body, image=image)
+        lengths = (one(n) for n in (len(line), len(body.tokens), body.text))
+        assert template.joined_lengths(*lengths, one(image)) == len(tokens)
+    else:
+        tokens = prompter.body(query_text(None, text), image=image).tokens
+    trained = template.assemble(tokens, patches, (4, 6) if image else (0, 0))
+    np.testing.assert_array_equal(embedded.tokens, trained.tokens)
+    np.testing.assert_array_equal(embedded.visual, trained.visual)
+    length = template.item_lengths(one(len(tokens)), one(24 if image else 0))
+    assert length == len(trained.tokens)
+
+
+def test_a_bare_item_is_its_image_its_lines_and_ret(tiny):
+    prompter = prompter_of(tiny, "bare")
+    holders = "<|vision_start|>" + "<|image_pad|>" * 6 + "<|vision_end|>"
+    patches, grid = np.zeros((24, 588), np.uint8), (4, 6)
+    for text, read in (
+        ("", ""),
+        ("A cat.", "A cat.\n"),
+        ("Find it.\na cat.", "Find it.\na cat.\n"),
+    ):
+        item = prompter.item(text, patches, grid)
+        assert prompter.tokenizer.decode(item.tokens) == f"{holders}{read}[RET]"
+        if text:
+            assert prompter.tokenizer.decode(prompter.item(text).tokens) == f"{read}[RET]"
+
+
+def test_a_bare_text_is_cut_with_the_end_of_its_line(tiny):
+    prompter = prompter_of(tiny, "bare")
+    with pytest.warns(TextCutWarning, match="a text of 21 tokens was cut at 20"):
+        item = prompter.item("x" * 19 + ".")
+    assert prompter.tokenizer.decode(item.tokens) == "x" * 19 + ".[RET]"
+
+
+def test_the_template_is_kept_with_the_model(tiny):
+    config = prompter_of(tiny, "bare").config
+    written = write_config(config, {})
+    assert read_config(written, {}).prompt == config.prompt
+    # Folders from before there were templates.
+    del written[OURS]["prompt"]["template"]
+    assert read_config(written, {}).prompt.template == "chat"
+    prompt = PromptConfig()
+    object.__setattr__(prompt, "template", "plain")  # types are checked before, but only in tests
+    with pytest.raises(ConfigError, match=r'prompt.template "plain" is not one of chat, bare'):
+        prompt.__post_init__()
+
+
+def test_positions_are_a_plain_count_on_request(tiny):
     prompt = dataclasses.replace(tiny.config.prompt, positions="1d")
     prompter = Prompter(byte_tokenizer(), dataclasses.replace(tiny.config, prompt=prompt))
     patches, grid = np.zeros((24, 588), np.uint8), (4, 6)

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import multiprocessing
 import os
 import pickle
@@ -117,6 +118,31 @@ def test_the_tokenizer_and_the_cut_must_be_those_of_the_model(store, tiny, tmp_p
     config = dataclasses.replace(tiny.config, prompt=prompt)
     with pytest.raises(CheckpointError, match="max_text_tokens 450, the model has 20: build the"):
         store.check(Prompter(byte_tokenizer(), config))
+    prompt = dataclasses.replace(tiny.config.prompt, template="bare")
+    config = dataclasses.replace(tiny.config, prompt=prompt)
+    with pytest.raises(CheckpointError, match="template chat, the model has bare: build the"):
+        store.check(Prompter(byte_tokenizer(), config))
+
+
+def test_a_build_that_names_no_template_is_of_chat(folder, tiny, tmp_path):
+    content = json.loads((folder / "build.json").read_text())
+    del content["template"]
+    (tmp_path / "build.json").write_text(json.dumps(content))
+    (tmp_path / "instructions.json").touch()
+    Store.open(tmp_path).check(tiny.prompter)
+
+
+def test_bare_items_are_built_and_read(root, tiny, tmp_path):
+    prompt = dataclasses.replace(tiny.config.prompt, template="bare")
+    prompter = Prompter(byte_tokenizer(), dataclasses.replace(tiny.config, prompt=prompt))
+    build(Settings(root, tmp_path / "bare", workers=1), prompter)
+    store = Store.open(tmp_path / "bare")
+    store.check(prompter)
+    text, image = store.query(0), store.query(4)
+    assert prompter.tokenizer.decode(text.tokens) == "a thing no. 0.\n"
+    assert text.text_length == len(text.tokens) == store.table.query_text[0]
+    assert len(image.tokens) == len(image.plain_tokens) == 0 == store.table.query_tokens[4]
+    assert prompter.tokenizer.decode(store.candidate(1).tokens) == "A caption no. 1.\n"
 
 
 def test_what_is_missing_or_damaged_is_named(root, tiny, tmp_path):
