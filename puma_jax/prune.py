@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from puma_jax import Embedder, cli
-from puma_jax.errors import LayerSelectionError
+from puma_jax.model.encoder import parse_layers
 
 
 def main(model: str, keep_layers: str, out: Path) -> None:
@@ -26,32 +26,6 @@ def main(model: str, keep_layers: str, out: Path) -> None:
     embedder.save(out)
     kept = ", ".join(map(str, embedder.config.kept_layers))
     print(f"Kept layers {kept}. The model is in {out}")
-
-
-def parse_layers(text: str) -> int | list[int]:
-    """Return what a --keep-layers flag means: a count or a list of indices.
-
-    >>> parse_layers("12")
-    12
-    >>> parse_layers("0-3,27")
-    [0, 1, 2, 3, 27]
-
-    Raises:
-        LayerSelectionError: The text is neither.
-    """
-    try:
-        if "," not in text and "-" not in text:
-            return int(text)
-        layers: list[int] = []
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            if part.strip():
-                layers += range(int(first), int(last or first) + 1)
-        return layers
-    except ValueError:
-        raise LayerSelectionError(
-            f'keep_layers "{text}" is neither a number nor indices such as 0-10,27'
-        ) from None
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ from flax import nnx
 
 from puma_jax.config import ComputeConfig, DecoderConfig
 from puma_jax.model.attention import attention
+from puma_jax.model.dropout import TokenKeys, fold_in
 from puma_jax.model.layers import Embedding, Linear, RMSNorm
 from puma_jax.model.remat import rematerialise
 from puma_jax.model.rope import mrope_angles, rotate
-from puma_jax.typing import Array, Float, Int, PRNGKeyArray
+from puma_jax.typing import Array, Float, Int
 
 
 class DecoderAttention(nnx.Module):
@@ -31,7 +32,7 @@ class DecoderAttention(nnx.Module):
         angles: Float[Array, "rows length half"],
         segments: Int[Array, "rows length"],
         implementation: str,
-        keys: list[PRNGKeyArray | None],
+        keys: list[TokenKeys | None],
     ) -> Float[Array, "rows length width"]:
         """Return what each token gathers from those before it."""
         rows, length, _ = x.shape
@@ -52,7 +53,7 @@ class DecoderMLP(nnx.Module):
         self.down = Linear(config.mlp_width, config.width, bias=False, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "rows length width"], keys: list[PRNGKeyArray | None]
+        self, x: Float[Array, "rows length width"], keys: list[TokenKeys | None]
     ) -> Float[Array, "rows length width"]:
         """Return the MLP of every token."""
         gated = jax.nn.silu(self.gate(x, keys[0])) * self.up(x, keys[1])
@@ -74,10 +75,10 @@ class DecoderLayer(nnx.Module):
         angles: Float[Array, "rows length half"],
         segments: Int[Array, "rows length"],
         implementation: str,
-        dropout_key: PRNGKeyArray | None = None,
+        dropout_keys: TokenKeys | None = None,
     ) -> Float[Array, "rows length width"]:
         """Return the states after this layer."""
-        keys = [None] * 7 if dropout_key is None else list(jax.random.split(dropout_key, 7))
+        keys = [None if dropout_keys is None else fold_in(dropout_keys, i) for i in range(7)]
         normed = self.attention_norm(x)
         x = x + self.attention(normed, angles, segments, implementation, keys[:4])
         return x + self.mlp(self.mlp_norm(x), keys[4:])
@@ -101,7 +102,8 @@ class Decoder(nnx.Module):
         segments: Int[Array, "rows length"],
         positions: Int[Array, "rows length 3"],
         compute: ComputeConfig,
-        dropout_key: PRNGKeyArray | None = None,
+        dropout_keys: TokenKeys | None = None,
+        layers: DecoderLayer | None = None,
     ) -> Float[Array, "rows length width"]:
         """Return the states after the last layer, **before** the final norm.
 
@@ -112,16 +114,18 @@ class Decoder(nnx.Module):
             segments: Item of each position; 0 is padding.
             positions: Time, height and width position of each token in its item.
             compute: How to run.
-            dropout_key: Key of LoRA dropout; None outside of training.
+            dropout_keys: Of LoRA dropout, one for each token; None outside of training.
+            layers: A stack to run in place of this decoder's own.
         """
+        layers = self.layers if layers is None else layers
         angles = mrope_angles(positions, self.head_dim, self.rope_base, self.mrope_section)
 
-        def layer(x, scanned: tuple[DecoderLayer, PRNGKeyArray | None]):
-            weights, key = scanned
-            return weights(x, angles, segments, compute.attention, key), None
+        def layer(x, scanned: tuple[DecoderLayer, Int[Array, ""]]):
+            weights, number = scanned
+            keys = None if dropout_keys is None else fold_in(dropout_keys, number)
+            return weights(x, angles, segments, compute.attention, keys), None
 
-        depth = self.layers.attention_norm.scale.shape[0]
-        keys = None if dropout_key is None else jax.random.split(dropout_key, depth)
+        numbers = jnp.arange(layers.attention_norm.scale.shape[0])
         x = x.astype(jnp.dtype(compute.dtype))
-        x, _ = jax.lax.scan(rematerialise(layer, compute.remat), x, (self.layers, keys))
+        x, _ = jax.lax.scan(rematerialise(layer, compute.remat), x, (layers, numbers))
         return x

@@ -12,7 +12,8 @@ from flax import nnx
 
 from puma_jax.config import ComputeConfig, ModelConfig
 from puma_jax.errors import LayerSelectionError
-from puma_jax.model.decoder import Decoder
+from puma_jax.model.decoder import Decoder, DecoderLayer
+from puma_jax.model.dropout import TokenKeys
 from puma_jax.model.families import family_of
 from puma_jax.rows import Rows
 from puma_jax.typing import Array, Float, Int, PRNGKeyArray
@@ -43,7 +44,8 @@ def encode(
     compute: ComputeConfig,
     *,
     groups: int = 1,
-    dropout_key: PRNGKeyArray | None = None,
+    dropout_keys: TokenKeys | None = None,
+    stacks: Sequence[DecoderLayer] | None = None,
 ) -> Float[Array, "slots width"]:
     """Return the state at each item's [RET] after the final norm, float32 and not normalised.
 
@@ -52,18 +54,15 @@ def encode(
         rows: The packed items.
         compute: How to run.
         groups: Into how many parts the leading axes of `rows` divide.
-        dropout_key: Key of LoRA dropout; None outside of training.
+        dropout_keys: Of LoRA dropout, from `dropout.token_keys`; None outside of training.
+        stacks: Layers to run one stack after the other, in place of the decoder's own.
     """
     # "float32" has to mean it on accelerators too, whose default product rounds to fewer bits.
     precision = "highest" if compute.dtype == "float32" else None
     with jax.default_matmul_precision(precision):
-        x = params.decoder(
-            embed(params, rows, compute, groups=groups),
-            rows.segments,
-            rows.positions,
-            compute,
-            dropout_key,
-        )
+        x = embed(params, rows, compute, groups=groups)
+        for layers in stacks or [params.decoder.layers]:
+            x = params.decoder(x, rows.segments, rows.positions, compute, dropout_keys, layers)
         at_ret = _take(x, rows.ret, groups)
         return params.decoder.norm(at_ret.astype(jnp.float32))
 
@@ -139,6 +138,32 @@ def layer_indices(keep: int | Sequence[int], layers: int) -> tuple[int, ...]:
         if chosen.count(index) > 1:
             raise LayerSelectionError(f"keep_layers names layer {index} more than once")
     return tuple(chosen)
+
+
+def parse_layers(text: str) -> int | list[int]:
+    """Return what a setting of layers to keep means: a count or a list of indices.
+
+    >>> parse_layers("12")
+    12
+    >>> parse_layers("0-3,27")
+    [0, 1, 2, 3, 27]
+
+    Raises:
+        LayerSelectionError: The text is neither.
+    """
+    try:
+        if "," not in text and "-" not in text:
+            return int(text)
+        layers: list[int] = []
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            if part.strip():
+                layers += range(int(first), int(last or first) + 1)
+        return layers
+    except ValueError:
+        raise LayerSelectionError(
+            f'keep_layers "{text}" is neither a number nor indices such as 0-10,27'
+        ) from None
 
 
 def _take(

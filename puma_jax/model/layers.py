@@ -6,10 +6,38 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from puma_jax.typing import Array, Float, PRNGKeyArray
+from puma_jax.model.dropout import TokenKeys, drop
+from puma_jax.typing import Array, Float
 
 _kernel_init = jax.nn.initializers.lecun_normal()
 _embedding_init = jax.nn.initializers.normal(0.02)
+
+
+@jax.custom_vjp
+def product(
+    x: Float[Array, "*batch inputs"], kernel: Float[Array, "inputs outputs"]
+) -> Float[Array, "*batch outputs"]:
+    """Return x @ kernel.
+
+    Its backward pass is that of a matrix product, spelled out: left to itself jax asks for the
+    transpose of the kernel's gradient, and XLA for CPUs then computes all that leads to it column
+    by column, which takes a whole training step 1.3 to 1.5 times as long.
+    """
+    return x @ kernel
+
+
+def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _product_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    flat_x, flat_gradient = (values.reshape(-1, values.shape[-1]) for values in (x, gradient))
+    of_kernel = jax.lax.dot_general(flat_x, flat_gradient, (((0,), (0,)), ((), ())))
+    return gradient @ kernel.T, of_kernel
+
+
+product.defvjp(_product_forward, _product_backward)
 
 
 class Linear(nnx.Module):
@@ -32,16 +60,15 @@ class Linear(nnx.Module):
         self.lora_dropout = 0.0
 
     def __call__(
-        self, x: Float[Array, "*batch inputs"], dropout_key: PRNGKeyArray | None = None
+        self, x: Float[Array, "*batch inputs"], dropout_keys: TokenKeys | None = None
     ) -> Float[Array, "*batch outputs"]:
-        """Return the outputs in the dtype of `x`; `dropout_key` None means no LoRA dropout."""
-        y = x @ self.kernel[...].astype(x.dtype)
+        """Return the outputs in the dtype of `x`; `dropout_keys` None means no LoRA dropout."""
+        y = product(x, self.kernel[...].astype(x.dtype))
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if self.lora_a is not None and self.lora_b is not None:
-            if dropout_key is not None and self.lora_dropout:
-                kept = jax.random.bernoulli(dropout_key, 1 - self.lora_dropout, x.shape)
-                x = jnp.where(kept, x / (1 - self.lora_dropout), 0)
+            if dropout_keys is not None and self.lora_dropout:
+                x = drop(x, dropout_keys, self.lora_dropout)
             low_rank = x @ self.lora_a[...].astype(x.dtype)
             y = y + self.lora_scale * (low_rank @ self.lora_b[...].astype(x.dtype))
         return y

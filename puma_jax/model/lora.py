@@ -1,8 +1,8 @@
-"""Low-rank adapters (arXiv 2106.09685) and the split of a model into trained and frozen leaves."""
+"""Low-rank adapters (arXiv 2106.09685): added, merged, and told from other leaves."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -61,27 +61,6 @@ def merge(params: Encoder) -> Encoder:
         linear.lora_a = linear.lora_b = None
         linear.lora_scale = linear.lora_dropout = 0.0
     return params
-
-
-def partition(
-    params: Encoder, trainable: Callable[[str], bool]
-) -> tuple[nnx.GraphDef[Encoder], nnx.State, nnx.State]:
-    """Split a model by the names of its leaves; `nnx.merge` puts it together again.
-
-    Args:
-        params: The model.
-        trainable: Whether the leaf of this name (see `tree.leaf_name`) is trained, such as
-            `is_lora`.
-
-    Returns:
-        The structure, the trainable leaves, the frozen leaves.
-    """
-
-    def chosen(path: tuple[Any, ...], _: Any) -> bool:
-        return trainable(".".join(map(str, path)))
-
-    structure, trained, *frozen = nnx.split(params, chosen, ...)
-    return structure, trained, frozen[0]
 
 
 def is_lora(name: str) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
+
+Tree = TypeVar("Tree")
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
@@ -23,3 +25,17 @@ def map_named(function: Callable[[str, Any], Any], tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: function(leaf_name(path), leaf), tree
     )
+
+
+def partition(tree: Any, chosen: Callable[[str], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the leaves whose names are chosen, and all others; `assemble` is the way back."""
+    leaves = named_leaves(tree)
+    return (
+        {name: leaf for name, leaf in leaves.items() if chosen(name)},
+        {name: leaf for name, leaf in leaves.items() if not chosen(name)},
+    )
+
+
+def assemble(structure: Tree, leaves: Mapping[str, Any]) -> Tree:
+    """Return a tree of this structure, its leaves found by name."""
+    return map_named(lambda name, _: leaves[name], structure)

@@ -1,0 +1,210 @@
+"""Every leaf has a rule that fits, and a model in parts computes what the whole one does."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from puma_jax.config import DecoderConfig, LoraConfig, ModelConfig, VisionConfig
+from puma_jax.errors import ConfigError
+from puma_jax.model import encoder
+from puma_jax.model.dropout import token_keys
+from puma_jax.model.hf import open_checkpoint
+from puma_jax.model.lora import add_lora, is_lora
+from puma_jax.model.tree import map_named, named_leaves
+from puma_jax.parallel import rules
+from puma_jax.parallel.mesh import MeshConfig, batch_sharding, groups, make_mesh
+from puma_jax.parallel.rules import init_sharded, placement, sharding_of, shardings
+from puma_jax.rows import RowShape
+from tests.reference import FLOAT32, pack, random_image
+
+QWEN2_VL_2B = ModelConfig(
+    family="qwen2_vl",
+    vision=VisionConfig(layers=32, width=1280, heads=16, mlp_width=5120, out_width=1536),
+    decoder=DecoderConfig(
+        vocab_size=151_936,
+        width=1536,
+        layers=28,
+        heads=12,
+        kv_heads=2,
+        head_dim=128,
+        mlp_width=8960,
+    ),
+    image_token_id=151_655,
+    vision_start_token_id=151_652,
+    vision_end_token_id=151_653,
+)
+
+
+def mesh_of(data=2, fsdp=2, tensor=2):
+    count = data * fsdp * tensor
+    return make_mesh(MeshConfig(data, fsdp, tensor), jax.devices()[:count])
+
+
+def adapted(config):
+    """The shapes of a model with adapters on every linear of the decoder."""
+    key = jax.random.key(0)
+    return jax.eval_shape(
+        lambda: add_lora(encoder.init(config, key, "bfloat16"), LoraConfig(rank=8), key)
+    )
+
+
+def with_decoder(**changes):
+    decoder = dataclasses.replace(QWEN2_VL_2B.decoder, **changes)
+    return dataclasses.replace(QWEN2_VL_2B, decoder=decoder)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 4, 1)])
+def test_every_leaf_of_a_model_its_adapters_and_its_optimizer_has_a_rule(tiny, sizes):
+    mesh, optimizer = mesh_of(*sizes), optax.adamw(1e-3)
+    for config in (tiny.config, QWEN2_VL_2B):
+        params = adapted(config)
+        trained = {name: leaf for name, leaf in named_leaves(params).items() if is_lora(name)}
+        assert len(trained) == 14
+        for tree in (params, trained):
+            state = jax.eval_shape(optimizer.init, tree)
+            of_tree, of_state = (
+                named_leaves(shardings(one, mesh, config)) for one in (tree, state)
+            )
+            assert of_state.pop("0.count").is_fully_replicated
+            moments = {f"0.{moment}.{name}" for name in of_tree for moment in ("mu", "nu")}
+            assert of_state.keys() == moments
+            assert all(of_state[name] == of_tree[name[5:]] for name in moments)
+
+
+def test_axes_of_some_leaves():
+    mesh, leaves = mesh_of(), named_leaves(adapted(QWEN2_VL_2B))
+    expected = {
+        "decoder.embedding.table": P(None, ("fsdp", "tensor")),
+        "decoder.layers.attention_norm.scale": P(),
+        "decoder.layers.attention.query.kernel": P(None, "fsdp", "tensor"),
+        "decoder.layers.attention.value.bias": P(None, "tensor"),
+        "decoder.layers.attention.out.lora_a": P(None, "tensor", None),
+        "decoder.layers.mlp.gate.lora_b": P(None, None, "tensor"),
+        "decoder.layers.mlp.down.kernel": P(None, "tensor", "fsdp"),
+        "decoder.norm.scale": P(),
+        "vision.blocks.attention.qkv.kernel": P(None, "fsdp", None),
+        "vision.blocks.up.bias": P(None, "tensor"),
+        "vision.merger.up.kernel": P("fsdp", "tensor"),
+        "vision.merger.norm.bias": P(),
+    }
+    for name, spec in expected.items():
+        assert sharding_of(name, leaves[name], mesh, QWEN2_VL_2B).spec == spec, name
+
+
+def test_layers_are_never_split():
+    for name, sharding in named_leaves(
+        shardings(adapted(QWEN2_VL_2B), mesh_of(1, 2, 4), QWEN2_VL_2B)
+    ).items():
+        if name.startswith(("decoder.layers.", "vision.blocks.")):
+            assert not sharding.spec or sharding.spec[0] is None, name
+
+
+# What is not split over "tensor", the vision attention above all, is a tenth of the weights.
+@pytest.mark.parametrize(
+    ("sizes", "excess"), [((1, 8, 1), 1.01), ((1, 4, 2), 1.12), ((1, 2, 4), 1.35)]
+)
+def test_a_device_holds_little_more_than_its_share(sizes, excess):
+    params = encoder.abstract(QWEN2_VL_2B, "bfloat16")
+    where = shardings(params, mesh_of(*sizes), QWEN2_VL_2B)
+    pairs = list(zip(jax.tree.leaves(params), jax.tree.leaves(where), strict=True))
+    whole = sum(leaf.size for leaf, _ in pairs)
+    share = sum(np.prod(sharding.shard_shape(leaf.shape)) for leaf, sharding in pairs)
+    assert whole > 2e9
+    assert 1 < share / (whole / 8) < excess
+
+
+@pytest.mark.parametrize(("kv_heads", "split"), [(1, False), (2, False), (4, True), (12, True)])
+def test_key_and_value_heads_that_do_not_divide_are_held_whole(kv_heads, split):
+    config, mesh = with_decoder(kv_heads=kv_heads), mesh_of(1, 2, 4)
+    leaves = named_leaves(adapted(config))
+    for part in ("key", "value", "query"):
+        expected = "tensor" if split or part == "query" else None
+        for leaf in ("kernel", "bias", "lora_b"):
+            name = f"decoder.layers.attention.{part}.{leaf}"
+            assert sharding_of(name, leaves[name], mesh, config).spec[-1] == expected, name
+
+
+def test_query_heads_must_divide():
+    leaf = jax.ShapeDtypeStruct((), "float32")
+    with pytest.raises(ConfigError, match=r"^mesh axis tensor=8 does not divide the 12 attention"):
+        sharding_of("count", leaf, mesh_of(1, 1, 8), QWEN2_VL_2B)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("head.kernel", (4, 4), r"^head\.kernel \(4, 4\) has no rule"),
+        ("decoder.layers.mlp.up.scale", (2, 4), r"mlp\.up\.scale \(2, 4\) has no rule"),
+        ("mydecoder.norm_scale", (4,), "has no rule"),
+        (
+            "0.mu.decoder.layers.mlp.up.kernel",
+            (2, 7, 4),
+            r"^0\.mu.*\.kernel \(2, 7, 4\) on the mesh data=2, fsdp=2, tensor=2: "
+            r"axis 1 does not divide over fsdp$",
+        ),
+        ("decoder.embedding.table", (9, 6), "axis 1 does not divide over fsdp × tensor$"),
+        ("decoder.layers.mlp.up.kernel", (1,), "its rule .* is for more axes$"),
+    ],
+)
+def test_leaves_that_no_rule_fits(name, shape, message):
+    leaf = jax.ShapeDtypeStruct(shape, "float32")
+    with pytest.raises(ConfigError, match=message):
+        sharding_of(name, leaf, mesh_of(), QWEN2_VL_2B)
+
+
+def test_a_rule_that_uses_an_axis_twice(monkeypatch):
+    monkeypatch.setattr(rules, "RULES", (("kernel", P(("fsdp", "tensor"), "fsdp")),))
+    leaf = jax.ShapeDtypeStruct((8, 8), "float32")
+    with pytest.raises(ConfigError, match=r"^a\.kernel \(8, 8\) .* of the mesh twice$"):
+        sharding_of("a.kernel", leaf, mesh_of(), QWEN2_VL_2B)
+
+
+def test_random_weights_do_not_depend_on_the_mesh(tiny):
+    key, mesh = jax.random.key(3), mesh_of(1, 2, 2)
+    whole = jax.jit(lambda: encoder.init(tiny.config, key))()
+    parts = init_sharded(tiny.config, key, "float32", mesh)
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
+    where = shardings(parts, mesh, tiny.config)
+    assert jax.tree.all(
+        jax.tree.map(
+            lambda leaf, there: leaf.sharding.is_equivalent_to(there, leaf.ndim), parts, where
+        )
+    )
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4)])
+def test_states_do_not_depend_on_the_mesh_and_neither_does_dropout(tiny, sizes):
+    mesh, key = mesh_of(*sizes), jax.random.key(0)
+    items = [tiny.item(f"Text {i}.", random_image(60 + 9 * i, 80, seed=i)) for i in range(7)]
+    rows, where = pack(items, RowShape(8, 256, 8, 128, 16, groups=groups(mesh)))
+    numbers = np.full(16, -1, np.int32)
+    numbers[where.slot] = range(7)
+
+    def adapt(params):
+        adapted = add_lora(params, LoraConfig(rank=8, alpha=16.0, dropout=0.5), key)
+        return map_named(lambda name, leaf: leaf + 0.05 * name.endswith("lora_b"), adapted)
+
+    @jax.jit
+    def states(params, rows, numbers):
+        keys = token_keys(key, rows, numbers, groups=groups(mesh))
+        return [
+            encoder.encode(params, rows, FLOAT32, groups=groups(mesh), dropout_keys=dropout_keys)
+            for dropout_keys in (None, keys)
+        ]
+
+    read = open_checkpoint(tiny.folder).read(
+        dtype="float32", placement=placement(mesh, tiny.config)
+    )
+    assert not read.decoder.layers.mlp.up.kernel[...].is_fully_replicated
+    parts = adapt(read)
+    parts = jax.device_put(parts, shardings(parts, mesh, tiny.config))
+    split = jax.device_put((rows, numbers), batch_sharding(mesh))
+    alone = states(adapt(tiny.params), rows, jnp.array(numbers))
+    for one, many in zip(alone, states(parts, *split), strict=True):
+        np.testing.assert_allclose(many[where.slot], one[where.slot], rtol=0, atol=1e-5)
+    assert np.abs(alone[0] - alone[1])[where.slot].max() > 0.1
