@@ -39,3 +39,11 @@ class PackingError(PumaError):
 
 class DataError(PumaError):
     """A data file or record that does not follow the M-BEIR layout."""
+
+
+class TrainingError(PumaError):
+    """A run that cannot go on: its loss left the finite numbers."""
+
+
+class EvaluationError(PumaError):
+    """Vectors that cannot be evaluated: not finite, or not one for each item."""

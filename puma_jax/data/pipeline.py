@@ -21,32 +21,38 @@ from puma_jax.data.images import patchify
 from puma_jax.data.items import Body, Item
 from puma_jax.data.mbeir.lines import OnBadRecord
 from puma_jax.data.packing import fill
-from puma_jax.data.plan import Pairs, Plan, Step
+from puma_jax.data.plan import Plan
 from puma_jax.data.store import Store
 from puma_jax.errors import ConfigError, DataError, ImageError
 from puma_jax.rows import Rows, RowShape
-from puma_jax.typing import Bool, Int, ndarray
+from puma_jax.typing import AnyArray, Bool, Int
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
-    """One step. Rows are those of one host, all else is the whole global batch's."""
+    """One step. Rows are those of one host, all else is the whole global batch's.
+
+    The arrays are NumPy's on the host and jax's on devices.
+    """
 
     rows: Rows
     """With a leading axis of chunks."""
-    query_slot: Int[ndarray, "pairs"]
+    query_slot: Int[AnyArray, "pairs"]
     """Where each query's vector is found, in those of all slots of all chunks."""
-    candidate_slot: Int[ndarray, "pairs"]
-    modality: Int[ndarray, "pairs"]
+    candidate_slot: Int[AnyArray, "pairs"]
+    modality: Int[AnyArray, "pairs"]
     """Of the candidate: image 0, text 1, image with text 2."""
-    query: Int[ndarray, "pairs"]
+    query: Int[AnyArray, "pairs"]
     """Rows of the table of queries."""
-    candidate: Int[ndarray, "pairs"]
+    candidate: Int[AnyArray, "pairs"]
     """Rows of the table of candidates."""
-    valid: Bool[ndarray, "pairs"]
+    prompt: Int[AnyArray, "pairs"]
+    """Which of the prompts of the query's key; -1 for none."""
+    valid: Bool[AnyArray, "pairs"]
     """False where an image of this host's could not be decoded and was left blank."""
 
 
@@ -112,34 +118,59 @@ class Loader:
         shape = self.shape
         step = self.plan.step(number, shape, self.chunks)
         mine, placement, local = step.placement.part(shape, self.host, self.hosts)
-        pairs = len(step.pairs.query)
+        query, candidate, prompt = step.pairs.query, step.pairs.candidate, step.pairs.prompt
+        pairs = len(query)
         valid = np.ones(pairs, bool)
         items = []
         for i in mine.tolist():
-            item, decoded = self._item(step, i)
+            number, size = i % pairs, (int(step.lengths[i]), int(step.patches[i]))
+            if i < pairs:
+                item, decoded = self.query(int(query[number]), int(prompt[number]), size)
+            else:
+                item, decoded = self.candidate(int(candidate[number]), size)
             items.append(item)
-            valid[i % pairs] &= decoded
+            valid[number] &= decoded
         slots = step.placement.chunk * shape.slots + step.placement.slot
         return Batch(
             rows=fill(items, placement, local, self.plan.template.config.vision),
             query_slot=slots[:pairs],
             candidate_slot=slots[pairs:],
-            modality=np.asarray(self.plan.table.candidate_modality[step.pairs.candidate], np.int32),
-            query=step.pairs.query,
-            candidate=step.pairs.candidate,
+            modality=np.asarray(self.plan.table.candidate_modality[candidate], np.int32),
+            query=query,
+            candidate=candidate,
+            prompt=prompt,
             valid=valid,
         )
 
-    def _item(self, step: Step, i: int) -> tuple[Item, bool]:
-        """Return an item of a step, and whether its image could be decoded."""
-        pairs = step.pairs
-        number = i % len(pairs.query)
-        if i < len(pairs.query):
-            record = self.store.query(int(pairs.query[number]))
-            body = self._body(record, pairs, number)
-        else:
-            record = self.store.candidate(int(pairs.candidate[number]))
-            body = tuple(record.tokens.tolist())
+    def query(self, row: int, prompt: int, planned: tuple[int, int]) -> tuple[Item, bool]:
+        """Return the item of a query, and whether its image could be decoded.
+
+        Args:
+            row: In the table of queries.
+            prompt: Which of the prompts of its key; −1 for none.
+            planned: Its tokens and patches.
+
+        Raises:
+            DataError: Its image cannot be decoded, or it is not of the planned size.
+        """
+        record = self.store.query(row)
+        if prompt < 0:
+            return self._item(record, tuple(record.plain_tokens.tolist()), planned)
+        key = int(self.plan.table.query_key[row])
+        instruction = self.store.instructions.prompts[key][prompt].tokens
+        body = Body(tuple(record.tokens.tolist()), record.text_length)
+        joined = self.plan.template.join(instruction, body, image=record.image is not None)
+        return self._item(record, joined, planned)
+
+    def candidate(self, row: int, planned: tuple[int, int]) -> tuple[Item, bool]:
+        """Return the item of a candidate, and whether its image could be decoded; see `query`."""
+        record = self.store.candidate(row)
+        return self._item(record, tuple(record.tokens.tolist()), planned)
+
+    def _item(
+        self, record: Record, body: tuple[int, ...], planned: tuple[int, int]
+    ) -> tuple[Item, bool]:
+        """Return the item of a record, and whether its image could be decoded."""
         template = self.plan.template
         if record.image is None:
             item, decoded = template.assemble(body), True
@@ -153,7 +184,7 @@ class Loader:
                     raise DataError(str(error)) from error
                 blank = Image.new("RGB", (record.width, record.height))
                 item, decoded = template.assemble(body, *patchify(blank, vision, limits)), False
-        found, planned = (len(item.tokens), len(item.patches)), (step.lengths[i], step.patches[i])
+        found = len(item.tokens), len(item.patches)
         if found != planned:
             raise DataError(
                 f"{record.id} has {found[0]} tokens and {found[1]} patches, planned were "
@@ -161,23 +192,14 @@ class Loader:
             )
         return item, decoded
 
-    def _body(self, record: Record, pairs: Pairs, number: int) -> tuple[int, ...]:
-        prompt = int(pairs.prompt[number])
-        if prompt < 0:
-            return tuple(record.plain_tokens.tolist())
-        key = int(self.plan.table.query_key[pairs.query[number]])
-        instruction = self.store.instructions.prompts[key][prompt].tokens
-        body = Body(tuple(record.tokens.tolist()), record.text_length)
-        return self.plan.template.join(instruction, body, image=record.image is not None)
-
 
 def batches(
-    loader: Loader, start: int, stop: int, *, workers: int = 0, ahead: int = 2
-) -> Iterator[Batch]:
+    loader: Callable[[int], T], start: int, stop: int, *, workers: int = 0, ahead: int = 2
+) -> Iterator[T]:
     """Yield the batches of the steps from `start` up to, without, `stop`, in order.
 
     Args:
-        loader: Makes a batch from a step.
+        loader: Makes a batch from a step, as a `Loader` does.
         start: First step; resuming is to start later.
         stop: Step to stop before.
         workers: Processes that make batches; 0 makes them in threads of this one.
@@ -197,8 +219,8 @@ def batches(
 
 
 def on_device(
-    batches: Iterator[Batch], put: Callable[[Batch], T], *, ahead: int = 1
-) -> Iterator[tuple[Batch, T]]:
+    batches: Iterator[T], put: Callable[[T], U], *, ahead: int = 1
+) -> Iterator[tuple[T, U]]:
     """Yield every batch, and what `put` made of it, with transfers under way before their turn.
 
     Args:
@@ -207,7 +229,7 @@ def on_device(
             not wait for it.
         ahead: How many transfers run while the device works.
     """
-    waiting: deque[tuple[Batch, T]] = deque()
+    waiting: deque[tuple[T, U]] = deque()
     for batch in batches:
         waiting.append((batch, put(batch)))
         if len(waiting) > ahead:

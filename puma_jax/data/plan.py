@@ -99,6 +99,16 @@ class Plan:
             query, epoch = self._dealt(step)
         return self._choose(query, epoch)
 
+    def queries(self) -> Int[ndarray, "drawn"]:
+        """Return the rows of queries that steps may hold; weights may leave sets out."""
+        return np.concatenate(self._sets)
+
+    def prompts(self, query: Int[ndarray, "n"]) -> Int[ndarray, "n"]:
+        """Return how many prompts these queries may be asked with; 0 asks without one."""
+        if not self.config.instructions:
+            return np.zeros(len(query), np.int64)
+        return self._prompts[self.table.query_key[query]]
+
     def step(self, step: int, shape: RowShape, chunks: int) -> Step:
         """Return the plan of a step, packed.
 
@@ -128,7 +138,7 @@ class Plan:
 
     def item_sizes(self, pairs: Pairs) -> tuple[Int[ndarray, "items"], Int[ndarray, "items"]]:
         """Return tokens and patches of all items of these pairs, the queries first."""
-        sizes = self._query_sizes(pairs.query, pairs.prompt), self._candidate_sizes(pairs.candidate)
+        sizes = self.query_sizes(pairs.query, pairs.prompt), self.candidate_sizes(pairs.candidate)
         lengths, patches = (np.concatenate(both) for both in zip(*sizes, strict=True))
         return lengths, patches
 
@@ -139,15 +149,17 @@ class Plan:
         if not self.config.instructions:
             longest_prompt[:] = -1
         sizes = (
-            self._query_sizes(np.arange(len(table.query_key)), longest_prompt[table.query_key]),
-            self._candidate_sizes(np.arange(len(table.candidate_tokens))),
+            self.query_sizes(np.arange(len(table.query_key)), longest_prompt[table.query_key]),
+            self.candidate_sizes(np.arange(len(table.candidate_tokens))),
         )
         tokens, patches = (
             max(int(of.max(initial=0)) for of in both) for both in zip(*sizes, strict=True)
         )
         return tokens, patches
 
-    def _query_sizes(self, query: ndarray, prompt: ndarray) -> tuple[ndarray, ndarray]:
+    def query_sizes(
+        self, query: Int[ndarray, "n"], prompt: Int[ndarray, "n"]
+    ) -> tuple[Int[ndarray, "n"], Int[ndarray, "n"]]:
         """Return tokens and patches of queries asked with these prompts."""
         table = self.table
         patches = self._patches(table.query_height[query], table.query_width[query])
@@ -160,7 +172,9 @@ class Plan:
         bodies = np.where(prompt >= 0, instructed, table.query_plain_tokens[query])
         return self.template.item_lengths(bodies, patches), patches
 
-    def _candidate_sizes(self, candidate: ndarray) -> tuple[ndarray, ndarray]:
+    def candidate_sizes(
+        self, candidate: Int[ndarray, "n"]
+    ) -> tuple[Int[ndarray, "n"], Int[ndarray, "n"]]:
         """Return tokens and patches of candidates."""
         table = self.table
         patches = self._patches(table.candidate_height[candidate], table.candidate_width[candidate])
@@ -176,10 +190,9 @@ class Plan:
         first = table.positive_start[query]
         positives = table.positive_start[query + 1] - first
         candidate = table.positive_row[first + _draw(positives, seed, _POSITIVE, epoch, query)]
-        prompts = self._prompts[table.query_key[query]]
+        prompts = self.prompts(query)
         prompt = _draw(np.maximum(prompts, 1), seed, _PROMPT, epoch, query)
-        has_prompt = (prompts > 0) & self.config.instructions
-        return Pairs(query, candidate, np.where(has_prompt, prompt, -1))
+        return Pairs(query, candidate, np.where(prompts > 0, prompt, -1))
 
     def _dealt(self, step: int) -> tuple[ndarray, ndarray]:
         """Return queries and epochs of a step that mixes all sets.

@@ -111,7 +111,7 @@ def mamcl_loss(
 
 
 def hard_temperature(
-    progress: Float[Array, ""] | float, tau_norm: float, decay: float
+    progress: Float[Array, ""] | float, tau_norm: Temperature, decay: float
 ) -> Float[Array, ""]:
     """Temperature of intra-modality pairs: tau_norm · exp(−decay · 2 · min(½, progress)).
 

@@ -1,0 +1,259 @@
+"""What a benchmark asks: which queries, which documents each may find, and which answer it.
+
+Nothing here depends on the order of files, of lines, or on a seed: documents are numbered in the
+order of their ids, and whatever is chosen is chosen by a hash of an id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from array import array
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from puma_jax.data.mbeir import (
+    Benchmark,
+    Candidate,
+    EvaluationSet,
+    Instruction,
+    InstructionKey,
+    Query,
+    instruction_key,
+    modality_code,
+    parse_candidate,
+    read_instructions,
+    read_qrels,
+    read_queries,
+)
+from puma_jax.data.mbeir.lines import RowIndex
+from puma_jax.data.prompts import query_text
+from puma_jax.embedder import RawItem
+from puma_jax.errors import ConfigError, DataError
+from puma_jax.typing import Int, UInt8, ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Subset:
+    """How much of a benchmark to use, for evaluation while a model is trained."""
+
+    queries: int
+    """Of each set."""
+    documents: int
+    """Of each local pool; those that answer the chosen queries come on top."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            ConfigError: A number is below 1.
+        """
+        if self.queries < 1 or self.documents < 1:
+            raise ConfigError(
+                f"a subset of {self.queries} queries and {self.documents} documents, "
+                "expected at least 1 of both"
+            )
+
+
+@dataclass(frozen=True)
+class QuerySet:
+    """The queries of one dataset and task, and where they look for which documents."""
+
+    name: str
+    task: int
+    qids: tuple[str, ...]
+    items: tuple[RawItem, ...]
+    """What is to be embedded for each query, its instruction included."""
+    relevant: tuple[tuple[int, ...], ...]
+    """Documents that answer each query; those that are in no pool are left out."""
+    pool: Int[ndarray, "documents"]
+    """The local pool, ascending."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Queries and documents of a split, ready to be embedded; documents are read as needed."""
+
+    root: Path
+    split: str
+    sets: tuple[QuerySet, ...]
+    dids: tuple[str, ...]
+    """Ids of all documents, ascending. Elsewhere a document is its row in here."""
+    modalities: UInt8[ndarray, "documents"]
+    """Codes of their modalities; see `mbeir.modality_code`."""
+    pool: Int[ndarray, "documents_of_pool"]
+    """The global pool, ascending."""
+    places: Int[ndarray, "documents 2"]
+    """File and row of each document."""
+    files: tuple[RowIndex[Candidate], ...]
+
+    def document(self, row: int) -> RawItem:
+        """Return what is to be embedded for a document.
+
+        Raises:
+            DataError: The file of the document can no longer be read.
+        """
+        file, place = self.places[row].tolist()
+        candidate = self.files[file][place]
+        return _item(self.root, candidate.text, candidate.image)
+
+    def reading_order(self) -> Int[ndarray, "documents"]:
+        """Return all documents in the order in which they lie in their files."""
+        return np.lexsort((self.places[:, 1], self.places[:, 0]))
+
+
+def select(benchmark: Benchmark, split: str = "test", limits: Subset | None = None) -> Selection:
+    """Return the queries of a split and the documents of its pools.
+
+    The global pool is that of the split, or all local pools joined if the benchmark has none.
+    With `limits`, it is always the chosen documents of the local pools joined: fewer, and it would
+    be easier than these.
+
+    An id stands for one document, whatever the number of pools, or of lines, that hold it.
+
+    Args:
+        benchmark: Its files.
+        split: Of the queries.
+        limits: How much to use; None uses all.
+
+    Raises:
+        DataError: The benchmark has no such split, a file is missing, has a bad record or no
+            records, or an id is given to two queries of one set.
+    """
+    sets = [found for found in benchmark.sets if found.split == split]
+    if not sets:
+        splits = ", ".join(sorted({found.split for found in benchmark.sets})) or "none"
+        raise DataError(
+            f'{benchmark.root} has no queries of split "{split}", the splits it has: {splits}'
+        )
+    for found in sets:
+        for path in found.missing:
+            raise DataError(f"{path} is missing: {found.name} task {found.task} needs it")
+    instructions = read_instructions(benchmark.instructions) if benchmark.instructions else {}
+
+    documents = _Documents()
+    asked: list[tuple[EvaluationSet, list[Query], dict[str, set[str]], list[int]]] = []
+    for found in sets:
+        queries = _queries(found.queries_path, limits)
+        relevant: dict[str, set[str]] = {query.qid: set() for query in queries}
+        for qrel in read_qrels(found.qrels_path):
+            if qrel.qid in relevant:
+                relevant[qrel.qid].add(qrel.did)
+        always = {did for dids in relevant.values() for did in dids}
+        pool = documents.add(found.pool_path, limits.documents if limits else None, always)
+        asked.append((found, queries, relevant, pool))
+    global_path = None if limits else benchmark.global_pools.get(split)
+    joined = range(len(documents.dids))
+    global_pool = documents.add(global_path, None, ()) if global_path else joined
+
+    order = sorted(range(len(documents.dids)), key=documents.dids.__getitem__)
+    rows = np.empty(len(order), np.int64)
+    rows[order] = np.arange(len(order))
+    return Selection(
+        root=benchmark.root,
+        split=split,
+        sets=tuple(
+            QuerySet(
+                name=found.name,
+                task=found.task,
+                qids=tuple(query.qid for query in queries),
+                items=tuple(_question(benchmark.root, query, instructions) for query in queries),
+                relevant=tuple(
+                    tuple(int(rows[number]) for number in documents.known(relevant[query.qid]))
+                    for query in queries
+                ),
+                pool=np.unique(rows[pool]),
+            )
+            for found, queries, relevant, pool in asked
+        ),
+        dids=tuple(documents.dids[number] for number in order),
+        modalities=np.array(documents.modalities, np.uint8)[order],
+        pool=np.unique(rows[global_pool]),
+        places=np.array([documents.files_of, documents.rows_of], np.int64).T[order],
+        files=tuple(documents.files),
+    )
+
+
+class _Documents:
+    """Documents by number, in the order in which they are first met."""
+
+    def __init__(self) -> None:
+        self.files: list[RowIndex[Candidate]] = []
+        self.dids: list[str] = []
+        self.numbers: dict[str, int] = {}
+        self.modalities, self.files_of, self.rows_of = array("B"), array("q"), array("q")
+
+    def add(self, path: Path, limit: int | None, always: Collection[str]) -> list[int]:
+        """Read a pool and return the numbers of its documents.
+
+        Args:
+            path: The file of the pool.
+            limit: How many documents to choose; None for all.
+            always: Documents that are chosen whatever the limit.
+        """
+        index = RowIndex(path, parse_candidate)
+        dids, modalities = [], array("B")
+        for row in range(len(index)):
+            candidate = index[row]
+            dids.append(candidate.did)
+            modalities.append(modality_code(candidate.modality))
+        if not dids:
+            raise DataError(f"{path} holds no documents")
+        chosen = None if limit is None else {*_fewest(dids, limit), *always}
+        numbers = []
+        for row, did in enumerate(dids):
+            if chosen is not None and did not in chosen:
+                continue
+            if did not in self.numbers:
+                self.numbers[did] = len(self.dids)
+                self.dids.append(did)
+                self.modalities.append(modalities[row])
+                self.files_of.append(len(self.files))
+                self.rows_of.append(row)
+            numbers.append(self.numbers[did])
+        self.files.append(index)
+        return numbers
+
+    def known(self, dids: Iterable[str]) -> list[int]:
+        """Return the numbers of those documents that a pool holds."""
+        return [self.numbers[did] for did in dids if did in self.numbers]
+
+
+def _queries(path: Path, limits: Subset | None) -> list[Query]:
+    """Return the queries of a file, or some of them."""
+    queries: dict[str, Query] = {}
+    for query in read_queries(path):
+        if query.qid in queries:
+            raise DataError(f'{path} has two queries of qid "{query.qid}", expected one')
+        queries[query.qid] = query
+    if not queries:
+        raise DataError(f"{path} holds no queries")
+    chosen = queries if limits is None else _fewest(queries, limits.queries)
+    return [queries[qid] for qid in chosen]
+
+
+def _question(
+    root: Path, query: Query, instructions: Mapping[InstructionKey, Instruction]
+) -> RawItem:
+    """Return what is to be embedded for a query, with one of its instructions if it has any."""
+    found = instructions.get(instruction_key(query))
+    instruction = found.prompts[_hash(query.qid) % len(found.prompts)] if found else None
+    return _item(root, query_text(instruction, query.text) or None, query.image)
+
+
+def _item(root: Path, text: str | None, image: str | None) -> RawItem:
+    fields = {"text": text, "image": image and root / image}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _fewest(identifiers: Iterable[str], count: int) -> list[str]:
+    """Return the `count` ids with the lowest hashes: the same ones, wherever they stand."""
+    return heapq.nsmallest(count, set(identifiers), key=lambda name: (_hash(name), name))
+
+
+def _hash(identifier: str) -> int:
+    """Return a number that depends on the id alone; Python's own hash changes with the process."""
+    return int.from_bytes(hashlib.blake2b(identifier.encode(), digest_size=8).digest())

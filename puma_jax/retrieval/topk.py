@@ -1,0 +1,232 @@
+"""Exact search: the k documents with the highest inner products, in a pool of any size.
+
+The pool goes by in tiles, and each tile leaves behind no more than k scores of a query. On
+accelerators the tiles are dealt out to all local devices, which work at the same time. On a CPU
+NumPy does the work: its matrix product is faster than XLA's there, and so is picking the few
+scores that count, which a compiled program of fixed shapes cannot do.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from puma_jax.errors import ConfigError
+from puma_jax.typing import AnyArray, Array, Float, Int, ndarray
+
+# Scores held at a time: those of so many queries and one tile.
+_QUERIES = 1024
+_HOST_TILE = 4096
+_FIRST_HOST_TILE = 256
+_DEVICE_TILE = 16384
+_BLOCK = 64
+
+Best = tuple[AnyArray, AnyArray]
+"""Scores and rows of the best documents so far, `[queries, k]` each, best first."""
+
+
+def top_k(
+    queries: Float[AnyArray, "queries width"],
+    pool: Float[AnyArray, "documents width"] | Iterable[Float[AnyArray, "_ width"]],
+    k: int,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> tuple[Float[ndarray, "queries {k}"], Int[ndarray, "queries {k}"]]:
+    """Return the k highest scores of each query and the rows of the pool they belong to.
+
+    Scores are inner products in float32, also those of bfloat16 vectors. Equal scores are in the
+    order of their rows, and where they compete for the last place the lower row has it. A pool of
+    fewer than k documents leaves places empty: row -1, score -inf.
+
+    Args:
+        queries: Vectors that search.
+        pool: Vectors that are searched: an array, a `np.memmap`, or an iterable of parts, with
+            any number of rows each, which is read once and never held as a whole.
+        k: How many documents to find.
+        devices: Where to compute; by default on all local accelerators, or with NumPy if there
+            are none. Every process searches by itself.
+
+    Raises:
+        ConfigError: k is below 1, or queries and pool have vectors of different widths.
+    """
+    if k < 1:
+        raise ConfigError(f"k is {k}, expected at least 1")
+    width = queries.shape[1]
+    if devices is None and jax.default_backend() != "cpu":
+        devices = jax.local_devices()
+    if devices is None:
+        doubling = (_FIRST_HOST_TILE << n for n in itertools.count())
+        sizes = (min(size, _HOST_TILE) for size in doubling)
+        return _on_host(np.asarray(queries, np.float32), _tiles(pool, sizes, width), k)
+    return _on_devices(queries, _tiles(pool, itertools.repeat(_DEVICE_TILE), width), k, devices)
+
+
+def _tiles(
+    pool: AnyArray | Iterable[AnyArray], sizes: Iterator[int], width: int
+) -> Iterator[AnyArray]:
+    """Yield the pool in tiles of the given sizes; the last may be smaller."""
+    held: list[AnyArray] = []
+    count = 0
+    size = next(sizes)
+    parts: Iterable[AnyArray] = [pool] if hasattr(pool, "shape") else pool
+    for part in parts:
+        if part.shape[1] != width:
+            raise ConfigError(
+                f"queries have {width} values and documents {part.shape[1]}: "
+                "embed both with the same model"
+            )
+        held.append(part)
+        count += len(part)
+        if count < size:
+            continue
+        joined = held[0] if len(held) == 1 else np.concatenate(held)
+        start = 0
+        while count >= size:
+            yield joined[start : start + size]
+            start, count = start + size, count - size
+            size = next(sizes)
+        held = [joined[start:]]
+    if count:
+        yield held[0] if len(held) == 1 else np.concatenate(held)
+
+
+def _on_host(queries: Float[ndarray, "queries width"], tiles: Iterator[AnyArray], k: int) -> Best:
+    """Search with NumPy."""
+    scores = np.full((len(queries), k), -np.inf, np.float32)
+    rows = np.full((len(queries), k), -1, np.int64)
+    buffer = np.empty(min(len(queries), _QUERIES) * _HOST_TILE, np.float32)
+    first = 0
+    for tile in tiles:
+        documents = np.asarray(tile, np.float32).T
+        for start in range(0, len(queries), _QUERIES):
+            some = slice(start, start + _QUERIES)
+            shape = len(queries[some]), len(tile)
+            new = np.matmul(
+                queries[some], documents, out=buffer[: shape[0] * shape[1]].reshape(shape)
+            )
+            _add(scores[some], rows[some], new, first)
+        first += len(tile)
+    return scores, rows
+
+
+def _add(
+    scores: Float[ndarray, "queries k"],
+    rows: Int[ndarray, "queries k"],
+    new: Float[ndarray, "queries tile"],
+    first: int,
+) -> None:
+    """Let the scores of a tile, whose rows start at `first`, into the best so far, in place.
+
+    Few are above a query's k-th best score, about k where the tile doubles what has been seen:
+    they are gathered from the tile's scores, and only they are sorted. An equal score of a later
+    row would not displace anything, and none is taken.
+    """
+    queries, k = scores.shape
+    flat = np.flatnonzero(new > scores[:, -1:])
+    of_query, column = np.divmod(flat, new.shape[1])
+    count = np.bincount(of_query, minlength=queries)
+    widest = int(count.max(initial=0))
+    if not widest:
+        return
+    place = k + np.arange(len(flat)) - np.repeat(np.cumsum(count) - count, count)
+    all_scores = np.full((queries, k + widest), -np.inf, np.float32)
+    all_rows = np.full((queries, k + widest), -1, np.int64)
+    all_scores[:, :k], all_rows[:, :k] = scores, rows
+    all_scores[of_query, place] = new.ravel()[flat]
+    all_rows[of_query, place] = first + column
+    best = np.argsort(-all_scores, axis=1, kind="stable")[:, :k]
+    scores[:] = np.take_along_axis(all_scores, best, 1)
+    rows[:] = np.take_along_axis(all_rows, best, 1)
+
+
+def _on_devices(
+    queries: AnyArray, tiles: Iterator[AnyArray], k: int, devices: Sequence[jax.Device]
+) -> Best:
+    """Search on several devices, each of which takes a tile in turn."""
+    starts = range(0, max(1, len(queries)), _QUERIES)
+    chunks = [queries[start : start + _QUERIES] for start in starts]
+    nothing = [
+        (np.full((len(chunk), k), -np.inf, np.float32), np.full((len(chunk), k), -1, np.int32))
+        for chunk in chunks
+    ]
+    asked = {device: jax.device_put(chunks, device) for device in devices}
+    best: dict[jax.Device, list[Best]] = {
+        device: jax.device_put(nothing, device) for device in devices
+    }
+    started: deque[list[Best]] = deque()
+    first = 0
+    for tile, device in zip(tiles, itertools.cycle(devices)):
+        place = np.array([first, len(tile)], np.int32)
+        vectors, place = jax.device_put((tile, place), device)
+        whole = _padded(vectors, _DEVICE_TILE)
+        best[device] = [
+            _better(*of_chunk, chunk, whole, place)
+            for of_chunk, chunk in zip(best[device], asked[device], strict=True)
+        ]
+        # A device may have one tile waiting, not the whole pool.
+        started.append(best[device])
+        if len(started) > 2 * len(devices):
+            jax.block_until_ready(started.popleft())
+        first += len(tile)
+    found = [jax.device_get(of_device) for of_device in best.values()]
+    scores = np.concatenate([np.concatenate([s for s, _ in of_one]) for of_one in found], axis=1)
+    rows = np.concatenate([np.concatenate([r for _, r in of_one]) for of_one in found], axis=1)
+    order = np.lexsort((rows, -scores), axis=-1)[:, :k]
+    scores = np.take_along_axis(scores, order, 1)
+    rows = np.take_along_axis(rows, order, 1).astype(np.int64)
+    return scores, np.where(np.isneginf(scores), -1, rows)
+
+
+@partial(jax.jit, static_argnums=1)
+def _padded(tile: Float[Array, "_ width"], rows: int) -> Float[Array, "{rows} width"]:
+    """Return a tile of full size, so that the last one of a pool asks for no other program."""
+    return jnp.pad(tile, ((0, rows - len(tile)), (0, 0)))
+
+
+@jax.jit
+def _better(
+    scores: Float[Array, "queries k"],
+    rows: Int[Array, "queries k"],
+    queries: Float[Array, "queries width"],
+    tile: Float[Array, "tile width"],
+    place: Int[Array, "2"],
+) -> Best:
+    """Return the best of those so far and of a tile.
+
+    `jax.lax.top_k` is slow over wide rows. A score among the best k lies in one of the k blocks
+    with the highest maxima: so these are found first, and only what is in them is sorted.
+
+    Args:
+        scores: The best so far.
+        rows: Their rows, all below those of the tile.
+        queries: Vectors that search.
+        tile: Vectors that are searched.
+        place: Row of the first of these in the pool, and how many of them are not padding.
+    """
+    k = scores.shape[1]
+    dtype = jnp.promote_types(queries.dtype, tile.dtype)
+    new = jnp.einsum(
+        "qd,td->qt",
+        queries.astype(dtype),
+        tile.astype(dtype),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    new = jnp.where(jnp.arange(len(tile)) < place[1], new, -jnp.inf)
+    blocks = new.reshape(len(queries), len(tile) // _BLOCK, _BLOCK)
+    _, chosen = jax.lax.top_k(blocks.max(-1), min(k, blocks.shape[1]))
+    # Of equal scores top_k takes the first: rows must ascend.
+    chosen = jnp.sort(chosen, axis=1)[:, :, None]
+    inside = jnp.take_along_axis(blocks, chosen, axis=1)
+    inside_rows = place[0] + chosen * _BLOCK + jnp.arange(_BLOCK)
+    wide = len(queries), inside.shape[1] * _BLOCK
+    all_scores = jnp.concatenate([scores, inside.reshape(wide)], axis=1)
+    all_rows = jnp.concatenate([rows, inside_rows.reshape(wide)], axis=1)
+    scores, best = jax.lax.top_k(all_scores, k)
+    return scores, jnp.take_along_axis(all_rows, best, axis=1)

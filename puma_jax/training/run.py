@@ -1,0 +1,232 @@
+"""A run: stage after stage, each from the model the one before left, and what they are worth.
+
+```
+workdir/
+  config.json            what is run
+  base/                  a model from scratch, before training
+  data/                  built training data, for each benchmark
+  checkpoints/{stage}/   Orbax; gone when the stage is finished
+  {stage}/               the stage's model: a Hugging Face folder, adapters merged
+  results/{stage}/       how it does on the benchmark, with TREC run files
+  metrics.jsonl          and tensorboard/
+  results.json           what all of it came to
+```
+What exists is finished: the same command goes on with what does not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from puma_jax.data.mbeir import discover
+from puma_jax.embedder import Embedder
+from puma_jax.errors import ConfigError
+from puma_jax.model.tree import named_leaves
+from puma_jax.parallel.mesh import make_mesh
+from puma_jax.retrieval.evaluation import Evaluation, Subset, evaluate_selection
+from puma_jax.retrieval.report import compare, markdown
+from puma_jax.retrieval.selection import Selection, select
+from puma_jax.training.checkpoint import versions
+from puma_jax.training.config import TrainConfig
+from puma_jax.training.journal import Journal
+from puma_jax.training.loop import run_stage
+from puma_jax.training.scratch import write_base
+from puma_jax.training.stages import Stage, prepare
+
+# What may differ when a run goes on: it changes how, not what.
+_HOW = ("mesh", "evaluation", "checkpoint", "log")
+# Documents that are embedded to see how fast a model is.
+_TIMED = 1024
+
+
+def run(config: TrainConfig, workdir: Path) -> dict[str, Any]:
+    """Run what is not finished of a run; return the content of results.json.
+
+    Raises:
+        ConfigError: The workdir holds another run, or the devices do not fit the mesh.
+        TrainingError: The loss left the finite numbers.
+        Stopped: The run was asked to stop; the same call goes on.
+    """
+    began = time.perf_counter()
+    mesh = make_mesh(config.mesh)
+    fresh = _claim(workdir, config)
+    device = mesh.devices.flat[0].device_kind
+    print(f"Training on {mesh.size} × {device} in {workdir}: {', '.join(config.stages)}")
+    folder: str | Path = workdir / "base"
+    if config.scratch is not None and not (workdir / "base").exists():
+        write_base(
+            workdir / "base",
+            config.scratch,
+            config.data.root,
+            config.images,
+            config.prompt,
+            config.seed,
+        )
+    results = {}
+    for name, stage in config.stages.items():
+        folder, out = stage.model or folder, workdir / name
+        if not out.exists():
+            _train(name, config, folder, workdir, mesh)
+        folder = out
+        if name in (*config.evaluation.final_stages, list(config.stages)[-1]):
+            results[name] = _result(name, config, workdir)
+    content = {
+        "config": as_json(config),
+        "versions": versions(),
+        "device": f"{mesh.size} × {device}",
+        # Of a run that was resumed no one knows how long it took.
+        "seconds": round(time.perf_counter() - began) if fresh else None,
+        "stages": results,
+    }
+    _write_json(workdir / "results.json", content)
+    print(summary(content))
+    print(f"The model is in {folder}, its results in {workdir / 'results.json'}")
+    return content
+
+
+def summary(results: dict[str, Any]) -> str:
+    """Return the tables of results.json: what the models can, and what they cost."""
+    found = {
+        name: Evaluation.from_json(result["evaluation"])
+        for name, result in results["stages"].items()
+        if result["evaluation"] is not None
+    }
+    rows = [
+        [
+            name,
+            str(result["layers"]),
+            f"{result['parameters'] / 1e6:.2f} M",
+            f"{result['decoder_parameters'] / 1e6:.2f} M",
+            f"{result['items_per_second'] or 0:,.0f}",
+        ]
+        for name, result in results["stages"].items()
+    ]
+    costs = markdown(["model", "layers", "parameters", "of its layers", "items/s"], rows)
+    return "\n\n".join([compare(found), costs] if found else [costs])
+
+
+def as_json(config: TrainConfig) -> dict[str, Any]:
+    """Return a config as plain values."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def _claim(workdir: Path, config: TrainConfig) -> bool:
+    """Make the folder that of this run, or check that it is; return whether it was not before."""
+    path, wanted = workdir / "config.json", as_json(config)
+    if path.exists():
+        found = json.loads(path.read_text("utf-8"))
+        for name in _differences(found, wanted):
+            raise ConfigError(
+                f"{workdir} holds another run, which differs in {name}: choose another --workdir, "
+                "or delete this one"
+            )
+        return False
+    if workdir.exists() and any(workdir.iterdir()):
+        raise ConfigError(f"{workdir} is not empty and holds no run: choose another --workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    _write_json(path, wanted)
+    return True
+
+
+def _differences(found: dict[str, Any], wanted: dict[str, Any], at: str = "") -> list[str]:
+    """Return the names of the settings that make it another run."""
+    names = []
+    for name in sorted({*found, *wanted}):
+        if at == "" and name in _HOW:
+            continue
+        one, other = found.get(name), wanted.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            names += _differences(one, other, f"{at}{name}.")
+        elif one != other and f"{at}{name}" != "data.workers":
+            names.append(f"{at}{name} ({one} there, {other} here)")
+    return names
+
+
+def _train(
+    name: str, config: TrainConfig, folder: str | Path, workdir: Path, mesh: jax.sharding.Mesh
+) -> None:
+    """Run one stage and leave its model in the workdir."""
+    stage = prepare(name, config, folder, workdir, mesh)
+    journal = Journal(workdir, config.log, as_json(config))
+    subset = _subset(config)
+
+    def measure(stage: Stage) -> dict[str, float]:
+        if subset is None:
+            return {}
+        embedder = stage.embedder()
+        found = evaluate_selection(
+            subset, lambda items: embedder.encode(items, progress=False), progress=False
+        )
+        return {"hit@k local": found.mean("local"), "hit@k global": found.mean("global")}
+
+    try:
+        run_stage(stage, config, workdir / "checkpoints" / name, journal, measure)
+    finally:
+        journal.close()
+    stage.embedder().save(workdir / name)
+    shutil.rmtree(workdir / "checkpoints" / name)
+
+
+def _subset(config: TrainConfig) -> Selection | None:
+    """Return what is evaluated while training, if anything is."""
+    settings, benchmark = config.evaluation, discover(config.data.root)
+    if not settings.every or not any(found.split == settings.split for found in benchmark.sets):
+        return None
+    return select(benchmark, settings.split, Subset(settings.queries, settings.documents))
+
+
+def _result(name: str, config: TrainConfig, workdir: Path) -> dict[str, Any]:
+    """Return what a finished stage is worth, measured if it has not been."""
+    folder = workdir / "results" / name
+    path = folder / "result.json"
+    if path.exists():
+        return json.loads(path.read_text("utf-8"))
+    embedder = Embedder.load(workdir / name, dtype=config.compute.dtype)
+    evaluation, speed = None, None
+    benchmark = discover(config.data.root)
+    if any(found.split == config.evaluation.final for found in benchmark.sets):
+        print(f"Evaluating {name} on {config.evaluation.final}", flush=True)
+        selection = select(benchmark, config.evaluation.final)
+        evaluation = evaluate_selection(
+            selection, lambda items: embedder.encode(items, progress=False)
+        )
+        speed = _items_per_second(embedder, selection)
+        folder.mkdir(parents=True, exist_ok=True)
+        evaluation.write_runs(folder)
+    leaves = named_leaves(embedder.params)
+    layers = [leaf.size for leaf_name, leaf in leaves.items() if ".layers." in leaf_name]
+    result = {
+        "layers": embedder.config.decoder.layers,
+        "parameters": sum(leaf.size for leaf in leaves.values()),
+        "decoder_parameters": sum(layers),
+        "items_per_second": speed,
+        "evaluation": None if evaluation is None else evaluation.to_json(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(path, result)
+    return result
+
+
+def _items_per_second(embedder: Embedder, selection: Selection) -> float:
+    """Return how many documents are embedded in a second, images read and decoded."""
+    rows = np.linspace(0, len(selection.dids) - 1, _TIMED).astype(int)
+    items = [selection.document(row) for row in rows.tolist()]
+    embedder.encode(items, progress=False)  # compiles
+    began = time.perf_counter()
+    embedder.encode(items, progress=False)
+    return len(items) / (time.perf_counter() - began)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a file that appears whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    partial.replace(path)

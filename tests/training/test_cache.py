@@ -1,0 +1,242 @@
+"""The cache of a teacher's states: what the step would compute, once, and for no other teacher."""
+
+import dataclasses
+import json
+import operator
+
+import jax
+import numpy as np
+import pytest
+
+from puma_jax.config import ImageConfig, LoraConfig, PlanConfig, PromptConfig
+from puma_jax.data.builder import Settings, build
+from puma_jax.data.pipeline import Loader
+from puma_jax.data.plan import Plan
+from puma_jax.data.prompts import Prompter
+from puma_jax.data.store import Store
+from puma_jax.errors import CheckpointError
+from puma_jax.model import encoder
+from puma_jax.model.tree import named_leaves
+from puma_jax.parallel import rules
+from puma_jax.parallel.mesh import MeshConfig, groups, make_mesh
+from puma_jax.training import cache
+from puma_jax.training.config import (
+    DataConfig,
+    DistillConfig,
+    LogConfig,
+    LossConfig,
+    StageConfig,
+    TrainConfig,
+)
+from puma_jax.training.journal import Journal
+from puma_jax.training.loop import run_stage
+from puma_jax.training.stages import prepare
+from puma_jax.training.step import Fixed
+from puma_jax.training.teacher import make_teacher, split_teacher
+from tests.data import fake_mbeir
+from tests.reference import FLOAT32, byte_tokenizer
+
+KEPT, CHUNKS = (0, 1), 2
+IMAGES = ImageConfig(4 * 28**2, 9 * 28**2)
+PLAN = PlanConfig(batch=4, window=3)
+PLAIN = dataclasses.replace(PLAN, instructions=False)
+TWO_SETS = dataclasses.replace(PLAN, weights=(("oven_task8", 1.0), ("mscoco_task0", 2.0)))
+
+
+class Case:
+    """All that a cache is built from."""
+
+    def __init__(self, store, model, params, plan=PLAN, devices=1):
+        self.model, self.mesh = model, make_mesh(MeshConfig(), jax.devices()[:devices])
+        template = Prompter(byte_tokenizer(), model).template
+        self.plan = Plan(store.table, store.instructions, template, plan)
+        shape = self.plan.fitting_shape(CHUNKS, devices)
+        self.loader = Loader(store, self.plan, shape, CHUNKS)
+        placed = jax.tree.map(jax.device_put, params, rules.shardings(params, self.mesh, model))
+        _, student = encoder.keep_layers(model, placed, KEPT)
+        self.fixed = Fixed(named_leaves(student), split_teacher(placed, KEPT, {}))
+        self.teach = make_teacher(model, KEPT, FLOAT32, groups(self.mesh))
+
+    def build(self, folder, teach=None, workers=0):
+        return cache.build(
+            folder,
+            self.loader,
+            teach or self.teach,
+            self.fixed,
+            model=self.model,
+            compute=FLOAT32,
+            mesh=self.mesh,
+            workers=workers,
+        )
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """13 queries and 12 documents of all three modalities; one query has no instruction."""
+    return fake_mbeir.write_union(tmp_path_factory.mktemp("mbeir"))
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return dataclasses.replace(tiny.config, images=IMAGES)
+
+
+@pytest.fixture(scope="module")
+def store(root, model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("built") / "data"
+    build(Settings(root=root, out=out, workers=1), Prompter(byte_tokenizer(), model))
+    return Store.open(out)
+
+
+@pytest.fixture(scope="module")
+def case(store, model, tiny):
+    return Case(store, model, tiny.params)
+
+
+@pytest.fixture(scope="module")
+def finished(case, tmp_path_factory):
+    """The folder of a cache that was built without a break."""
+    folder = tmp_path_factory.mktemp("teacher") / "stage"
+    case.build(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("plan", "devices", "drawn"),
+    [(PLAN, 1, {-1, 0, 1}), (PLAN, 2, {-1, 0, 1}), (PLAIN, 1, {-1}), (TWO_SETS, 1, {0, 1})],
+    ids=["instructions", "two devices", "plain", "two sets"],
+)
+def test_states_are_those_that_the_step_computes(
+    store, model, tiny, tmp_path, plan, devices, drawn
+):
+    case = Case(store, model, tiny.params, plan, devices)
+    kept, teach = case.build(tmp_path / "cache"), jax.jit(case.teach)
+    modalities, prompts = set(), set()
+    for number in range(3 * case.plan.steps_per_epoch):
+        batch = case.loader(number)
+        chunks = [jax.tree.map(operator.itemgetter(c), batch.rows) for c in range(CHUNKS)]
+        states = [teach(case.fixed.teacher, case.fixed.frozen, rows) for rows in chunks]
+        states, found = np.concatenate(states), kept.targets(batch)
+        np.testing.assert_allclose(found.query, states[batch.query_slot], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(found.candidate, states[batch.candidate_slot], rtol=0, atol=1e-5)
+        modalities |= set(batch.modality.tolist())
+        prompts |= set(batch.prompt.tolist())
+    assert modalities == ({0, 2} if plan is TWO_SETS else {0, 1, 2})
+    assert prompts == drawn
+
+
+def test_every_item_has_the_state_of_the_whole_model(case, finished, tiny):
+    """Against transformers: all wordings of all queries, and every positive."""
+    kept = case.build(finished)
+    # Four queries with two prompts, the other nine with one or none; ten positives.
+    assert kept.states.shape == (4 * 2 + 9 + len(np.unique(case.plan.table.positive_row)), 64)
+    windows = cache._Windows(case.loader, kept.index)
+    assert sorted(np.concatenate([*map(windows.items, range(windows.count))])) == list(
+        range(len(kept.index))
+    )
+    for number, state in enumerate(kept.states):
+        expected = tiny.expected(windows._read(number))
+        np.testing.assert_allclose(state, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("windows_done", [0, 1, 3])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_build_that_was_killed_goes_on(
+    case, finished, tmp_path, monkeypatch, windows_done, workers
+):
+    noted = cache._note
+
+    def killed(folder, about, done):
+        if done > windows_done:
+            raise KeyboardInterrupt
+        noted(folder, about, done)
+
+    monkeypatch.setattr(cache, "_note", killed)
+    with pytest.raises(KeyboardInterrupt):
+        case.build(tmp_path / "stage", workers=workers)
+    reports = []
+    monkeypatch.setattr(cache, "_note", lambda *now: reports.append(now[-1]) or noted(*now))
+    found = case.build(tmp_path / "stage", workers=workers)
+    assert reports == [*range(windows_done + 1, reports[-1] + 1)]
+    np.testing.assert_array_equal(found.states, np.load(finished / "states.npy"))
+    assert (tmp_path / "stage/cache.json").read_text() == (finished / "cache.json").read_text()
+
+
+def test_a_finished_cache_is_not_computed_again(case, finished, monkeypatch):
+    def never(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(cache._Windows, "__call__", never)
+    case.build(finished, teach=never)
+
+
+def changed(case_of, model, params, what):
+    """The case of another teacher, or of other items."""
+    if what == "weights":
+        return case_of(model, jax.tree.map(lambda leaf: leaf * 1.001, params))
+    if what == "prompt":
+        prompt = PromptConfig(positions="1d")
+        return case_of(dataclasses.replace(model, prompt=prompt), params)
+    return case_of(model, params, {"items": PLAIN, "windows": PlanConfig(batch=6)}[what])
+
+
+@pytest.mark.parametrize("what", ["weights", "prompt", "items", "windows"])
+def test_a_cache_of_something_else_is_refused(store, model, tiny, finished, what):
+    def case_of(*arguments):
+        return Case(store, *arguments)
+
+    other = changed(case_of, model, tiny.params, what)
+    with pytest.raises(CheckpointError, match=f"with {what} .*, expected .*: delete it") as error:
+        other.build(finished)
+    assert "\n" not in str(error.value)
+
+
+def test_a_damaged_cache_is_refused(case, finished, tmp_path):
+    folder = tmp_path / "stage"
+    folder.mkdir()
+    (folder / "cache.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"cache.json cannot be read: .*; delete"):
+        case.build(folder)
+    (folder / "cache.json").write_text((finished / "cache.json").read_text())
+    with pytest.raises(CheckpointError, match=r"states.npy cannot be read: .*; delete"):
+        case.build(folder)
+
+
+@pytest.mark.parametrize(("train", "devices"), [("lora", 1), ("full", 1), ("lora", 2)])
+def test_training_with_a_cache_is_training_without(root, tiny, tmp_path, train, devices):
+    losses = {}
+    for cached in (False, True):
+        config = TrainConfig(
+            data=DataConfig(root),
+            stages={
+                "distil": StageConfig(
+                    steps=4,
+                    model=str(tiny.folder),
+                    keep_layers="2",
+                    plan=PlanConfig(batch=5, window=2),
+                    chunks=CHUNKS,
+                    loss=LossConfig(rows=2),
+                    distill=DistillConfig(weight=(0.5, 0.9), scale=1.0, cached=cached),
+                    train=train,
+                    lora=LoraConfig(rank=4, alpha=8.0),
+                )
+            },
+            images=IMAGES,
+            compute=FLOAT32,
+            log=LogConfig(every=1, tensorboard=False),
+        )
+        workdir = tmp_path / str(cached)
+        mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
+        stage = prepare("distil", config, tiny.folder, workdir, mesh)
+        # The layers that were cut are gone.
+        assert (stage.fixed.teacher is None) == (stage.taught is not None) == cached
+        journal = Journal(workdir, config.log, {})
+        run_stage(stage, config, workdir / "checkpoints", journal, lambda _: {})
+        journal.close()
+        lines = (workdir / "metrics.jsonl").read_text().splitlines()
+        losses[cached] = [
+            [json.loads(line)[name] for name in ("loss", "distillation", "gradient_norm")]
+            for line in lines
+        ]
+    assert len(losses[True]) == 4
+    np.testing.assert_allclose(losses[True], losses[False], rtol=1e-5)

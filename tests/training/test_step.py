@@ -1,0 +1,156 @@
+"""The step: the same gradients however a batch is cut, spread and packed, in constant memory."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from puma_jax.config import LoraConfig
+from puma_jax.model import encoder, lora
+from puma_jax.model.tree import assemble, named_leaves, partition
+from puma_jax.parallel import rules
+from puma_jax.parallel.mesh import MeshConfig, groups, make_mesh
+from puma_jax.training.config import DistillConfig, LossConfig, OptimizerConfig, StageConfig
+from puma_jax.training.stages import is_trained
+from puma_jax.training.step import Fixed, init_state, make_loss, make_step, put
+from puma_jax.training.teacher import make_teacher, split_teacher
+from tests.reference import FLOAT32
+from tests.training.batches import batch_of
+
+PAIRS = 24
+STEPS = 10
+# Everything at once: adapters with dropout, distillation, MAC-Loss, a trained temperature.
+ALL = StageConfig(
+    steps=STEPS,
+    keep_layers="2",
+    loss=LossConfig(kind="mac", temperature=0.5, learn_temperature=True, mask_same_document=True),
+    distill=DistillConfig(weight=(0.1, 0.5), scale=1.0),
+    train="lora",
+    lora=LoraConfig(rank=4, alpha=8.0, dropout=0.1),
+    optimizer=OptimizerConfig(learning_rate=1e-2, first_layer=0.5),
+)
+FULL = dataclasses.replace(ALL, train="full", vision=True)
+KEPT = (0, 1)
+
+
+def one_device():
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def prepared(pair, config, mesh):
+    """The parts of a stage that start from a pair's model, on a mesh."""
+    placed = jax.tree.map(
+        jax.device_put, pair.params, rules.shardings(pair.params, mesh, pair.config)
+    )
+    model, student = encoder.keep_layers(pair.config, placed, KEPT)
+    if config.train == "lora":
+        student = lora.add_lora(student, config.lora, jax.random.key(1))
+        leaves = named_leaves(student)
+        noise = {
+            name: leaf + 0.02 if name.endswith("lora_b") else leaf for name, leaf in leaves.items()
+        }
+        student = assemble(student, noise)
+    trained, frozen = partition(student, lambda name: is_trained(name, config))
+    fixed = Fixed(frozen, split_teacher(placed, KEPT, trained))
+    structure = jax.eval_shape(lambda: student)
+    teach = make_teacher(pair.config, KEPT, FLOAT32, groups(mesh))
+    loss = make_loss(config, STEPS, structure, FLOAT32, mesh, jax.random.key(2), teach)
+    where = rules.shardings(
+        jax.eval_shape(lambda trained: init_state(config, STEPS, trained), trained), mesh, model
+    )
+    state = jax.jit(lambda trained: init_state(config, STEPS, trained), out_shardings=where)(
+        trained
+    )
+    return state, fixed, loss
+
+
+def gradients(pair, config, mesh, chunks):
+    """Metrics and gradients at a step in the middle."""
+    state, fixed, loss = prepared(pair, config, mesh)
+    batch = put(batch_of(pair, PAIRS, chunks, groups(mesh)), config.loss, mesh)
+    compute = jax.jit(jax.grad(loss, has_aux=True))
+    found, metrics = compute(state.trained, np.int32(3), fixed, batch, None)
+    return jax.device_get(found), jax.device_get(metrics)
+
+
+def assert_same(found, expected, tolerance):
+    """Equal as a whole to the tolerance, and no leaf far off by itself."""
+    assert set(found) == set(expected)
+    error = {name: np.linalg.norm(found[name] - leaf) for name, leaf in expected.items()}
+    size = {name: np.linalg.norm(leaf) for name, leaf in expected.items()}
+    assert np.linalg.norm([*error.values()]) <= tolerance * np.linalg.norm([*size.values()])
+    for name in expected:
+        assert error[name] <= 100 * tolerance * size[name], name
+
+
+def test_gradients_do_not_depend_on_the_number_of_chunks(tiny):
+    expected, metrics = gradients(tiny, ALL, one_device(), 1)
+    assert metrics["distillation"] > 0.01
+    assert all(np.linalg.norm(leaf) > 0 for leaf in expected.values())
+    for chunks in (2, 8):
+        assert_same(gradients(tiny, ALL, one_device(), chunks)[0], expected, 1e-6)
+
+
+@pytest.mark.parametrize("config", [ALL, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("axes", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
+def test_eight_devices_take_the_steps_of_one(tiny, config, axes):
+    expected = three_steps(tiny, config, one_device())
+    found = three_steps(tiny, config, make_mesh(MeshConfig(*axes)))
+    for (loss, norm, trained), (loss_one, norm_one, trained_one) in zip(
+        found, expected, strict=True
+    ):
+        np.testing.assert_allclose([loss, norm], [loss_one, norm_one], rtol=1e-5)
+        for name, leaf in trained_one.items():
+            np.testing.assert_allclose(trained[name], leaf, rtol=0, atol=1e-5, err_msg=name)
+
+
+def three_steps(pair, config, mesh):
+    """Loss, gradient norm and weights after each of three steps."""
+    state, fixed, loss = prepared(pair, config, mesh)
+    step = jax.jit(make_step(config, STEPS, loss))
+    batch = put(batch_of(pair, PAIRS, 2, groups(mesh)), config.loss, mesh)
+    history = []
+    for _ in range(3):
+        state, metrics = step(state, fixed, batch, None)
+        history.append((metrics["loss"], metrics["gradient_norm"], jax.device_get(state.trained)))
+    return history
+
+
+def test_memory_does_not_grow_with_the_batch(tiny):
+    config = dataclasses.replace(ALL, loss=LossConfig(kind="mac", rows=64))
+    peak = {pairs: temporary_bytes(tiny, config, pairs, pairs // 64) for pairs in (128, 2048)}
+    assert peak[2048] <= 1.15 * peak[128]
+
+
+def temporary_bytes(pair, config, pairs, chunks):
+    """What the compiled step needs beside its arguments and results."""
+    mesh = one_device()
+    state, fixed, loss = prepared(pair, config, mesh)
+    few = batch_of(pair, 64, 1)
+    # As many chunks of the same shape: only shapes are compiled.
+    batch = jax.eval_shape(lambda: put_shapes(few, pairs, chunks))
+    compiled = (
+        jax.jit(make_step(config, STEPS, loss), donate_argnums=0)
+        .lower(state, fixed, batch, None)
+        .compile()
+    )
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def put_shapes(few, pairs, chunks):
+    rows = jax.tree.map(lambda leaf: jax.numpy.repeat(leaf, chunks, axis=0), few.rows)
+    columns = {
+        field.name: jax.numpy.zeros(pairs, bool if field.name == "valid" else "int32")
+        for field in dataclasses.fields(few)
+        if field.name != "rows"
+    }
+    return dataclasses.replace(few, rows=rows, **columns)
+
+
+def test_invalid_pairs_and_padding_change_nothing(tiny):
+    """Pairs that fill up the batch for the devices' sake are no negatives."""
+    config = dataclasses.replace(ALL, loss=LossConfig(rows=5))
+    expected, _ = gradients(tiny, dataclasses.replace(ALL, loss=LossConfig()), one_device(), 1)
+    found, _ = gradients(tiny, config, one_device(), 1)
+    assert_same(found, expected, 1e-5)
