@@ -1,10 +1,19 @@
-# `make test` is the only command a fresh machine needs: it makes .venv, installs, checks, tests.
+# Each target is all that a fresh machine needs: it makes .venv and installs what is missing.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
-STAMP   = $(VENV)/.installed
+# Stamps: what the demo needs is installed, what the tests need is.
+DEMO    = $(VENV)/.demo
+STAMP   = $(VENV)/.test
 
-.PHONY: test check format data clean
+.PHONY: demo test check format data clean
+
+# PRESET=full trains for longer. Run it again after a stop, and it goes on.
+PRESET ?= quick
+demo: $(DEMO)
+	$(BIN)/python -m puma_jax.data.openmoji --out runs/openmoji
+	$(BIN)/python -m puma_jax.train --config configs/openmoji.py --preset $(PRESET) \
+		--workdir runs/demo-$(PRESET)
 
 test: check
 	$(BIN)/python -m pytest
@@ -14,17 +23,21 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-data: $(STAMP)
+data: $(DEMO)
 	$(BIN)/python -m puma_jax.data.openmoji --out runs/openmoji
 
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-$(STAMP): pyproject.toml
+$(STAMP): $(DEMO)
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+$(DEMO): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "puma_jax needs Python 3.11 or newer, found " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[test]'
+	$(BIN)/pip install --quiet --editable '.[demo]'
 	touch $@
 
 clean:

@@ -7,7 +7,7 @@ workdir/
   data/                  built training data, for each benchmark
   checkpoints/{stage}/   Orbax; gone when the stage is finished
   {stage}/               the stage's model: a Hugging Face folder, adapters merged
-  results/{stage}/       how it does on the benchmark, with TREC run files
+  results/{stage}/       how it does on the benchmark: numbers, TREC run files, a picture
   metrics.jsonl          and tensorboard/
   results.json           what all of it came to
 ```
@@ -32,6 +32,7 @@ from puma_jax.errors import ConfigError
 from puma_jax.model.tree import named_leaves
 from puma_jax.parallel.mesh import make_mesh
 from puma_jax.retrieval.evaluation import Evaluation, Subset, evaluate_selection
+from puma_jax.retrieval.picture import retrieved
 from puma_jax.retrieval.report import compare, markdown
 from puma_jax.retrieval.selection import Selection, select
 from puma_jax.training.checkpoint import versions
@@ -201,6 +202,7 @@ def _result(name: str, config: TrainConfig, workdir: Path) -> dict[str, Any]:
         speed = _items_per_second(embedder, selection)
         folder.mkdir(parents=True, exist_ok=True)
         evaluation.write_runs(folder)
+        retrieved(selection, evaluation).save(folder / "retrieved.png")
     leaves = named_leaves(embedder.params)
     layers = [leaf.size for leaf_name, leaf in leaves.items() if ".layers." in leaf_name]
     result = {

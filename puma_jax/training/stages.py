@@ -102,12 +102,13 @@ def prepare(
     base_config = dataclasses.replace(checkpoint.config, images=config.images, prompt=config.prompt)
     prompter = Prompter(load_tokenizer(checkpoint.folder), base_config)
     store = open_store(config, stage.root or config.data.root, prompter, workdir)
-    plan = Plan(
-        store.table,
-        store.instructions,
-        prompter.template,
-        dataclasses.replace(stage.plan, seed=stage.plan.seed + config.seed),
+    pairs = len(store.table.query_set)
+    if pairs < stage.plan.batch:
+        print(f"{name}: the data has {pairs} pairs, all of them make a batch")
+    plan_config = dataclasses.replace(
+        stage.plan, seed=stage.plan.seed + config.seed, batch=min(stage.plan.batch, pairs)
     )
+    plan = Plan(store.table, store.instructions, prompter.template, plan_config)
     steps = stage.steps or max(1, round(stage.epochs * plan.steps_per_epoch))
     loader = Loader(
         store,

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from puma_jax.data.mbeir import TASKS, Candidate, Query
+from puma_jax.data.mbeir import TASKS, Query
 from puma_jax.data.openmoji.catalogue import Documents
+from puma_jax.data.sheet import CELL, cell
 
 _SAMPLES = 4  # of each task
-_CELL = (150, 96)  # width and height of a query or an answer, in pixels
-_PICTURE = 44
-_LINES = 3
-_FONT_SIZE = 10
 
 
 def contact_sheet(root: Path, queries: Sequence[Query], documents: Documents) -> Image.Image:
@@ -30,7 +26,7 @@ def contact_sheet(root: Path, queries: Sequence[Query], documents: Documents) ->
         documents: What answers them.
     """
     by_did = {document.did: document for document in documents.union()}
-    width, height = _CELL
+    width, height = CELL
     sheet = Image.new("RGB", (2 * _SAMPLES * width, len(TASKS) * height), "white")
     for row, task in enumerate(TASKS):
         printable = [q for q in queries if q.task == task and (q.text or "").isascii()]
@@ -38,21 +34,8 @@ def contact_sheet(root: Path, queries: Sequence[Query], documents: Documents) ->
         for place, query in enumerate(printable[::step][:_SAMPLES]):
             answer = by_did[query.positives[0]]
             left, top = 2 * place * width, row * height
-            sheet.paste(_cell(root, query, f"task {task}"), (left, top))
-            sheet.paste(_cell(root, answer, "answer"), (left + width, top))
+            for item, mark in ((query, f"task {task}"), (answer, "answer")):
+                image = root / item.image if item.image else None
+                sheet.paste(cell(image, item.text, mark), (left, top))
+                left += width
     return sheet
-
-
-def _cell(root: Path, item: Query | Candidate, mark: str) -> Image.Image:
-    """Return a query or document as a small picture with its text below."""
-    cell = Image.new("RGB", _CELL, "white")
-    pen, font = ImageDraw.Draw(cell), ImageFont.load_default(_FONT_SIZE)
-    pen.text((4, 2), mark, "gray", font)
-    top = 16
-    if item.image:
-        with Image.open(root / item.image) as picture:
-            cell.paste(picture.resize((_PICTURE, _PICTURE)), (50, 4))
-        top = _PICTURE + 6
-    lines = textwrap.wrap(item.text or "", width=25, max_lines=_LINES, placeholder="...")
-    pen.text((4, top), "\n".join(lines), "black", font)
-    return cell

@@ -1,0 +1,144 @@
+"""A run as users start it: it survives a kill, stops when asked, and says what is wrong."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.data.fake_mbeir import write_test_sets, write_union
+
+CONFIG = Path(__file__).with_name("tiny_run.py")
+REPOSITORY = CONFIG.parents[2]
+
+
+def command(workdir: Path, root: Path, *flags: str, config: Path = CONFIG) -> list[str]:
+    return [
+        *(sys.executable, "-m", "puma_jax.train", "--config", str(config)),
+        *("--workdir", str(workdir), "--data.root", str(root), *flags),
+    ]
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+
+
+def run(*arguments, devices: int = 1, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*arguments, **options),
+        env=environment(devices),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+
+
+def interrupt(number: int, at: int, *arguments, devices: int = 1) -> tuple[int, str]:
+    """Send a signal once stage "cut" has logged a step; return the exit code and the output."""
+    process = subprocess.Popen(
+        command(*arguments),
+        env=environment(devices),
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    metrics = arguments[0] / "metrics.jsonl"
+    while process.poll() is None:
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        if sum('"cut"' in line for line in lines) >= at:
+            process.send_signal(number)
+            break
+        time.sleep(0.01)
+    output, _ = process.communicate()
+    return process.returncode, output
+
+
+def weights(workdir: Path) -> dict[str, np.ndarray]:
+    return load_file(workdir / "cut/model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Training and test sets of a few dozen items, one of them with a name of its own."""
+    return write_test_sets(write_union(tmp_path_factory.mktemp("benchmark")))
+
+
+@pytest.fixture(scope="module")
+def whole(root, tmp_path_factory):
+    """A run that nothing interrupted, and what it printed."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    done = run(workdir, root)
+    assert done.returncode == 0, done.stderr
+    return workdir, done.stdout
+
+
+def test_a_run_leaves_models_metrics_and_results(whole):
+    workdir, output = whole
+    results = json.loads((workdir / "results.json").read_text())
+    assert results["stages"]["cut"]["layers"] == 1
+    assert len(results["stages"]["cut"]["evaluation"]["sets"]) == 16
+    assert results["versions"]["jax"]
+    last = output.strip().splitlines()[-1]
+    assert str(workdir / "cut") in last
+    assert "results.json" in last
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["stage"] == "cut" and "loss" in line]
+    assert len(losses) == 8
+    assert any("hit@k local" in line for line in lines)
+    assert not (workdir / "checkpoints/cut").exists()
+
+
+def test_a_killed_run_ends_with_the_same_bits(whole, root, tmp_path):
+    at = random.randint(1, 7)
+    code, _ = interrupt(signal.SIGKILL, at, tmp_path / "run", root)
+    assert code == -signal.SIGKILL
+    done = run(tmp_path / "run", root)
+    assert done.returncode == 0, done.stderr
+    expected = weights(whole[0])
+    for name, leaf in weights(tmp_path / "run").items():
+        np.testing.assert_array_equal(leaf, expected[name], err_msg=f"{name}, killed at {at}")
+
+
+def test_a_run_resumes_on_other_devices(whole, root, tmp_path):
+    code, output = interrupt(signal.SIGTERM, 3, tmp_path / "run", root, devices=4)
+    assert code == 0, output
+    assert output.strip().splitlines()[-1].endswith("resume with the same command")
+    mesh = ("--mesh.fsdp", "2", "--mesh.tensor", "2")
+    done = run(tmp_path / "run", root, *mesh, devices=8)
+    assert done.returncode == 0, done.stderr
+    expected = weights(whole[0])
+    for name, leaf in weights(tmp_path / "run").items():
+        np.testing.assert_allclose(leaf, expected[name], rtol=0, atol=1e-5, err_msg=name)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_queries(root, tmp_path):
+    done = run(tmp_path / "run", root, "--stages.deep.optimizer.learning-rate", "1e30")
+    assert done.returncode == 2
+    assert "error: stage deep, step" in done.stderr
+    assert "Queries of this step: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_workdir_of_another_run_is_refused(whole, root):
+    done = run(whole[0], root, "--stages.cut.steps", "9")
+    assert done.returncode == 2
+    assert "differs in stages.cut.steps (8 there, 9 here)" in done.stderr
+
+
+def test_the_demo_config_trains_on_a_folder_of_ones_own(root, tmp_path):
+    demo = REPOSITORY / "configs/openmoji.py"
+    # Steps are for the test's sake; --data.root is all that a user gives.
+    steps = [flag for name in ("deep", "distil", "mac") for flag in (f"--stages.{name}.steps", "2")]
+    done = run(tmp_path / "run", root, *steps, config=demo)
+    assert done.returncode == 0, done.stderr
+    assert "the data has 13 pairs" in done.stdout
+    assert (tmp_path / "run/mac/model.safetensors").exists()
