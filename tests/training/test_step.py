@@ -28,7 +28,7 @@ ALL = StageConfig(
     distill=DistillConfig(weight=(0.1, 0.5), scale=1.0),
     train="lora",
     lora=LoraConfig(rank=4, alpha=8.0, dropout=0.1),
-    optimizer=OptimizerConfig(learning_rate=1e-2, first_layer=0.5),
+    optimizer=OptimizerConfig(learning_rate=1e-3, first_layer=0.5),
 )
 FULL = dataclasses.replace(ALL, train="full", vision=True)
 KEPT = (0, 1)
@@ -92,10 +92,19 @@ def test_gradients_do_not_depend_on_the_number_of_chunks(tiny):
         assert_same(gradients(tiny, ALL, one_device(), chunks)[0], expected, 1e-6)
 
 
-@pytest.mark.parametrize("config", [ALL, FULL], ids=["lora", "full"])
-@pytest.mark.parametrize("axes", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
-def test_eight_devices_take_the_steps_of_one(tiny, config, axes):
-    expected = three_steps(tiny, config, one_device())
+@pytest.fixture(scope="module")
+def of_one_device(tiny):
+    """What one device does, for adapters and for full training."""
+    return {config.train: three_steps(tiny, config, one_device()) for config in (ALL, FULL)}
+
+
+@pytest.mark.parametrize(
+    ("config", "axes"),
+    [(ALL, (8, 1, 1)), (ALL, (2, 2, 2)), (FULL, (1, 4, 2)), (FULL, (2, 2, 2))],
+    ids=lambda value: value.train if isinstance(value, StageConfig) else None,
+)
+def test_eight_devices_take_the_steps_of_one(tiny, of_one_device, config, axes):
+    expected = of_one_device[config.train]
     found = three_steps(tiny, config, make_mesh(MeshConfig(*axes)))
     for (loss, norm, trained), (loss_one, norm_one, trained_one) in zip(
         found, expected, strict=True
