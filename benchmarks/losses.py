@@ -21,8 +21,7 @@ from puma_jax.training.run import run
 
 DEMO = Path(__file__).parents[1] / "configs/openmoji.py"
 LOSSES = {
-    "InfoNCE, 0.03": LossConfig(kind="info_nce", temperature=0.03),
-    "InfoNCE, 0.018": LossConfig(kind="info_nce", temperature=0.018),
+    "InfoNCE": LossConfig(kind="info_nce", temperature=0.03),
     "MAC": LossConfig(kind="mac", temperature=0.03),
     "MAC, relative": LossConfig(kind="mac", temperature=0.03, relative=True),
 }
@@ -37,27 +36,31 @@ def main() -> None:
     given = parser.parse_args()
 
     found: dict[str, list[Evaluation]] = {name: [] for name in LOSSES}
+    built = given.out / f"seed-{given.seeds[0]}" / "data" / given.root.resolve().name
     for seed in given.seeds:
-        demo = load_config(DEMO)(given.preset)
-        demo = dataclasses.replace(
-            demo, seed=seed, data=dataclasses.replace(demo.data, root=given.root)
-        )
         shared = given.out / f"seed-{seed}"
-        before = {name: stage for name, stage in demo.stages.items() if name != "mac"}
-        run(with_stages(demo, before, ()), shared)
+        demo = load_config(DEMO)(given.preset)
+        # The vocabulary does not depend on the seed: all runs read what the first one has built.
+        data = dataclasses.replace(
+            demo.data, root=given.root, built=None if built.is_relative_to(shared) else built
+        )
+        demo = dataclasses.replace(demo, seed=seed, data=data)
+        *before, last = demo.stages
+        run(with_stages(demo, {name: demo.stages[name] for name in before}), shared)
         for name, loss in LOSSES.items():
-            last = dataclasses.replace(
-                demo.stages["mac"], loss=loss, model=str(shared / list(before)[-1])
+            stage = dataclasses.replace(
+                demo.stages[last], loss=loss, model=str(shared / before[-1])
             )
-            folder = given.out / f"seed-{seed}-{name.replace(', ', '-').replace('.', '')}"
-            results = run(with_stages(demo, {"last": last}, ()), folder)
-            found[name].append(Evaluation.from_json(results["stages"]["last"]["evaluation"]))
+            other = dataclasses.replace(demo, data=dataclasses.replace(data, built=built))
+            folder = given.out / f"seed-{seed}-{name.replace(', ', '-')}"
+            results = run(with_stages(other, {last: stage}), folder)
+            found[name].append(Evaluation.from_json(results["stages"][last]["evaluation"]))
         print(table(found), flush=True)
 
 
-def with_stages(config: TrainConfig, stages: dict, measured: tuple[str, ...]) -> TrainConfig:
-    """Return the config with other stages; of them, the last one and those named are measured."""
-    evaluation = dataclasses.replace(config.evaluation, final_stages=measured)
+def with_stages(config: TrainConfig, stages: dict) -> TrainConfig:
+    """Return the config with other stages, the last of which is measured."""
+    evaluation = dataclasses.replace(config.evaluation, final_stages=())
     return dataclasses.replace(config, stages=stages, evaluation=evaluation)
 
 
