@@ -139,10 +139,8 @@ def build(
     def start(window: _Window) -> list[Array]:
         chunks = range(len(window.rows.ret))
         rows = [jax.tree.map(operator.itemgetter(chunk), window.rows) for chunk in chunks]
-        return [
-            compiled(fixed.teacher, fixed.frozen, jax.device_put(of_chunk, by_rows))
-            for of_chunk in rows
-        ]
+        placed = [jax.device_put(of_chunk, by_rows) for of_chunk in rows]
+        return [compiled(fixed.teacher, fixed.frozen, of_chunk) for of_chunk in placed]
 
     before = sum(len(windows.items(number)) for number in range(done))
     with tqdm(total=len(index), initial=before, desc="teacher", unit="item") as bar:
@@ -173,7 +171,7 @@ class _Windows:
     """Reads and packs a window of items, of about as many as a step has: what workers run.
 
     Items are sorted by size and dealt to the windows in turn. Windows are then alike, and rows of
-    one shape hold any of them with little room left over.
+    one shape, which is compiled once, hold any of them with little room left over.
     """
 
     def __init__(self, loader: Loader, index: Index):
@@ -205,9 +203,9 @@ class _Windows:
         """Return a window, read and packed."""
         items = self.items(number)
         placement = place(self.lengths[items], self.patches[items], self._shape)
-        read = [self._read(item) for item in items.tolist()]
+        vision = self.loader.plan.template.config.vision
         return _Window(
-            rows=fill(read, placement, self._shape, self.loader.plan.template.config.vision),
+            rows=fill([*map(self._read, items.tolist())], placement, self._shape, vision),
             item=items,
             slot=placement.chunk * self._shape.slots + placement.slot,
         )
@@ -224,10 +222,9 @@ class _Windows:
         """Return a shape for as many chunks as a step has, tight for the fullest windows."""
         sizes = self.lengths, self.patches
         window = np.arange(len(self._order)) % self.count
-        totals = [np.bincount(window, of[self._order]) for of in sizes]
-        fullest = [self.items(number) for number in {int(total.argmax()) for total in totals}]
+        fullest = {int(np.bincount(window, of[self._order]).argmax()) for of in sizes}
         return batch_shape(
-            [(self.lengths[items], self.patches[items]) for items in fullest],
+            [tuple(of[self.items(number)] for of in sizes) for number in sorted(fullest)],
             self.loader.chunks,
             self.loader.shape.groups,
             (int(self.lengths.max()), int(self.patches.max())),

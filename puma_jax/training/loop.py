@@ -19,7 +19,8 @@ from puma_jax.training.checkpoint import Checkpoints
 from puma_jax.training.config import TrainConfig
 from puma_jax.training.journal import Journal
 from puma_jax.training.stages import Stage
-from puma_jax.training.step import Metrics, Targets, put, put_targets
+from puma_jax.training.step import Metrics, Targets
+from puma_jax.training.transfer import put, put_targets
 
 _SHOWN_IDS = 32
 

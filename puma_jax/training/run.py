@@ -6,6 +6,7 @@ workdir/
   base/                  a model from scratch, before training
   data/                  built training data, for each benchmark
   checkpoints/{stage}/   Orbax; gone when the stage is finished
+  teacher/{stage}/       states of its teacher, if they are cached; likewise
   {stage}/               the stage's model: a Hugging Face folder, adapters merged
   results/{stage}/       how it does on the benchmark: numbers, TREC run files, a picture
   metrics.jsonl          and tensorboard/
@@ -173,7 +174,8 @@ def _train(
     finally:
         journal.close()
     stage.embedder().save(workdir / name)
-    shutil.rmtree(workdir / "checkpoints" / name)
+    for needed_no_more in ("checkpoints", "teacher"):
+        shutil.rmtree(workdir / needed_no_more / name, ignore_errors=True)
 
 
 def _subset(config: TrainConfig) -> Selection | None:

@@ -7,14 +7,12 @@ batch; memory is that of one chunk, whatever the batch.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -24,7 +22,7 @@ from puma_jax.data.pipeline import Batch
 from puma_jax.model.dropout import token_keys
 from puma_jax.model.encoder import Encoder, encode, unit
 from puma_jax.model.tree import assemble
-from puma_jax.parallel.mesh import BATCH_AXES, batch_sharding, groups
+from puma_jax.parallel.mesh import BATCH_AXES, groups
 from puma_jax.rows import Rows
 from puma_jax.training.config import LossConfig, StageConfig
 from puma_jax.training.optimizer import Leaves, global_norm, learning_rate, make_optimizer
@@ -278,51 +276,3 @@ def _over_devices(vectors: Array, mesh: jax.sharding.Mesh) -> Array:
     if mesh.size == 1:
         return vectors
     return jax.lax.with_sharding_constraint(vectors, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
-
-
-def put(batch: Batch, config: LossConfig, mesh: jax.sharding.Mesh) -> Batch:
-    """Start the transfer of a batch: rows over the devices, the pairs' numbers to all of them.
-
-    Pairs are filled up with ones that are not valid, until they divide among devices and rows of
-    the loss.
-    """
-    missing = _missing(len(batch.query), config, mesh)
-    behind = batch.rows.ret.size
-
-    def filled(column: Any, value: int | bool) -> Any:
-        return np.pad(column, (0, missing), constant_values=value)
-
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    by_rows = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
-    columns = {
-        "query_slot": filled(batch.query_slot.astype(np.int32), behind),
-        "candidate_slot": filled(batch.candidate_slot.astype(np.int32), behind),
-        "modality": filled(batch.modality, 0),
-        "query": filled(batch.query.astype(np.int32), 0),
-        "candidate": filled(batch.candidate.astype(np.int32), 0),
-        "prompt": filled(batch.prompt.astype(np.int32), -1),
-        "valid": filled(batch.valid, False),
-    }
-    return dataclasses.replace(
-        batch,
-        rows=jax.device_put(batch.rows, by_rows),
-        **{name: jax.device_put(column, everywhere) for name, column in columns.items()},
-    )
-
-
-def put_targets(targets: Targets, config: LossConfig, mesh: jax.sharding.Mesh) -> Targets:
-    """Start the transfer of states for a batch, filled up with zeros where `put` fills it up."""
-    missing = _missing(len(targets.query), config, mesh)
-    over_devices = batch_sharding(mesh)
-    return jax.tree.map(
-        lambda states: jax.device_put(np.pad(states, ((0, missing), (0, 0))), over_devices), targets
-    )
-
-
-def _missing(pairs: int, config: LossConfig, mesh: jax.sharding.Mesh) -> int:
-    """Return how many pairs a batch lacks to divide among devices and rows of the loss."""
-    parts = groups(mesh)
-    of_device = -(-pairs // parts)
-    if config.rows is not None and config.rows < of_device:
-        of_device = -(-of_device // config.rows) * config.rows
-    return of_device * parts - pairs

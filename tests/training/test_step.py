@@ -13,8 +13,9 @@ from puma_jax.parallel import rules
 from puma_jax.parallel.mesh import MeshConfig, groups, make_mesh
 from puma_jax.training.config import DistillConfig, LossConfig, OptimizerConfig, StageConfig
 from puma_jax.training.stages import is_trained
-from puma_jax.training.step import Fixed, init_state, make_loss, make_step, put
+from puma_jax.training.step import Fixed, init_state, make_loss, make_step
 from puma_jax.training.teacher import make_teacher, split_teacher
+from puma_jax.training.transfer import put
 from tests.reference import FLOAT32
 from tests.training.batches import batch_of
 

@@ -1,0 +1,77 @@
+"""How fast exact search is on this machine, beside faiss.
+
+    pip install faiss-cpu && python benchmarks/search.py
+
+Both search the same random unit vectors, in turns. The matrix product alone, of the same sizes, is
+the floor of any search that computes every score.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import faiss
+import machine
+import numpy as np
+
+from puma_jax.retrieval.topk import top_k
+
+
+def unit(rng: np.random.Generator, count: int, width: int) -> np.ndarray:
+    vectors = rng.standard_normal((count, width), np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--documents", type=int, default=200_000)
+    parser.add_argument("--width", type=int, default=1536)
+    parser.add_argument("--queries", type=int, nargs="+", default=[1, 32, 1024])
+    parser.add_argument("--k", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    rng = np.random.default_rng(0)
+    pool = unit(rng, arguments.documents, arguments.width)
+    index = faiss.IndexFlatIP(arguments.width)
+    index.add(pool)
+    print(
+        f"{machine.describe()}, faiss {faiss.__version__}: {arguments.documents:,} × "
+        f"{arguments.width} float32, first {arguments.k}, medians of {arguments.repeats}"
+    )
+    print("queries    puma_jax       faiss    ratio   product alone   rows equal")
+    for count in arguments.queries:
+        queries = unit(rng, count, arguments.width)
+
+        def ours(queries: np.ndarray = queries) -> np.ndarray:
+            return top_k(queries, pool, arguments.k)[1]
+
+        def theirs(queries: np.ndarray = queries) -> np.ndarray:
+            return index.search(queries, arguments.k)[1]
+
+        def product(queries: np.ndarray = queries) -> None:
+            for start in range(0, len(pool), 4096):
+                queries @ pool[start : start + 4096].T
+
+        times: dict[str, list[float]] = {}
+        found = {}
+        for _ in range(arguments.repeats):
+            for run in (ours, theirs, product):
+                start = time.perf_counter()
+                found[run.__name__] = run()
+                times.setdefault(run.__name__, []).append(time.perf_counter() - start)
+        seconds = {name: statistics.median(of) for name, of in times.items()}
+        equal = np.mean(found["ours"] == found["theirs"])
+        print(
+            f"{count:7,}  {seconds['ours']:8.3f} s  {seconds['theirs']:8.3f} s  "
+            f"{seconds['theirs'] / seconds['ours']:5.2f} ×  {seconds['product']:12.3f} s  "
+            f"{equal:11.3%}"
+        )
+    held = (pool.nbytes * 2) / 1e9
+    print(f"peak memory {machine.peak_memory() / 1e9:.2f} GB, {held:.2f} GB of it the two pools")
+
+
+if __name__ == "__main__":
+    main()

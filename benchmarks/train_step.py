@@ -1,0 +1,309 @@
+"""A whole training step in float32, beside sentence-transformers' gradient cache on torch.
+
+    pip install sentence-transformers && python benchmarks/train_step.py
+
+Both train all of the same Qwen2-VL decoder on the same pairs of texts: forward, backward, clipping,
+AdamW, with InfoNCE over the whole batch and as many items in memory at a time. Ours packs them
+into rows; theirs pads each mini-batch to its longest item, as its users do. That loss and gradient
+are the same is checked first; then they take steps in turns in one process, and with them the large
+matrix product that says what the machine could do meanwhile.
+
+FLOPs are those of products with weights, for tokens that are not padding: 2 for each weight and
+token forward, 6 with the backward pass. Attention's own are not among them, nor is the second
+forward pass that both need to hold only some items in memory; the last column counts that pass and
+padding too, which is all that was multiplied.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import jax
+import numpy as np
+import sentence_transformers
+import torch
+from forward import FLOAT32, in_turns
+from machine import describe, square_product
+from packing import padded
+from qwen2_vl_2b import decoder_flops
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from puma_jax.config import ModelConfig
+from puma_jax.data.items import Item, Template
+from puma_jax.data.packing import fill, place
+from puma_jax.data.pipeline import Batch
+from puma_jax.data.shapes import batch_shape
+from puma_jax.model.encoder import Encoder
+from puma_jax.model.hf import open_checkpoint
+from puma_jax.model.tree import partition
+from puma_jax.parallel.mesh import MeshConfig, make_mesh
+from puma_jax.training.config import LossConfig, StageConfig
+from puma_jax.training.optimizer import learning_rate
+from puma_jax.training.stages import is_trained
+from puma_jax.training.step import Fixed, init_state, make_loss, make_step
+from puma_jax.training.transfer import put
+
+BATCHES = 4
+HEAD_DIM = 64
+
+Step = Callable[[], tuple[float, float]]
+"""Takes one step; returns its loss and the norm of its gradient."""
+
+
+def random_model(arguments: argparse.Namespace) -> Qwen2VLForConditionalGeneration:
+    """Return a decoder of random weights, and the smallest tower that a checkpoint can have."""
+    heads = arguments.width // HEAD_DIM
+    torch.manual_seed(0)
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": arguments.vocab_size,
+            "hidden_size": arguments.width,
+            "intermediate_size": 3 * arguments.width,
+            "num_hidden_layers": arguments.layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads // 2,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [8, 12, 12],
+            },
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
+        vision_config={"depth": 1, "embed_dim": 32, "hidden_size": arguments.width, "num_heads": 2},
+        image_token_id=0,
+        video_token_id=1,
+        vision_start_token_id=2,
+        vision_end_token_id=3,
+        tie_word_embeddings=True,
+    )
+    config._attn_implementation = "sdpa"
+    return Qwen2VLForConditionalGeneration(config)
+
+
+def random_items(
+    rng: np.random.Generator, pairs: int, longest: int, model: ModelConfig
+) -> list[Item]:
+    """Return the texts of a batch: queries, then their candidates. Lengths are log-normal."""
+    ret = model.decoder.vocab_size - 1
+    template = Template(model, start=(), end=(ret,), ask_text=(), ask_both=())
+    lengths = np.clip(np.exp(rng.normal(3.3, 0.7, 2 * pairs)), 8, longest).astype(int)
+    return [template.assemble(rng.integers(4, ret, length - 1).tolist()) for length in lengths]
+
+
+def lengths_of(items: Sequence[Item]) -> np.ndarray:
+    return np.array([len(item.tokens) for item in items])
+
+
+def pack(batches: Sequence[Sequence[Item]], chunks: int, model: ModelConfig) -> list[Batch]:
+    """Return the batches in rows of the one shape that all of them fit into."""
+    sizes = [(lengths_of(items), np.zeros(len(items), int)) for items in batches]
+    longest = max(int(lengths.max()) for lengths, _ in sizes)
+    shape = batch_shape(sizes, chunks, 1, (longest, 0))
+    packed = []
+    for items, (lengths, patches) in zip(batches, sizes, strict=True):
+        placement = place(lengths, patches, shape, chunks)
+        slots = placement.chunk * shape.slots + placement.slot
+        pairs = len(items) // 2
+        packed.append(
+            Batch(
+                rows=fill(items, placement, shape, model.vision),
+                query_slot=slots[:pairs],
+                candidate_slot=slots[pairs:],
+                modality=np.ones(pairs, np.int32),
+                query=np.arange(pairs),
+                candidate=np.arange(pairs),
+                prompt=np.full(pairs, -1),
+                valid=np.ones(pairs, bool),
+            )
+        )
+    return packed
+
+
+def puma_jax_step(params: Encoder, batches: Sequence[Batch], config: StageConfig) -> Step:
+    """Return our step, compiled, over the batches in turn."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    trained, frozen = partition(params, lambda name: is_trained(name, config))
+    structure = jax.eval_shape(lambda: params)
+    loss = make_loss(config, config.steps, structure, FLOAT32, mesh, jax.random.key(0))
+    step = jax.jit(make_step(config, config.steps, loss), donate_argnums=0)
+    state, fixed = init_state(config, config.steps, trained), Fixed(frozen)
+    given = itertools.cycle([put(batch, config.loss, mesh) for batch in batches])
+    compiled = step.lower(state, fixed, next(given), None).compile()
+    given = itertools.cycle([put(batch, config.loss, mesh) for batch in batches])
+
+    def take() -> tuple[float, float]:
+        nonlocal state
+        state, metrics = jax.block_until_ready(compiled(state, fixed, next(given), None))
+        return float(metrics["loss"]), float(metrics["gradient_norm"])
+
+    return take
+
+
+class Decoder(torch.nn.Module):
+    """Transformers' decoder as the first module of a SentenceTransformer."""
+
+    def __init__(self, decoder: torch.nn.Module):
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Add the state of every token."""
+        output = self.decoder(
+            input_ids=features["input_ids"],
+            attention_mask=features["attention_mask"],
+            use_cache=False,
+        )
+        return {**features, "token_embeddings": output.last_hidden_state}
+
+
+def padded_features(items: Sequence[Item]) -> dict[str, torch.Tensor]:
+    """Return a column of a batch as a data collator does; the loss trims it by mini-batch."""
+    tokens = [torch.tensor(item.tokens, dtype=torch.long) for item in items]
+    ones = [torch.ones_like(of_item) for of_item in tokens]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {
+        "input_ids": pad(tokens, batch_first=True),
+        "attention_mask": pad(ones, batch_first=True),
+    }
+
+
+def sentence_transformers_step(
+    decoder: torch.nn.Module,
+    batches: Sequence[Sequence[Item]],
+    config: StageConfig,
+    mini_batch: int,
+) -> Step:
+    """Return their step over the batches in turn, with the optimizer of transformers' trainer."""
+    pooling = Pooling(decoder.config.hidden_size, "lasttoken")
+    model = SentenceTransformer(modules=[Decoder(decoder), pooling, Normalize()], device="cpu")
+    model.train()
+    loss = CachedMultipleNegativesRankingLoss(
+        model, scale=1 / config.loss.temperature, mini_batch_size=mini_batch
+    )
+    trained = list(model.parameters())
+    settings = config.optimizer
+    optimizer = torch.optim.AdamW(
+        trained,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    rate = learning_rate(settings, config.steps)
+    rates = iter([float(rate(step)) for step in range(config.steps)])
+    given = itertools.cycle(
+        [
+            [padded_features(items[: len(items) // 2]), padded_features(items[len(items) // 2 :])]
+            for items in batches
+        ]
+    )
+
+    def take() -> tuple[float, float]:
+        optimizer.param_groups[0]["lr"] = next(rates)
+        value = loss(next(given), None)
+        value.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(value.detach()), float(norm)
+
+    return take
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=512, help=f"a multiple of {2 * HEAD_DIM}")
+    parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument("--pairs", type=int, default=128, help="in a batch")
+    parser.add_argument("--mini-batch", type=int, default=64, help="items in memory at a time")
+    parser.add_argument("--longest", type=int, default=120, help="tokens of an item, from 8 on")
+    parser.add_argument("--sort", action="store_true", help="pairs by length, to pad less")
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    pairs, mini_batch = arguments.pairs, arguments.mini_batch
+    if pairs % mini_batch or arguments.width % (2 * HEAD_DIM):
+        parser.error("pairs must divide into mini-batches, width into an even number of heads")
+    chunks = 2 * pairs // mini_batch
+    config = StageConfig(
+        steps=arguments.repeats + 2,  # one to compare, one to warm up
+        chunks=chunks,
+        loss=LossConfig(kind="info_nce", temperature=0.05),
+        train="full",
+    )
+    theirs = random_model(arguments)
+    with TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        checkpoint = open_checkpoint(Path(folder))
+        model, params = checkpoint.config, checkpoint.read(dtype="float32")
+    rng = np.random.default_rng(0)
+    batches = [random_items(rng, pairs, arguments.longest, model) for _ in range(BATCHES)]
+    if arguments.sort:
+        batches = [by_length(items) for items in batches]
+    packed = pack(batches, chunks, model)
+    lengths = [lengths_of(items) for items in batches]
+    useful = {
+        "puma_jax": np.mean([np.mean(batch.rows.segments > 0) for batch in packed]),
+        "sentence-transformers": np.mean([padded(of, chunks, by_length=False) for of in lengths]),
+    }
+    tokens = np.mean([of.sum() for of in lengths])
+    print(
+        f"{describe()}, torch {torch.__version__}, {torch.get_num_threads()} torch threads, "
+        f"sentence-transformers {sentence_transformers.__version__}"
+    )
+    print(
+        f"{arguments.layers} layers of width {arguments.width}, {pairs} pairs of "
+        f"{tokens / pairs / 2:.0f} tokens an item on average, {chunks} chunks, float32, "
+        f"medians of {arguments.repeats}"
+    )
+    rows = packed[0].rows.tokens.shape
+    print(f"packed into {rows[0]} chunks of {rows[1]} rows of {rows[2]} tokens")
+
+    steps = {
+        "puma_jax": puma_jax_step(params, packed, config),
+        "sentence-transformers": sentence_transformers_step(
+            theirs.model.language_model, batches, config, mini_batch
+        ),
+    }
+    first = {name: step() for name, step in steps.items()}
+    for name, (loss, norm) in first.items():
+        print(f"{name:22} first loss {loss:.6f}, norm of its gradient {norm:.6f}")
+    if not np.allclose(*first.values(), rtol=1e-3, atol=0):
+        parser.exit(1, "these are not the same step\n")
+
+    product, product_flops = square_product()
+    seconds = in_turns({**steps, "peak": product}, arguments.repeats)
+    peak = product_flops / seconds.pop("peak")
+    flops = 3 * decoder_flops(model, int(tokens), 0)
+    print(f"matrix-product peak {peak / 1e9:.0f} GFLOP/s, {flops / 1e9:.0f} GFLOP a step")
+    print()
+    print("| | pairs/s | a step | useful tokens | of peak | of peak, with all that is wasted |")
+    print("|---|--:|--:|--:|--:|--:|")
+    for name, time_taken in seconds.items():
+        used = flops / time_taken / peak
+        multiplied = used * 4 / 3 / useful[name]
+        print(
+            f"| {name} | {pairs / time_taken:.1f} | {time_taken:.2f} s | {useful[name]:.1%} | "
+            f"{used:.0%} | {multiplied:.0%} |"
+        )
+    ours, other = seconds.values()
+    print(f"\npuma_jax is {other / ours:.2f} × sentence-transformers")
+
+
+def by_length(items: Sequence[Item]) -> list[Item]:
+    """Return the same pairs, those with the longest text last."""
+    lengths = lengths_of(items).reshape(2, -1)
+    order = np.argsort(lengths.max(0))
+    return [items[i] for i in (*order, *(order + lengths.shape[1]))]
+
+
+if __name__ == "__main__":
+    main()
