@@ -54,7 +54,7 @@ def get_config(preset: Literal["quick", "full"] = "quick") -> TrainConfig:
         compute=ComputeConfig(dtype="float32"),
         stages={
             "deep": StageConfig(
-                steps=60 if quick else 400,
+                steps=50 if quick else 400,
                 plan=plan,
                 loss=LossConfig(kind="info_nce", temperature=0.05),
                 train="full",
@@ -62,7 +62,7 @@ def get_config(preset: Literal["quick", "full"] = "quick") -> TrainConfig:
                 optimizer=OptimizerConfig(learning_rate=2e-3, warmup=0.1),
             ),
             "distil": StageConfig(
-                steps=30 if quick else 150,
+                steps=20 if quick else 150,
                 keep_layers="1",
                 plan=plan,
                 loss=LossConfig(kind="info_nce", temperature=0.05),
@@ -73,7 +73,7 @@ def get_config(preset: Literal["quick", "full"] = "quick") -> TrainConfig:
                 optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.1),
             ),
             "mac": StageConfig(
-                steps=140 if quick else 900,
+                steps=220 if quick else 900,
                 plan=plan,
                 loss=LossConfig(kind="mac", temperature=0.03, decay=0.5),
                 train="full",
