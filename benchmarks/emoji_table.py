@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from puma_jax.data import mbeir
-from puma_jax.retrieval.report import markdown
+from puma_jax.retrieval.report import POOLS, markdown
 
 FOUND = 5
 
@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="results of a stage")
     parser.add_argument("--root", type=Path, required=True, help="the demo benchmark")
     parser.add_argument("--queries", type=int, default=2, help="of each task")
+    parser.add_argument("--pool", choices=POOLS, default="local", help="where they looked")
     given = parser.parse_args()
 
     benchmark = mbeir.discover(given.root)
@@ -31,7 +32,7 @@ def main() -> None:
         if asked.split != "test":
             continue
         queries = list(mbeir.read_queries(asked.queries_path))
-        found = ranked(given.run / f"mbeir_{asked.name}_task{asked.task}_test_global_run.txt")
+        found = ranked(given.run / f"mbeir_{asked.name}_task{asked.task}_test_{given.pool}_run.txt")
         step = len(queries) // given.queries
         for query in queries[step // 2 :: step][: given.queries]:
             answers = set(query.positives)
