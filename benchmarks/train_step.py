@@ -10,8 +10,8 @@ matrix product that says what the machine could do meanwhile.
 
 FLOPs are those of products with weights, for tokens that are not padding: 2 for each weight and
 token forward, 6 with the backward pass. Attention's own are not among them, nor is the second
-forward pass that both need to hold only some items in memory; the last column counts that pass and
-padding too, which is all that was multiplied.
+forward pass that both need to hold only some items in memory. The last column counts that pass and
+padding too: all products with weights.
 """
 
 from __future__ import annotations
@@ -102,6 +102,13 @@ def lengths_of(items: Sequence[Item]) -> np.ndarray:
     return np.array([len(item.tokens) for item in items])
 
 
+def by_length(items: Sequence[Item]) -> list[Item]:
+    """Return the same pairs, those with the longest text last."""
+    lengths = lengths_of(items).reshape(2, -1)
+    order = np.argsort(lengths.max(0))
+    return [items[i] for i in (*order, *(order + lengths.shape[1]))]
+
+
 def pack(batches: Sequence[Sequence[Item]], chunks: int, model: ModelConfig) -> list[Batch]:
     """Return the batches in rows of the one shape that all of them fit into."""
     sizes = [(lengths_of(items), np.zeros(len(items), int)) for items in batches]
@@ -135,9 +142,9 @@ def puma_jax_step(params: Encoder, batches: Sequence[Batch], config: StageConfig
     loss = make_loss(config, config.steps, structure, FLOAT32, mesh, jax.random.key(0))
     step = jax.jit(make_step(config, config.steps, loss), donate_argnums=0)
     state, fixed = init_state(config, config.steps, trained), Fixed(frozen)
-    given = itertools.cycle([put(batch, config.loss, mesh) for batch in batches])
-    compiled = step.lower(state, fixed, next(given), None).compile()
-    given = itertools.cycle([put(batch, config.loss, mesh) for batch in batches])
+    on_device = [put(batch, config.loss, mesh) for batch in batches]
+    compiled = step.lower(state, fixed, on_device[0], None).compile()
+    given = itertools.cycle(on_device)
 
     def take() -> tuple[float, float]:
         nonlocal state
@@ -285,24 +292,17 @@ def main() -> None:
     flops = 3 * decoder_flops(model, int(tokens), 0)
     print(f"matrix-product peak {peak / 1e9:.0f} GFLOP/s, {flops / 1e9:.0f} GFLOP a step")
     print()
-    print("| | pairs/s | a step | useful tokens | of peak | of peak, with all that is wasted |")
+    print("| | pairs/s | a step | useful tokens | model FLOPs of peak | all products of peak |")
     print("|---|--:|--:|--:|--:|--:|")
     for name, time_taken in seconds.items():
         used = flops / time_taken / peak
-        multiplied = used * 4 / 3 / useful[name]
+        multiplied = used * 4 / 3 / useful[name]  # forward twice, and padding
         print(
             f"| {name} | {pairs / time_taken:.1f} | {time_taken:.2f} s | {useful[name]:.1%} | "
             f"{used:.0%} | {multiplied:.0%} |"
         )
     ours, other = seconds.values()
     print(f"\npuma_jax is {other / ours:.2f} × sentence-transformers")
-
-
-def by_length(items: Sequence[Item]) -> list[Item]:
-    """Return the same pairs, those with the longest text last."""
-    lengths = lengths_of(items).reshape(2, -1)
-    order = np.argsort(lengths.max(0))
-    return [items[i] for i in (*order, *(order + lengths.shape[1]))]
 
 
 if __name__ == "__main__":
