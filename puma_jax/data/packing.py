@@ -162,19 +162,20 @@ class _Cells:
         raise self._full(f"an item of {length} tokens and {patches} patches")
 
     def _place_texts(self, lengths: list[int]) -> list[tuple[int, ...]]:
-        # One list over all cells: a text may go anywhere.
+        # One list over all cells: a text may go anywhere. Of rows with as much room, the first of
+        # every cell come before the second of any, so that cells run out of slots together.
         room = sorted(
-            (free, cell, row) for cell in range(self.cells) for free, row in self.room[cell]
+            (free, row, cell) for cell in range(self.cells) for free, row in self.room[cell]
         )
         places: list[tuple[int, ...]] = []
         for length in lengths:
             at = bisect.bisect_left(room, (length,))
-            while at < len(room) and self.items_in[room[at][1]] == self.slots:
+            while at < len(room) and self.items_in[room[at][2]] == self.slots:
                 room.pop(at)
             if at == len(room):
                 raise self._full(f"an item of {length} tokens")
-            free, cell, row = room.pop(at)
-            bisect.insort(room, (free - length, cell, row))
+            free, row, cell = room.pop(at)
+            bisect.insort(room, (free - length, row, cell))
             places.append((cell, row, self.shape.length - free, 0, 0, self._next_slot(cell)))
         return places
 

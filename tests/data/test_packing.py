@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from puma_jax.data.items import Item
 from puma_jax.data.packing import fill, place
-from puma_jax.data.shapes import fitting_shape
+from puma_jax.data.shapes import batch_shape, fitting_shape
 from puma_jax.errors import PackingError
 from puma_jax.rows import RowShape
 from tests.reference import VISION
@@ -129,3 +129,13 @@ def test_a_long_job_of_one_size_wastes_little():
     placement = place(lengths, patches, shape)
     assert lengths.sum() / (placement.chunks * shape.rows * shape.length) > 0.85
     assert patches.sum() / (placement.chunks * shape.patch_rows * shape.patch_length) > 0.85
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_batches_of_short_texts_go_into_short_rows(seed):
+    """Also where a cell would run out of slots before it runs out of room."""
+    rng = np.random.default_rng(seed)
+    steps = [np.clip(np.exp(rng.normal(3.3, 0.7, 256)), 8, 128).astype(int) for _ in range(4)]
+    shape = batch_shape([(lengths, 0 * lengths) for lengths in steps], 4, 1, (128, 0))
+    assert shape.length == 128
+    assert max(step.sum() for step in steps) / (4 * shape.rows * shape.length) > 0.9
