@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -193,7 +193,7 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    log: LogConfig = field(default_factory=LogConfig)
+    log: LogConfig = LogConfig()
 
     def __post_init__(self) -> None:
         """Check that there is something to start from, and something to do."""

@@ -54,11 +54,16 @@ def run(config: TrainConfig, workdir: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: The workdir holds another run, or the devices do not fit the mesh.
+        DataError: A benchmark is no folder in M-BEIR layout.
         TrainingError: The loss left the finite numbers.
         Stopped: The run was asked to stop; the same call goes on.
     """
     began = time.perf_counter()
     mesh = make_mesh(config.mesh)
+    # A mistyped folder is found before the workdir is claimed for it.
+    for root in (config.data.root, *(stage.root for stage in config.stages.values())):
+        if root is not None:
+            discover(root)
     fresh = _claim(workdir, config)
     device = mesh.devices.flat[0].device_kind
     print(f"Training on {mesh.size} × {device} in {workdir}: {', '.join(config.stages)}")
@@ -107,7 +112,7 @@ def summary(results: dict[str, Any]) -> str:
             str(result["layers"]),
             f"{result['parameters'] / 1e6:.2f} M",
             f"{result['decoder_parameters'] / 1e6:.2f} M",
-            f"{result['items_per_second'] or 0:,.0f}",
+            f"{speed:,.0f}" if (speed := result["items_per_second"]) else "–",
         ]
         for name, result in results["stages"].items()
     ]

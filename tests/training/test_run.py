@@ -31,10 +31,12 @@ def environment(devices: int = 1) -> dict[str, str]:
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
-def run(*arguments, devices: int = 1, **options) -> subprocess.CompletedProcess:
+def run(
+    *arguments, devices: int = 1, log_compiles: bool = False, **options
+) -> subprocess.CompletedProcess:
     return subprocess.run(
         command(*arguments, **options),
-        env=environment(devices),
+        env={**environment(devices), "JAX_LOG_COMPILES": str(int(log_compiles))},
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -74,15 +76,15 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(root, tmp_path_factory):
-    """A run that nothing interrupted, and what it printed."""
+    """A run that nothing interrupted, what it printed, and its log."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    done = run(workdir, root)
+    done = run(workdir, root, log_compiles=True)
     assert done.returncode == 0, done.stderr
-    return workdir, done.stdout
+    return workdir, done.stdout, done.stderr
 
 
 def test_a_run_leaves_models_metrics_and_results(whole):
-    workdir, output = whole
+    workdir, output, _ = whole
     results = json.loads((workdir / "results.json").read_text())
     assert results["stages"]["cut"]["layers"] == 1
     assert len(results["stages"]["cut"]["evaluation"]["sets"]) == 16
@@ -95,6 +97,11 @@ def test_a_run_leaves_models_metrics_and_results(whole):
     assert len(losses) == 8
     assert any("hit@k local" in line for line in lines)
     assert not (workdir / "checkpoints/cut").exists()
+
+
+def test_a_stage_compiles_its_step_once(whole):
+    _, _, log = whole
+    assert log.count("Finished XLA compilation of jit(step)") == 2  # two stages
 
 
 def test_a_killed_run_ends_with_the_same_bits(whole, root, tmp_path):
@@ -132,6 +139,13 @@ def test_a_workdir_of_another_run_is_refused(whole, root):
     done = run(whole[0], root, "--stages.cut.steps", "9")
     assert done.returncode == 2
     assert "differs in stages.cut.steps (8 there, 9 here)" in done.stderr
+
+
+def test_a_mistyped_folder_leaves_the_workdir_free(tmp_path):
+    done = run(tmp_path / "run", tmp_path / "nowhere")
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1] == f"error: {tmp_path / 'nowhere'} is not a folder"
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_demo_config_trains_on_a_folder_of_ones_own(root, tmp_path):

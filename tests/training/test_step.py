@@ -158,8 +158,8 @@ def put_shapes(few, pairs, chunks):
     return dataclasses.replace(few, rows=rows, **columns)
 
 
-def test_invalid_pairs_and_padding_change_nothing(tiny):
-    """Pairs that fill up the batch for the devices' sake are no negatives."""
+def test_pairs_that_fill_up_a_batch_change_nothing(tiny):
+    """24 pairs become 25 to divide into rows of 5; the one that is added is no negative."""
     config = dataclasses.replace(ALL, loss=LossConfig(rows=5))
     expected, _ = gradients(tiny, dataclasses.replace(ALL, loss=LossConfig()), one_device(), 1)
     found, _ = gradients(tiny, config, one_device(), 1)
