@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
-import operator
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from puma_jax.config import ComputeConfig, DType, ImageConfig, ModelConfig, PromptConfig
 from puma_jax.data.images import ImageSource, open_image, patchify
 from puma_jax.data.items import Item
-from puma_jax.data.packing import Placement, fill, place
 from puma_jax.data.prompts import Prompter, load_tokenizer, query_text
-from puma_jax.data.shapes import fitting_shape
-from puma_jax.errors import CheckpointError, ImageError, ItemError, PackingError
+from puma_jax.errors import CheckpointError, ImageError, ItemError
+from puma_jax.forward import Forward, Running, shape_for
 from puma_jax.model import encoder, hf
 from puma_jax.model.encoder import Encoder
-from puma_jax.rows import Rows, RowShape
-from puma_jax.typing import Array, Float, ndarray
+from puma_jax.model.tree import named_leaves
+from puma_jax.parallel import rules
+from puma_jax.parallel.mesh import groups
+from puma_jax.rows import RowShape
+from puma_jax.typing import Float, ndarray
 
 RawItem = Mapping[str, Any]
 """{"text": str}, {"image": path, bytes, PIL image or uint8 array}, or both."""
@@ -40,19 +41,6 @@ RawItem = Mapping[str, Any]
 _CHUNKS_IN_WINDOW = 8
 _PREPARED_AT_ONCE = 64
 _SECONDS_UNTIL_BAR = 2.0
-
-
-@functools.cache
-def _vectors() -> Callable[[Encoder, Rows, ComputeConfig], Array]:
-    """Return the compiled function from rows to the unit vectors of all slots."""
-    # XLA for CPUs multiplies bfloat16 in float32. Left to itself it widens the weights of all
-    # layers before the loop over them: twice their memory more, for every chunk anew.
-    by_layer = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
-    return jax.jit(
-        lambda params, rows, compute: encoder.unit(encoder.encode(params, rows, compute)),
-        static_argnames="compute",
-        compiler_options=by_layer if jax.default_backend() == "cpu" else None,
-    )
 
 
 class Embedder:
@@ -65,6 +53,7 @@ class Embedder:
         tokenizer: PreTrainedTokenizerFast,
         *,
         compute: ComputeConfig | None = None,
+        mesh: Mesh | None = None,
         source: hf.HubConfigs | None = None,
     ):
         """Wrap a model; most callers want `Embedder.load`.
@@ -74,10 +63,12 @@ class Embedder:
             params: The model.
             tokenizer: A fast tokenizer; [RET] is added to it.
             compute: How to run; bfloat16 if not given.
+            mesh: Whose devices share the work, and hold the weights; None for one device.
             source: The configs the model came with, whose other fields `save` keeps.
         """
         self.config = config
         self.compute = compute or ComputeConfig()
+        self.mesh = mesh
         self._params = params
         self._prompter = Prompter(tokenizer, config)
         self._source = source or hf.HubConfigs()
@@ -91,7 +82,7 @@ class Embedder:
         compute: ComputeConfig | None = None,
         images: ImageConfig | None = None,
         prompt: PromptConfig | None = None,
-        placement: hf.Placement | None = None,
+        mesh: Mesh | None = None,
     ) -> Embedder:
         """Open a model; its weights are read when they are first needed.
 
@@ -103,7 +94,8 @@ class Embedder:
             compute: How to run; the default takes its dtype from `dtype`.
             images: Limits on image sizes; None takes those saved with the model, or PUMA's.
             prompt: How items are worded; None takes what was saved with the model, or PUMA's.
-            placement: Where leaves shall live, see `hf.Checkpoint.read`.
+            mesh: Whose devices share the work, from `parallel.mesh.make_mesh`; each reads its part
+                of the weights, by `parallel.rules`. None puts everything on the first device.
 
         Raises:
             CheckpointError: The folder is not a whole model; see `hf.open_checkpoint`.
@@ -119,9 +111,10 @@ class Embedder:
         layers = tuple(range(config.decoder.layers))
         return cls(
             config,
-            _Unread(checkpoint, layers, dtype, placement),
+            _Unread(checkpoint, layers, dtype, mesh),
             load_tokenizer(checkpoint.folder),
             compute=compute or ComputeConfig(dtype=dtype),
+            mesh=mesh,
             source=checkpoint.source,
         )
 
@@ -142,6 +135,16 @@ class Embedder:
         """Values in a vector."""
         return self.config.decoder.width
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """What tells this model from every other: a digest of config, tokenizer and weights."""
+        digest = hashlib.sha256(repr(self.config).encode())
+        digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
+        for name, leaf in named_leaves(self.params).items():
+            digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode())
+            digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
+        return digest.hexdigest()
+
     def keep_layers(self, keep: int | Sequence[int]) -> Embedder:
         """Return an embedder with only some of the decoder layers; see `encoder.keep_layers`.
 
@@ -161,15 +164,39 @@ class Embedder:
             params,
             self.tokenizer,
             compute=self.compute,
+            mesh=self.mesh,
             source=self._source,
         )
 
+    def prepare(self, item: RawItem, instruction: str | None = None) -> Item:
+        """Return an item as the model reads it: tokens, and the patches of its image.
+
+        Args:
+            item: A text, an image or both.
+            instruction: See `encode`.
+
+        Raises:
+            ItemError: It has neither text nor image, or a field of the wrong kind.
+            ImageError: Its image cannot be read.
+        """
+        text, image = _checked(item)
+        full = query_text(instruction, text)
+        if image is None:
+            return self._prompter.item(full)
+        patches, grid = patchify(open_image(image), self.config.vision, self.config.images)
+        return self._prompter.item(full, patches, grid)
+
+    def shape_for(self, items: Sequence[Item], tokens_per_chunk: int | None = None) -> RowShape:
+        """Return the shape of rows that items like these fill well; see `encode`."""
+        return shape_for(items, tokens_per_chunk or _default_tokens(), self.mesh)
+
     def encode(
         self,
-        items: Iterable[RawItem],
+        items: Iterable[RawItem | Item],
         *,
         instruction: str | None = None,
         tokens_per_chunk: int | None = None,
+        shape: RowShape | None = None,
         progress: bool = True,
     ) -> Float[ndarray, "n width"]:
         """Return one unit vector for each item, in their order.
@@ -177,17 +204,22 @@ class Embedder:
         An item's vector does not depend on its neighbours (but for rounding).
 
         Args:
-            items: Any number of items; an iterable is read as it is needed.
+            items: Any number of items; an iterable is read as it is needed. Those that `prepare`
+                returned have their instruction already.
             instruction: What is looked for, put before the text of every item; for queries.
-            tokens_per_chunk: About how many tokens one forward pass reads. The default is small
-                on a CPU and large on an accelerator.
+            tokens_per_chunk: About how many tokens a device reads in one forward pass. The default
+                is small on a CPU and large on an accelerator.
+            shape: Of rows to use where items fit, so that several calls share one compilation, and
+                an item's rows do not depend on the calls before; see `shape_for`.
             progress: Whether to show a bar when the work takes more than a few seconds.
 
         Raises:
             ItemError: An item has neither text nor image, or a field of the wrong kind.
             ImageError: An image cannot be read.
         """
-        tokens = tokens_per_chunk or (2048 if jax.default_backend() == "cpu" else 16384)
+        tokens = tokens_per_chunk or _default_tokens()
+        window_tokens = tokens * _CHUNKS_IN_WINDOW * (groups(self.mesh) if self.mesh else 1)
+        forward = Forward(self.params, self.config.vision, self.compute, self.mesh)
         bar = tqdm(
             total=len(items) if isinstance(items, Sequence) else None,
             unit="item",
@@ -196,16 +228,15 @@ class Embedder:
         )
         vectors = [np.zeros((0, self.width), np.float32)]
         with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-            shape: RowShape | None = None
-            running: _Running | None = None
-            for window in self._windows(items, instruction, tokens * _CHUNKS_IN_WINDOW, pool):
+            running: Running | None = None
+            for window in self._windows(items, instruction, window_tokens, pool):
                 # The device works on this window while the host prepares the next one.
-                shape, started = self._start(window, shape, tokens)
+                shape, started = forward.start(window, shape, tokens)
                 if running is not None:
-                    vectors.append(running.finish(bar))
+                    vectors.append(running.finish(bar.update))
                 running = started
             if running is not None:
-                vectors.append(running.finish(bar))
+                vectors.append(running.finish(bar.update))
         return np.concatenate(vectors)
 
     def save(self, folder: str | os.PathLike[str], *, max_shard_bytes: int = 4 * 2**30) -> None:
@@ -238,14 +269,14 @@ class Embedder:
 
     def _windows(
         self,
-        items: Iterable[RawItem],
+        items: Iterable[RawItem | Item],
         instruction: str | None,
         tokens: int,
         pool: ThreadPoolExecutor,
     ) -> Iterator[list[Item]]:
         """Yield prepared items, about so many tokens at a time."""
         numbered = enumerate(items)
-        prepare = partial(self._prepare, instruction=instruction)
+        prepare = functools.partial(self._prepare_numbered, instruction=instruction)
         window: list[Item] = []
         while batch := list(itertools.islice(numbered, _PREPARED_AT_ONCE)):
             for item in pool.map(prepare, batch):
@@ -256,50 +287,17 @@ class Embedder:
         if window:
             yield window
 
-    def _prepare(self, numbered: tuple[int, RawItem], instruction: str | None) -> Item:
-        """Tokenise an item and cut its image into patches; an error names the item."""
+    def _prepare_numbered(
+        self, numbered: tuple[int, RawItem | Item], instruction: str | None
+    ) -> Item:
+        """Return a prepared item; an error says which one it is."""
         number, item = numbered
+        if isinstance(item, Item):
+            return item
         try:
-            text, image = _checked(item)
-            full = query_text(instruction, text)
-            if image is None:
-                return self._prompter.item(full)
-            patches, grid = patchify(open_image(image), self.config.vision, self.config.images)
-            return self._prompter.item(full, patches, grid)
+            return self.prepare(item, instruction)
         except ItemError as error:
             raise type(error)(f"item {number}: {error}") from error
-
-    def _start(
-        self, items: list[Item], shape: RowShape | None, tokens: int
-    ) -> tuple[RowShape, _Running]:
-        """Start the computation of a window, in rows of a shape used before if they fit."""
-        lengths = np.array([len(item.tokens) for item in items])
-        patches = np.array([len(item.patches) for item in items])
-        shape, placement = _place(lengths, patches, shape, tokens)
-        rows = fill(items, placement, shape, self.config.vision)
-        chunks = [
-            _vectors()(self.params, jax.tree.map(operator.itemgetter(chunk), rows), self.compute)
-            for chunk in range(placement.chunks)
-        ]
-        return shape, _Running(placement, chunks)
-
-
-@dataclass(frozen=True)
-class _Running:
-    """Chunks that the device is working on."""
-
-    placement: Placement
-    vectors: list[Array]
-
-    def finish(self, bar: tqdm) -> ndarray:
-        """Wait for the chunks and return their vectors in the order of the items."""
-        items = len(self.placement.chunk)
-        out = np.empty((items, self.vectors[0].shape[-1]), np.float32)
-        for chunk, vectors in enumerate(self.vectors):
-            here = np.flatnonzero(self.placement.chunk == chunk)
-            out[here] = np.asarray(vectors)[self.placement.slot[here]]
-            bar.update(len(here))
-        return out
 
 
 @dataclass(frozen=True)
@@ -309,10 +307,15 @@ class _Unread:
     checkpoint: hf.Checkpoint
     layers: tuple[int, ...]
     dtype: str
-    placement: hf.Placement | None
+    mesh: Mesh | None
 
     def read(self) -> Encoder:
-        return self.checkpoint.read(self.layers, dtype=self.dtype, placement=self.placement)
+        where = rules.placement(self.mesh, self.checkpoint.config) if self.mesh else None
+        return self.checkpoint.read(self.layers, dtype=self.dtype, placement=where)
+
+
+def _default_tokens() -> int:
+    return 2048 if jax.default_backend() == "cpu" else 16384
 
 
 def _checked(item: RawItem) -> tuple[str | None, ImageSource | None]:
@@ -334,14 +337,3 @@ def _checked(item: RawItem) -> tuple[str | None, ImageSource | None]:
     except UnicodeEncodeError as error:
         raise ItemError(f"text is not valid Unicode: {error.reason}") from None
     return text, image
-
-
-def _place(
-    lengths: ndarray, patches: ndarray, shape: RowShape | None, tokens: int
-) -> tuple[RowShape, Placement]:
-    if shape is not None:
-        # Items larger than those the shape was made for ask for another one.
-        with contextlib.suppress(PackingError):
-            return shape, place(lengths, patches, shape)
-    shape = fitting_shape(lengths, patches, tokens)
-    return shape, place(lengths, patches, shape)

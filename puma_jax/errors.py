@@ -47,3 +47,7 @@ class TrainingError(PumaError):
 
 class EvaluationError(PumaError):
     """Vectors that cannot be evaluated: not finite, or not one for each item."""
+
+
+class VectorsError(PumaError):
+    """A folder of vectors that is unfinished, damaged, or of another model or corpus."""

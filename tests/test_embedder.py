@@ -6,10 +6,11 @@ import sys
 import numpy as np
 import pytest
 
-from puma_jax import Embedder, embedder
-from puma_jax.config import ComputeConfig
+from puma_jax import Embedder, forward
+from puma_jax.config import ComputeConfig, ImageConfig
 from puma_jax.errors import CheckpointError, ImageError, ItemError, LayerSelectionError
 from puma_jax.model.encoder import abstract
+from puma_jax.parallel.mesh import MeshConfig, make_mesh
 from puma_jax.prune import parse_layers
 from puma_jax.rows import RowShape
 from tests.reference import pack, random_image
@@ -71,11 +72,40 @@ def test_the_size_of_chunks_changes_nothing(whole):
     np.testing.assert_allclose(small, whole.encode(items), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("axes", [MeshConfig(), MeshConfig(2, 2, 2)])
+def test_devices_that_share_the_work_give_the_same_vectors(whole, tiny, axes):
+    items = mixed(30, seed=4)
+    shared = Embedder.load(tiny.folder, dtype="float32", mesh=make_mesh(axes))
+    np.testing.assert_allclose(shared.encode(items), whole.encode(items), rtol=0, atol=1e-5)
+    assert shared.keep_layers(2).fingerprint == whole.keep_layers(2).fingerprint
+
+
+def test_texts_alone_are_read_without_the_tower(whole):
+    items = mixed(30, seed=5)
+    shape = whole.shape_for([whole.prepare(item) for item in items])
+    assert shape.patch_rows
+    texts = [item for item in items if "image" not in item]
+    expected = whole.encode(items)[[i for i, item in enumerate(items) if "image" not in item]]
+    np.testing.assert_allclose(whole.encode(texts, shape=shape), expected, rtol=0, atol=1e-5)
+
+
+def test_fingerprints_tell_models_apart(whole, tiny):
+    same = Embedder.load(tiny.folder, dtype="float32")
+    assert whole.fingerprint == same.fingerprint
+    images = ImageConfig(max_pixels=100 * 28**2)
+    others = [
+        whole.keep_layers(2),
+        whole.keep_layers([0, 1, 3, 2]),
+        Embedder.load(tiny.folder, dtype="float32", images=images),
+    ]
+    assert len({whole.fingerprint, *(other.fingerprint for other in others)}) == 4
+
+
 def test_long_jobs_compile_one_shape(whole):
     items = mixed(400, seed=3)
-    before = embedder._vectors()._cache_size()
+    before = forward.vectors_of_rows()._cache_size()
     whole.encode((item for item in items), tokens_per_chunk=1024, progress=False)
-    assert embedder._vectors()._cache_size() == before + 1
+    assert forward.vectors_of_rows()._cache_size() == before + 1
 
 
 def test_bfloat16_weights_are_never_widened_all_at_once(tiny):
@@ -84,7 +114,7 @@ def test_bfloat16_weights_are_never_widened_all_at_once(tiny):
 
     def memory(layers):
         params = abstract(tiny.config.with_layers(tuple(range(layers))), "bfloat16")
-        compiled = embedder._vectors().lower(params, rows, ComputeConfig()).compile()
+        compiled = forward.vectors_of_rows().lower(params, rows, ComputeConfig(), 1).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert memory(64) < 1.1 * memory(4)

@@ -30,6 +30,7 @@ import numpy as np
 from puma_jax.data.mbeir import discover
 from puma_jax.embedder import Embedder
 from puma_jax.errors import ConfigError
+from puma_jax.files import write_json
 from puma_jax.model.tree import named_leaves
 from puma_jax.parallel.mesh import make_mesh
 from puma_jax.retrieval.evaluation import Evaluation, Subset, evaluate_selection
@@ -93,7 +94,7 @@ def run(config: TrainConfig, workdir: Path) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - began) if fresh else None,
         "stages": results,
     }
-    _write_json(workdir / "results.json", content)
+    write_json(workdir / "results.json", content)
     print(summary(content))
     print(f"The model is in {folder}, its results in {workdir / 'results.json'}")
     return content
@@ -139,7 +140,7 @@ def _claim(workdir: Path, config: TrainConfig) -> bool:
     if workdir.exists() and any(workdir.iterdir()):
         raise ConfigError(f"{workdir} is not empty and holds no run: choose another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
-    _write_json(path, wanted)
+    write_json(path, wanted)
     return True
 
 
@@ -220,7 +221,7 @@ def _result(name: str, config: TrainConfig, workdir: Path) -> dict[str, Any]:
         "evaluation": None if evaluation is None else evaluation.to_json(),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(path, result)
+    write_json(path, result)
     return result
 
 
@@ -232,10 +233,3 @@ def _items_per_second(embedder: Embedder, selection: Selection) -> float:
     began = time.perf_counter()
     embedder.encode(items, progress=False)
     return len(items) / (time.perf_counter() - began)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a file that appears whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    partial.replace(path)

@@ -60,6 +60,7 @@ class Stage:
             params,
             self.prompter.tokenizer,
             compute=self.compute,
+            mesh=self.mesh,
             source=self.source,
         )
 
