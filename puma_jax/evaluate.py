@@ -9,13 +9,19 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
+
 from puma_jax import Embedder, cli
+from puma_jax.config import DType
 from puma_jax.data import mbeir
 from puma_jax.data.mbeir import Benchmark
 from puma_jax.data.mbeir.lines import write_lines
 from puma_jax.errors import ConfigError, DataError
+from puma_jax.parallel.mesh import MeshConfig, make_mesh
 from puma_jax.retrieval.evaluation import Subset, evaluate
 from puma_jax.retrieval.report import Evaluation, compare
+
+_ALL_DEVICES = MeshConfig()
 
 
 def main(
@@ -27,6 +33,9 @@ def main(
     subset: tuple[int, int] | None = None,
     scratch: Path | None = None,
     beside: tuple[Path, ...] = (),
+    weights: DType | None = None,
+    tokens_per_chunk: int | None = None,
+    mesh: MeshConfig = _ALL_DEVICES,
 ) -> None:
     """Evaluate a model: print a table, write results.json and a TREC run for each set and pool.
 
@@ -40,6 +49,9 @@ def main(
         subset: Numbers of queries of each set and of documents of each pool, for a quick look.
         scratch: Folder for the documents' vectors, if memory is too small for them.
         beside: Files results.json of other models, to compare with.
+        weights: Dtype of weights and activations; that of the model's files by default.
+        tokens_per_chunk: About how many tokens a device reads at a time; no result depends on it.
+        mesh: How the local devices share the work.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists: choose another folder, or remove it")
@@ -47,10 +59,11 @@ def main(
     benchmark = mbeir.discover(root)
     if sets:
         benchmark = only(benchmark, sets)
-    embedder = Embedder.load(model, dtype=None)
+    devices = make_mesh(mesh, jax.local_devices())
+    embedder = Embedder.load(model, dtype=weights, mesh=devices)
     evaluation = evaluate(
         benchmark,
-        lambda items: embedder.encode(items, progress=False),
+        lambda items: embedder.encode(items, tokens_per_chunk=tokens_per_chunk, progress=False),
         split=split,
         limits=Subset(*subset) if subset else None,
         scratch=scratch,

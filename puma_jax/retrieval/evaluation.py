@@ -1,7 +1,7 @@
 """Evaluate a model on a benchmark in M-BEIR layout, on local pools and on the global one.
 
-A document is embedded once, in however many pools it is; a query once for each set. Search is
-exact, and the same on one device as on many; see `topk`.
+A document is embedded once, in however many pools and under however many ids it is; a query once
+for each set. Search is exact, and the same on one device as on many; see `topk`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,7 +87,8 @@ def evaluate_selection(
     depth = max((*ks, *(headline_k(asked.name) for asked in selection.sets)))
     items = [item for asked in selection.sets for item in asked.items]
     qids = [qid for asked in selection.sets for qid in asked.qids]
-    total = len(items) + len(selection.dids)
+    order = selection.reading_order()
+    total = len(items) + len(order)
     bar = tqdm(total=total, desc=f"embedding {selection.split}", unit="item", disable=not progress)
     with contextlib.ExitStack() as stack:
         folder = None
@@ -96,16 +98,16 @@ def evaluate_selection(
         with bar:
             embed = _Embedding(encode, bar)
             queries = embed("query", qids, items.__getitem__, np.arange(len(items)))
-            order = selection.reading_order()
             documents = embed("document", selection.dids, selection.document, order, folder)
+        search = partial(_search, documents=documents, first=selection.first, depth=depth)
         # All queries at once: the global pool is read once, not for every set.
-        everywhere = _search(queries, documents, selection.pool, depth)
+        everywhere = search(queries, pool=selection.pool)
         results, first = [], 0
         for asked in selection.sets:
             own = slice(first, first + len(asked.qids))
             first = own.stop
             ranked: dict[Pool, _Ranked] = {
-                "local": _search(queries[own], documents, asked.pool, depth),
+                "local": search(queries[own], pool=asked.pool),
                 "global": _Ranked(everywhere.scores[own], everywhere.rows[own]),
             }
             results.append(_result(selection, asked, ranked, ks))
@@ -126,14 +128,14 @@ class _Embedding:
         item: Callable[[int], RawItem],
         order: Int[ndarray, "n"],
         folder: Path | None = None,
-    ) -> Float[ndarray, "n width"]:
+    ) -> Float[ndarray, "items width"]:
         """Return the vectors of items.
 
         Args:
             kind: What they are, for error messages.
             names: Their ids.
             item: Returns one of them.
-            order: In which they are embedded.
+            order: Those that are embedded, in turn; the vectors of others are left undefined.
             folder: Where the vectors are kept; None for memory.
         """
         vectors: ndarray | None = None
@@ -158,7 +160,7 @@ class _Embedding:
                     f'{kind} "{name}": look at the model\'s weights and dtype'
                 )
             if vectors is None:
-                shape = len(order), new.shape[1]
+                shape = len(names), new.shape[1]
                 vectors = (
                     np.empty(shape, np.float32)
                     if folder is None
@@ -195,14 +197,56 @@ class _Ranked(NamedTuple):
 
 def _search(
     queries: Float[ndarray, "queries width"],
+    *,
     documents: Float[ndarray, "documents width"],
+    first: Int[ndarray, "documents"],
     pool: Int[ndarray, "documents_of_pool"],
     depth: int,
 ) -> _Ranked:
-    """Search the documents that are in a pool."""
-    parts = (documents[pool[start : start + _TILE]] for start in range(0, len(pool), _TILE))
+    """Search the documents that are in a pool.
+
+    Those that are equal are searched as one: a matrix product rounds equal rows differently.
+    """
+    _, lowest, one_of, counts = np.unique(
+        first[pool], return_index=True, return_inverse=True, return_counts=True
+    )
+    order = np.argsort(lowest)  # of equal documents, the first in the pool
+    ones = first[pool[lowest[order]]]
+    parts = (documents[ones[start : start + _TILE]] for start in range(0, len(ones), _TILE))
     scores, places = top_k(queries, parts, depth)
-    return _Ranked(scores, np.where(places < 0, -1, pool[places]))
+    if len(ones) == len(pool):
+        return _Ranked(scores, np.where(places < 0, -1, pool[places]))
+    place_of = np.argsort(order)[one_of]
+    return _expanded(scores, places, counts[order], pool[np.argsort(place_of, kind="stable")])
+
+
+def _expanded(
+    scores: Float[ndarray, "queries depth"],
+    places: Int[ndarray, "queries depth"],
+    counts: Int[ndarray, "ones"],
+    members: Int[ndarray, "documents_of_pool"],
+) -> _Ranked:
+    """Put all documents that are equal in the place of the one that was found.
+
+    Args:
+        scores: Of those that were found.
+        places: Which of `counts` they are; -1 for none.
+        counts: How many documents are equal to each, itself included.
+        members: These documents, group after group, each in the order of its rows.
+    """
+    depth = scores.shape[1]
+    starts, most = np.cumsum(counts) - counts, np.minimum(counts, depth)
+    out = _Ranked(np.full_like(scores, -np.inf), np.full_like(places, -1))
+    for query, found in enumerate(places):
+        found = found[found >= 0]
+        taken = most[found]
+        within = np.arange(taken.sum()) - np.repeat(np.cumsum(taken) - taken, taken)
+        rows = members[np.repeat(starts[found], taken) + within]
+        of_row = np.repeat(scores[query, : len(found)], taken)
+        best = np.lexsort((rows, -of_row))[:depth]
+        out.scores[query, : len(best)] = of_row[best]
+        out.rows[query, : len(best)] = rows[best]
+    return out
 
 
 def _result(

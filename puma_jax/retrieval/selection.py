@@ -88,6 +88,9 @@ class Selection:
     """The global pool, ascending."""
     places: Int[ndarray, "documents 2"]
     """File and row of each document."""
+    first: Int[ndarray, "documents"]
+    """The first document with the same text and image, whose vector is that of all: then equal
+    documents have equal scores, however rounding falls, and their ids put them in order."""
     files: tuple[RowIndex[Candidate], ...]
 
     def document(self, row: int) -> RawItem:
@@ -101,8 +104,9 @@ class Selection:
         return _item(self.root, candidate.text, candidate.image)
 
     def reading_order(self) -> Int[ndarray, "documents"]:
-        """Return all documents in the order in which they lie in their files."""
-        return np.lexsort((self.places[:, 1], self.places[:, 0]))
+        """Return the documents to embed, those in `first`, in the order of their files."""
+        order = np.lexsort((self.places[:, 1], self.places[:, 0]))
+        return order[self.first[order] == order]
 
 
 def select(benchmark: Benchmark, split: str = "test", limits: Subset | None = None) -> Selection:
@@ -152,6 +156,8 @@ def select(benchmark: Benchmark, split: str = "test", limits: Subset | None = No
     order = sorted(range(len(documents.dids)), key=documents.dids.__getitem__)
     rows = np.empty(len(order), np.int64)
     rows[order] = np.arange(len(order))
+    contents = np.array(documents.contents, np.uint64)[order]
+    _, first, same = np.unique(contents, return_index=True, return_inverse=True)
     return Selection(
         root=benchmark.root,
         split=split,
@@ -173,6 +179,7 @@ def select(benchmark: Benchmark, split: str = "test", limits: Subset | None = No
         modalities=np.array(documents.modalities, np.uint8)[order],
         pool=np.unique(rows[global_pool]),
         places=np.array([documents.files_of, documents.rows_of], np.int64).T[order],
+        first=first[same],
         files=tuple(documents.files),
     )
 
@@ -185,6 +192,9 @@ class _Documents:
         self.dids: list[str] = []
         self.numbers: dict[str, int] = {}
         self.modalities, self.files_of, self.rows_of = array("B"), array("q"), array("q")
+        self.contents = array("Q")
+        """Hashes of text and image: in ten million documents, two are alike by chance once in
+        400,000 times."""
 
     def add(self, path: Path, limit: int | None, always: Collection[str]) -> list[int]:
         """Read a pool and return the numbers of its documents.
@@ -195,11 +205,12 @@ class _Documents:
             always: Documents that are chosen whatever the limit.
         """
         index = RowIndex(path, parse_candidate)
-        dids, modalities = [], array("B")
+        dids, modalities, contents = [], array("B"), array("Q")
         for row in range(len(index)):
             candidate = index[row]
             dids.append(candidate.did)
             modalities.append(modality_code(candidate.modality))
+            contents.append(_hash(f"{candidate.image or ''}\0{candidate.text or ''}"))
         if not dids:
             raise DataError(f"{path} holds no documents")
         chosen = None if limit is None else {*_fewest(dids, limit), *always}
@@ -211,6 +222,7 @@ class _Documents:
                 self.numbers[did] = len(self.dids)
                 self.dids.append(did)
                 self.modalities.append(modalities[row])
+                self.contents.append(contents[row])
                 self.files_of.append(len(self.files))
                 self.rows_of.append(row)
             numbers.append(self.numbers[did])
@@ -254,6 +266,6 @@ def _fewest(identifiers: Iterable[str], count: int) -> list[str]:
     return heapq.nsmallest(count, set(identifiers), key=lambda name: (_hash(name), name))
 
 
-def _hash(identifier: str) -> int:
-    """Return a number that depends on the id alone; Python's own hash changes with the process."""
-    return int.from_bytes(hashlib.blake2b(identifier.encode(), digest_size=8).digest())
+def _hash(text: str) -> int:
+    """Return a number that depends on the text alone; Python's own changes with the process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
