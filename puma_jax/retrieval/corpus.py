@@ -1,0 +1,137 @@
+"""What is to be embedded: a pool in M-BEIR layout, JSON lines of items, or a folder of images.
+
+Items are read when they are needed. In memory stand a place in the file for each line, or a name
+for each image: tens of millions of photos are better listed in a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from puma_jax.data.mbeir import parse_candidate
+from puma_jax.data.mbeir.lines import FilePath, RowIndex, json_object, shown
+from puma_jax.embedder import RawItem
+from puma_jax.errors import DataError
+from puma_jax.files import sha256
+
+Named = tuple[str, RawItem]
+"""An id and its item."""
+
+_FIELDS = {"id", "text", "image"}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Items by number, each with an id."""
+
+    source: Path
+    items: int
+    read: Callable[[int], Named]
+    """Returns the item of a number; raises DataError for a record that is bad."""
+    fingerprint: str
+    """Of the file, or of names and sizes of all images: changes when there is something else."""
+
+
+def open_corpus(source: FilePath, images: FilePath | None = None) -> Corpus:
+    """Return the items of a file or a folder.
+
+    A file of JSON lines holds `{"id": ..., "text": ..., "image": ...}`, with a text, the path of
+    an image or both; or the documents of a pool in M-BEIR layout, which are told by their "did".
+    In a folder, all images are taken, those of folders below it too; an image's id is its path.
+
+    Args:
+        source: A file or a folder.
+        images: Folder that the paths of images in a file start from. By default the root of the
+            benchmark for a pool in M-BEIR layout, and the folder of the file for others.
+
+    Raises:
+        DataError: There is no such file or folder, or nothing in it.
+    """
+    source = Path(source)
+    if source.is_dir():
+        return _images(source)
+    if not source.is_file():
+        raise DataError(f"{source} is neither a file of JSON lines nor a folder of images")
+    root = Path(images) if images is not None else _root(source)
+
+    def parse(line: bytes) -> Named:
+        if "did" in json_object(line):
+            candidate = parse_candidate(line)
+            return candidate.did, _item(root, candidate.text, candidate.image)
+        return _parse_item(line, root)
+
+    rows = RowIndex(source, parse)
+    if not len(rows):
+        raise DataError(f"{source} holds no items")
+    return Corpus(source, len(rows), rows.__getitem__, sha256(source))
+
+
+def _parse_item(line: bytes, root: Path) -> Named:
+    """Return the id and the item of a line; a name that is not known is more likely misspelt."""
+    row = json_object(line)
+    if unknown := sorted(set(row) - _FIELDS):
+        raise DataError(
+            f"field {shown(unknown[0])} is not one of {', '.join(sorted(_FIELDS))}, and there is "
+            "no did, which the documents of an M-BEIR pool have"
+        )
+    for name, value in row.items():
+        if not isinstance(value, str | None):
+            raise DataError(f"{name} {shown(value)} is not a text")
+    identifier = row.get("id")
+    if not identifier:
+        raise DataError("id is missing, expected a text that names the item")
+    _check_id(identifier)
+    if not row.get("text") and not row.get("image"):
+        raise DataError("there is neither text nor image")
+    return identifier, _item(root, row.get("text"), row.get("image"))
+
+
+def _images(folder: Path) -> Corpus:
+    """Return the images below a folder, in the order of their paths."""
+    suffixes = Image.registered_extensions()
+    names, digest = [], hashlib.sha256()
+    for parent, folders, files in os.walk(folder):
+        folders.sort()
+        below = Path(parent).relative_to(folder)
+        names += [
+            (below / file).as_posix()
+            for file in files
+            if not file.startswith(".") and Path(file).suffix.lower() in suffixes
+        ]
+    if not names:
+        raise DataError(f"{folder} holds no images")
+    names.sort()
+    for name in names:
+        _check_id(name)
+        digest.update(f"{name}\n{(folder / name).stat().st_size}\n".encode())
+    return Corpus(
+        folder,
+        len(names),
+        lambda number: (names[number], {"image": folder / names[number]}),
+        digest.hexdigest(),
+    )
+
+
+def _check_id(identifier: str) -> None:
+    """Refuse what does not fit on a line of a file of ids."""
+    if "\n" in identifier or not identifier.isprintable():
+        raise DataError(f"id {shown(identifier)} holds what cannot be printed, expected one line")
+
+
+def _item(root: Path, text: str | None, image: str | None) -> RawItem:
+    fields = {"text": text, "image": image and root / image}
+    return {name: value for name, value in fields.items() if value}
+
+
+def _root(source: Path) -> Path:
+    """Return where the images of a file lie: below the root of its benchmark, or beside it."""
+    for folder in source.absolute().parents:
+        if folder.name == "cand_pool":
+            return folder.parent
+    return source.parent

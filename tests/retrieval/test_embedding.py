@@ -1,0 +1,253 @@
+"""Vectors on disk: those of the embedder, whole, and the same bytes however often it was killed."""
+
+import json
+import multiprocessing
+import random
+import shutil
+import time
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from puma_jax import Embedder
+from puma_jax import embed as entry_point
+from puma_jax.data import mbeir
+from puma_jax.data.mbeir import Candidate
+from puma_jax.errors import ConfigError, DataError, ImageError, VectorsError
+from puma_jax.retrieval.corpus import open_corpus
+from puma_jax.retrieval.topk import top_k
+from puma_jax.retrieval.vectors import Vectors
+from tests.data.fake_mbeir import WORDS, image_path, write_images
+from tests.reference import random_image
+
+ITEMS = 60
+POOL = "cand_pool/local/mbeir_mine_task2_cand_pool.jsonl"
+
+
+def candidate(number: int) -> Candidate:
+    text = " ".join(random.Random(number).choices(WORDS, k=1 + number % 9))
+    modality = mbeir.MODALITIES[number % 3]
+    return Candidate(
+        f"mine:{number}",
+        text if "text" in modality else None,
+        image_path(number) if "image" in modality else None,
+        modality,
+    )
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("benchmark")
+    write_images(root)
+    mbeir.write_candidates(root / POOL, map(candidate, range(ITEMS)))
+    return root
+
+
+@pytest.fixture(scope="module")
+def embedder(tiny):
+    return Embedder.load(tiny.folder, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def expected(embedder, root):
+    corpus = open_corpus(root / POOL)
+    return embedder.encode([corpus.read(row)[1] for row in range(ITEMS)], progress=False)
+
+
+def embed(tiny, source, out, **options):
+    entry_point.main(str(tiny.folder), source, out, items_per_shard=16, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, root, tmp_path_factory):
+    """A folder that nothing interrupted."""
+    out = tmp_path_factory.mktemp("vectors") / "whole"
+    embed(tiny, root / POOL, out)
+    return out
+
+
+def read(folder, **options):
+    return np.concatenate([*Vectors(folder, **options).parts(7)])
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_vectors_and_ids_are_those_of_the_items(whole, expected):
+    vectors = Vectors(whole, verify=True)
+    assert len(vectors) == ITEMS
+    assert vectors.ids(range(ITEMS)) == [f"mine:{number}" for number in range(ITEMS)]
+    np.testing.assert_allclose(read(whole), expected, rtol=0, atol=1e-6)
+    manifest = json.loads((whole / "manifest.json").read_text())
+    assert manifest["vectors"] == {"items": ITEMS, "skipped": 0}
+    assert sorted(manifest["shards"]) == ["00000", "00001", "00002", "00003"]
+
+
+def test_the_vectors_can_be_searched(whole, expected):
+    scores, rows = top_k(expected[1:3], Vectors(whole).parts(), 10)
+    np.testing.assert_allclose(scores, -np.sort(-(expected[1:3] @ expected.T))[:, :10], atol=1e-6)
+    assert Vectors(whole).ids(rows[:, 0]) == ["mine:1", "mine:2"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_smaller_dtypes_are_the_float32_vectors_rounded(tiny, root, whole, tmp_path, dtype):
+    embed(tiny, root / POOL, tmp_path / "small", dtype=dtype)
+    full, small = read(whole), read(tmp_path / "small")
+    if dtype == "bfloat16":
+        np.testing.assert_array_equal(small, full.astype(ml_dtypes.bfloat16).astype(np.float32))
+    else:
+        largest = np.abs(full).max(1, keepdims=True)
+        assert (np.abs(small - full) <= largest / 254 * 1.001).all()
+    size = (tmp_path / "small/00000/vectors.safetensors").stat().st_size
+    assert size < 0.6 * (whole / "00000/vectors.safetensors").stat().st_size
+
+
+def test_json_lines_and_folders_of_images(tiny, embedder, tmp_path):
+    photos = tmp_path / "photos"
+    (photos / "b").mkdir(parents=True)
+    images = {"b/2.png": random_image(40, 60, 2), "a.jpg": random_image(50, 30, 1)}
+    for name, image in images.items():
+        image.save(photos / name)
+    (photos / "notes.txt").write_text("no image")
+    embed(tiny, photos, tmp_path / "of-folder")
+    vectors = Vectors(tmp_path / "of-folder")
+    assert vectors.ids([0, 1]) == ["a.jpg", "b/2.png"]
+    items = [{"image": photos / name} for name in ("a.jpg", "b/2.png")]
+    np.testing.assert_allclose(read(tmp_path / "of-folder"), embedder.encode(items), atol=1e-6)
+
+    lines = [
+        {"id": "one shoe", "text": "a red shoe", "image": "b/2.png"},
+        {"id": "2", "text": "a blue shoe"},
+    ]
+    (photos / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    embed(tiny, photos / "items.jsonl", tmp_path / "of-lines", instruction="Find shoes.")
+    assert Vectors(tmp_path / "of-lines").ids([1, 0]) == ["2", "one shoe"]
+    items = [{"text": "a red shoe", "image": photos / "b/2.png"}, {"text": "a blue shoe"}]
+    np.testing.assert_allclose(
+        read(tmp_path / "of-lines"), embedder.encode(items, instruction="Find shoes."), atol=1e-6
+    )
+
+
+def test_killed_ten_times_it_ends_with_the_same_bytes(tiny, root, tmp_path):
+    whole, out, chance = tmp_path / "whole", tmp_path / "killed", random.Random(time.time_ns())
+    arguments, settings = (str(tiny.folder), root / POOL), {"items_per_shard": 3}
+    entry_point.main(*arguments, whole, **settings)
+    # Children are forked from a server that has imported everything, and start in little time.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["puma_jax.embed"])
+
+    def start():
+        child = context.Process(target=entry_point.main, args=(*arguments, out), kwargs=settings)
+        child.start()
+        return child
+
+    for _ in range(10):
+        child = start()
+        enough = len(list(out.glob("0*"))) + chance.randint(0, 2)
+        while child.is_alive() and len(list(out.glob("0*"))) < enough:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.1))
+        child.kill()
+        child.join()
+    child = start()
+    child.join()
+    assert child.exitcode == 0
+    assert contents(out) == contents(whole)
+
+
+def test_several_processes_share_the_shards(tiny, root, whole, tmp_path, capsys):
+    out = tmp_path / "parts"
+    embed(tiny, root / POOL, out, part="1/2")
+    assert "shards of other parts are still missing" in capsys.readouterr().out
+    with pytest.raises(VectorsError, match="vectors are unfinished: run the same command again"):
+        Vectors(out)
+    embed(tiny, root / POOL, out, part="0/2")
+    assert contents(out) == contents(whole)
+    with pytest.raises(ConfigError, match="part 2/2: parts are 0/2 to 1/2"):
+        embed(tiny, root / POOL, out, part="2/2")
+
+
+def test_vectors_of_another_model_corpus_or_setting_are_not_mixed(tiny, root, whole, tmp_path):
+    other = tmp_path / "other"
+    Embedder.load(tiny.folder, dtype=None).keep_layers(2).save(other)
+    with pytest.raises(VectorsError, match=r"whole holds vectors of another model \(\w+ there"):
+        entry_point.main(str(other), root / POOL, whole, items_per_shard=16)
+    with pytest.raises(VectorsError, match="another instruction"):
+        embed(tiny, root / POOL, whole, instruction="Find it.")
+    with pytest.raises(VectorsError, match="another corpus"):
+        embed(tiny, root / "mbeir_images", whole)
+    with pytest.raises(VectorsError, match="is not empty and holds no vectors"):
+        embed(tiny, root / POOL, root)
+
+
+@pytest.mark.parametrize("file", ["vectors.safetensors", "ids.txt"])
+def test_a_truncated_file_is_found_and_named(tiny, root, whole, tmp_path, file):
+    out = tmp_path / "damaged"
+    shutil.copytree(whole, out)
+    path = out / "00001" / file
+    path.write_bytes(path.read_bytes()[:-5])
+    for opened in (Vectors, lambda out: embed(tiny, root / POOL, out)):
+        with pytest.raises(VectorsError, match=f"00001/{file} is truncated .* embed again"):
+            opened(out)
+    shutil.rmtree(out / "00001")
+    embed(tiny, root / POOL, out)
+    assert contents(out) == contents(whole)
+
+
+def test_a_flipped_bit_and_a_foreign_shard_are_found(tiny, root, whole, tmp_path):
+    out = tmp_path / "flipped"
+    shutil.copytree(whole, out)
+    path = out / "00002/vectors.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    with pytest.raises(VectorsError, match=r"00002/vectors.safetensors is damaged: delete"):
+        Vectors(out, verify=True)
+    job = json.loads((whole / "00002/shard.json").read_text())
+    (out / "00002/shard.json").write_text(json.dumps({**job, "job": "another"}))
+    with pytest.raises(VectorsError, match="00002 is of another job"):
+        embed(tiny, root / POOL, out)
+
+
+def test_items_that_cannot_be_read_stop_the_run_or_are_noted(tiny, root, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(root, broken)
+    (broken / image_path(3)).write_bytes(b"no image")
+    with pytest.raises(ImageError, match=r"mine:\d+: .*3.png cannot be decoded"):
+        embed(tiny, broken / POOL, tmp_path / "stops")
+    embed(tiny, broken / POOL, tmp_path / "skips", on_bad_item="skip")
+    lost = [n for n in range(ITEMS) if candidate(n).image == image_path(3)]
+    vectors = Vectors(tmp_path / "skips")
+    assert vectors.ids(range(len(vectors))) == [f"mine:{n}" for n in range(ITEMS) if n not in lost]
+    noted = "".join(path.read_text() for path in sorted(tmp_path.glob("skips/*/skipped.txt")))
+    assert [line.split(": ")[0] for line in noted.splitlines()] == [f"mine:{n}" for n in lost]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"text": "a shoe"}, "items.jsonl:1: id is missing"),
+        ({"id": "1"}, "items.jsonl:1: there is neither text nor image"),
+        ({"id": "1", "txt": "a shoe"}, 'field "txt" is not one of id, image, text'),
+        ({"id": 1, "text": "a shoe"}, "id 1 is not a text"),
+        ({"id": "a\nb", "text": "a shoe"}, "holds what cannot be printed"),
+    ],
+)
+def test_lines_that_are_no_items_are_named(tmp_path, line, message):
+    (tmp_path / "items.jsonl").write_text(json.dumps(line))
+    with pytest.raises(DataError, match=message):
+        open_corpus(tmp_path / "items.jsonl").read(0)
+
+
+def test_sources_that_hold_nothing_are_named(tmp_path):
+    with pytest.raises(DataError, match="holds no images"):
+        open_corpus(tmp_path)
+    with pytest.raises(DataError, match="neither a file of JSON lines nor a folder"):
+        open_corpus(tmp_path / "nothing")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="holds no items"):
+        open_corpus(tmp_path / "empty.jsonl")
