@@ -1,0 +1,169 @@
+"""An `Embedder` as a model that mteb evaluates: `mteb.evaluate(MtebModel(embedder, ...), tasks)`.
+
+mteb brings torch, which nothing else here needs, so it is an extra, imported when a model is made:
+`pip install 'puma-jax[mteb]'`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from puma_jax.data.prompts import normalise
+from puma_jax.embedder import Embedder, RawItem
+from puma_jax.errors import ConfigError, ItemError
+from puma_jax.typing import AnyArray, Float, ndarray
+
+if TYPE_CHECKING:
+    from mteb.abstasks.task_metadata import TaskMetadata
+    from mteb.models.model_meta import ModelMeta
+
+_Batch = Mapping[str, Sequence[Any]]
+"""Columns "text" and "image", either or both, and others that are not read."""
+
+
+class MtebModel:
+    """What mteb calls an encoder, of texts, images, and images with text.
+
+    What is asked is worded as by mteb's own `InstructSentenceTransformerModel`, so that numbers
+    stand beside those of the leaderboards:
+
+    - A query is asked with the prompt of its task, and with that of its kind of task where it has
+      none. So is every text and image of a task without queries, such as STS or clustering.
+    - A document is embedded as it is, after its title.
+    - Where each query has an instruction of its own (InstructIR, FollowIR), mteb writes it behind
+      the query's text, and the task's prompt still comes first.
+    """
+
+    def __init__(self, embedder: Embedder, name: str, revision: str | None = None):
+        """Wrap an embedder.
+
+        Args:
+            embedder: The model.
+            name: "organization/model". mteb keeps results by name and revision, and answers from
+                them without a look at the weights: each checkpoint needs one of the two anew.
+            revision: Which of the checkpoints of that name.
+
+        Raises:
+            ConfigError: mteb is not installed, or cannot use the name.
+        """
+        try:
+            import mteb  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(
+                f"mteb cannot be imported ({error}): pip install 'puma-jax[mteb]'"
+            ) from error
+        if "/" not in name:
+            raise ConfigError(f'name "{name}" has no "/", expected organization/model')
+        self.embedder = embedder
+        self.name = name
+        self.revision = revision
+
+    @functools.cached_property
+    def mteb_model_meta(self) -> ModelMeta:
+        """What mteb writes beside the results; None where an embedder cannot know."""
+        from mteb.models.model_meta import ModelMeta, ScoringFunction
+
+        params = self.embedder.params
+        leaves = jax.tree.leaves(params)
+        return ModelMeta(
+            loader=None,
+            name=self.name,
+            revision=self.revision,
+            release_date=None,
+            languages=None,
+            n_parameters=sum(leaf.size for leaf in leaves),
+            n_embedding_parameters=params.decoder.embedding.table[...].size,
+            memory_usage_mb=sum(leaf.nbytes for leaf in leaves) / 2**20,
+            max_tokens=self.embedder.config.prompt.max_text_tokens,
+            embed_dim=self.embedder.width,
+            license=None,
+            open_weights=None,
+            public_training_code=None,
+            public_training_data=None,
+            framework=["JAX"],
+            similarity_fn_name=ScoringFunction.COSINE,
+            use_instructions=True,
+            training_datasets=None,
+            modalities=["text", "image"],
+        )
+
+    def encode(
+        self,
+        inputs: Iterable[_Batch],
+        *,
+        task_metadata: TaskMetadata,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: str | None = None,
+        show_progress_bar: bool = True,
+        precision: str = "float32",
+        **kwargs: Any,
+    ) -> Float[ndarray, "n width"]:
+        """Return one unit vector for each row of the batches, float32 and in their order.
+
+        Args:
+            inputs: A data loader of mteb, read as it is needed.
+            task_metadata: Whose prompt is the instruction.
+            hf_split: Not used.
+            hf_subset: Not used.
+            prompt_type: "query", "document", or None where the task makes no difference.
+            show_progress_bar: Whether to show a bar when the work takes more than a few seconds.
+            precision: Of the vectors; only "float32".
+            kwargs: Not used: how much is embedded at a time does not depend on mteb's batch size.
+
+        Raises:
+            ConfigError: Another precision is asked for.
+            ItemError: A batch has neither texts nor images.
+            ImageError: An image cannot be read.
+        """
+        if precision != "float32":
+            raise ConfigError(f'precision is "{precision}", expected "float32"')
+        return self.embedder.encode(
+            (item for batch in inputs for item in _items(batch, task_metadata.name)),
+            instruction=_instruction(task_metadata, prompt_type),
+            progress=show_progress_bar,
+        )
+
+    def similarity(self, embeddings1: AnyArray, embeddings2: AnyArray) -> AnyArray:
+        """Return the cosines between all vectors of two collections, a torch tensor."""
+        from mteb.similarity_functions import cos_sim
+
+        return cos_sim(embeddings1, embeddings2)
+
+    def similarity_pairwise(self, embeddings1: AnyArray, embeddings2: AnyArray) -> AnyArray:
+        """Return the cosines between vectors that stand at the same place, a torch tensor."""
+        from mteb.similarity_functions import pairwise_cos_sim
+
+        return pairwise_cos_sim(embeddings1, embeddings2)
+
+
+def _instruction(task: TaskMetadata, prompt_type: str | None) -> str | None:
+    """Return what an item of a task is asked with; None for documents."""
+    from mteb.abstasks.abstask import get_abstask_prompt
+
+    if prompt_type == "document":
+        return None
+    prompt = task.prompt.get("query") if isinstance(task.prompt, dict) else task.prompt
+    return prompt or get_abstask_prompt(task.name)
+
+
+def _items(batch: _Batch, task: str) -> Iterator[RawItem]:
+    """Yield the items of a batch."""
+    columns = {name: batch[name] for name in ("text", "image") if name in batch}
+    if not columns:
+        raise ItemError(f"{task} has batches of {sorted(batch)}, expected text or image")
+    for row in zip(*columns.values(), strict=True):
+        # Where only some documents have an image, or a text, mteb leaves the place of the other
+        # empty.
+        item = {
+            name: value
+            for name, value in zip(columns, row, strict=True)
+            if value is not None and not (name == "text" and not normalise(value))
+        }
+        # Some corpora hold empty documents. They need a vector, too, as other models give one:
+        # that of the full stop which ends every text.
+        yield item or {"text": "."}
