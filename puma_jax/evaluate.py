@@ -19,6 +19,7 @@ from puma_jax.data.mbeir.lines import write_lines
 from puma_jax.errors import ConfigError, DataError
 from puma_jax.parallel.mesh import MeshConfig, make_mesh
 from puma_jax.retrieval.evaluation import Subset, evaluate
+from puma_jax.retrieval.published import beside as beside_published
 from puma_jax.retrieval.report import Evaluation, compare
 
 _ALL_DEVICES = MeshConfig()
@@ -72,6 +73,9 @@ def main(
     write_lines(out / "results.json", [json.dumps(results, indent=2)])
     evaluation.write_runs(out / "runs")
     print(evaluation.table())
+    published = None if subset else beside_published(evaluation, "this model")
+    if published:
+        print(f"\nBeside what is published:\n{published}")
     if others:
         print()
         print(compare({**others, str(out): evaluation}))
