@@ -239,7 +239,13 @@ class Embedder:
                 vectors.append(running.finish(bar.update))
         return np.concatenate(vectors)
 
-    def save(self, folder: str | os.PathLike[str], *, max_shard_bytes: int = 4 * 2**30) -> None:
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        max_shard_bytes: int = 4 * 2**30,
+        headless: bool = False,
+    ) -> None:
         """Write a Hugging Face folder that transformers and this class load.
 
         The folder appears whole or not at all.
@@ -247,6 +253,8 @@ class Embedder:
         Args:
             folder: Must not exist, or be empty.
             max_shard_bytes: Weights are split into files of at most this size.
+            headless: Whether to name weights as transformers' AutoModel does, which is for
+                encoders, rather than as models that write text do. This class loads both.
 
         Raises:
             CheckpointError: The folder exists and is not empty, or cannot be written.
@@ -259,7 +267,12 @@ class Embedder:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
             hf.write_checkpoint(
-                unfinished, self.config, self.params, self._source, max_shard_bytes=max_shard_bytes
+                unfinished,
+                self.config,
+                self.params,
+                self._source,
+                max_shard_bytes=max_shard_bytes,
+                headless=headless,
             )
             self._prompter.save_tokenizer(unfinished, self._source.tokenizer)
             unfinished.replace(folder)

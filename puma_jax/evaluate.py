@@ -56,7 +56,7 @@ def main(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists: choose another folder, or remove it")
-    others = {str(path.parent): read_results(path) for path in beside}
+    others = {str(path.parent): Evaluation.read(path) for path in beside}
     benchmark = mbeir.discover(root)
     if sets:
         benchmark = only(benchmark, sets)
@@ -94,18 +94,6 @@ def only(benchmark: Benchmark, names: tuple[str, ...]) -> Benchmark:
             raise DataError(f'{benchmark.root} has no set "{name}", only {", ".join(known)}')
     chosen = tuple(found for found in benchmark.sets if found.name in names)
     return dataclasses.replace(benchmark, sets=chosen, global_pools={})
-
-
-def read_results(path: Path) -> Evaluation:
-    """Return the numbers in a file that this program wrote.
-
-    Raises:
-        DataError: The file cannot be read, or holds something else.
-    """
-    try:
-        return Evaluation.from_json(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, DataError) as error:
-        raise DataError(f"{path} cannot be read as results.json: {error}") from None
 
 
 if __name__ == "__main__":

@@ -5,8 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors.numpy import save_file
+
+from puma_jax.typing import ndarray
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -14,6 +19,15 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
     partial.replace(path)
+
+
+def save_tensors(
+    tensors: Mapping[str, ndarray], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file that others may read: the library makes it its owner's alone."""
+    save_file(dict(tensors), path, metadata)
+    os.umask(mask := os.umask(0))
+    path.chmod(0o666 & ~mask)
 
 
 def sha256(path: Path) -> str:

@@ -21,7 +21,8 @@ from puma_jax.typing import Int, UInt8, ndarray
 
 ImageSource = str | os.PathLike | bytes | Image.Image | ndarray
 
-_MOST_ELONGATED = 200
+MOST_ELONGATED = 200
+"""How many times the short side of an image its long side may be."""
 _MOST_PIXELS = 2**26
 
 
@@ -101,11 +102,11 @@ def resized_sizes(
         ImageError: One side of an image is more than 200 times the other.
     """
     long, short = np.maximum(heights, widths), np.minimum(heights, widths)
-    if (long > _MOST_ELONGATED * short).any():
+    if (long > MOST_ELONGATED * short).any():
         worst = int(np.argmax(long / short))
         raise ImageError(
             f"image of {widths[worst]} × {heights[worst]} pixels is too elongated: "
-            f"one side may be {_MOST_ELONGATED} times the other"
+            f"one side may be {MOST_ELONGATED} times the other"
         )
     unit = vision.patch_size * vision.merge_size
     sides = [np.asarray(side, np.float64) for side in (heights, widths)]

@@ -22,7 +22,7 @@ from puma_jax.errors import CheckpointError, ItemError
 from puma_jax.typing import UInt8, ndarray
 
 
-class _Wording(NamedTuple):
+class Wording(NamedTuple):
     """What a template puts around an item."""
 
     start: str
@@ -34,8 +34,8 @@ class _Wording(NamedTuple):
     """Between the item and [RET]."""
 
 
-_WORDINGS: Mapping[PromptTemplate, _Wording] = {
-    "chat": _Wording(
+WORDINGS: Mapping[PromptTemplate, Wording] = {
+    "chat": Wording(
         start="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
         text_end="",
         ask={
@@ -48,7 +48,7 @@ _WORDINGS: Mapping[PromptTemplate, _Wording] = {
     # A text ends its line: an instruction is tokenised with the end of its own, so that one which
     # stands alone, before an image's query, must be read as one that a text follows. This rarely
     # costs a token: tokenizers of the Qwen kind read a full stop and a line's end as one.
-    "bare": _Wording(
+    "bare": Wording(
         start="",
         text_end="\n",
         ask={(True, True): "", (False, True): "", (True, False): ""},
@@ -126,7 +126,7 @@ class Prompter:
         self._plain.no_truncation()
         self._plain.no_padding()
         self._warned = False
-        wording = self._wording = _WORDINGS[config.prompt.template]
+        wording = self._wording = WORDINGS[config.prompt.template]
         turn = tokenizer.encode(wording.turn, add_special_tokens=False)
         self.template = Template(
             config=config,

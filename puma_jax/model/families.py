@@ -37,6 +37,10 @@ class Family:
     """Names whose tensors have more axes on disk than the matrix they are here → shape there."""
     canonical: Callable[[str], str]
     """A name as any generation of transformers wrote it → the name used in `weights`."""
+    headless: Callable[[str], str]
+    """A name used in `weights` → that in the model without a head, which AutoModel opens."""
+    headless_architecture: str
+    """The class of that model in transformers."""
     ignored: tuple[str, ...]
     """Names that may stand in a checkpoint and that an embedder does not need."""
 

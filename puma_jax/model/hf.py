@@ -18,10 +18,10 @@ from typing import Any
 import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from puma_jax.config import DType, ModelConfig
 from puma_jax.errors import CheckpointError
+from puma_jax.files import save_tensors
 from puma_jax.model.encoder import Encoder, abstract, layer_indices
 from puma_jax.model.families import family_of
 from puma_jax.model.tree import map_named, named_leaves
@@ -168,6 +168,7 @@ def write_checkpoint(
     source: HubConfigs,
     *,
     max_shard_bytes: int = 4 * 2**30,
+    headless: bool = False,
 ) -> None:
     """Write the configs and the weights, named and shaped as transformers writes them.
 
@@ -177,6 +178,7 @@ def write_checkpoint(
         params: The model, without LoRA leaves (see `lora.merge`).
         source: The configs that the base model came with, whose other fields are kept.
         max_shard_bytes: A file is closed before it grows past this; several files get an index.
+        headless: Whether to name all as in the class without a language model's head.
 
     Raises:
         CheckpointError: The model has adapters that are not merged.
@@ -186,7 +188,10 @@ def write_checkpoint(
     if adapters := [name for name in leaves if name not in family.weights]:
         raise CheckpointError(f"{adapters[0]} has no name on disk: merge adapters (lora.merge)")
     dtype = np.dtype(leaves["decoder.embedding.table"].dtype).name
-    write_json(folder / "config.json", family.write_config(config, source.model) | {"dtype": dtype})
+    described = family.write_config(config, source.model) | {"dtype": dtype}
+    if headless:
+        described["architectures"] = [family.headless_architecture]
+    write_json(folder / "config.json", described)
     write_json(
         folder / "preprocessor_config.json",
         family.write_preprocessor(config, source.preprocessor),
@@ -212,9 +217,10 @@ def write_checkpoint(
         for tensor, name, layer in shard:
             values = np.asarray(leaves[name] if layer is None else leaves[name][layer])
             values = np.ascontiguousarray(values.T if _is_kernel(name) else values)
-            tensors_of_shard[tensor] = values.reshape(shapes.get(tensor, values.shape))
-            weight_map[tensor] = file
-        save_file(tensors_of_shard, folder / file, metadata={"format": "pt"})
+            stored = family.headless(tensor) if headless else tensor
+            tensors_of_shard[stored] = values.reshape(shapes.get(tensor, values.shape))
+            weight_map[stored] = file
+        save_tensors(tensors_of_shard, folder / file, {"format": "pt"})
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(folder / _INDEX, index)

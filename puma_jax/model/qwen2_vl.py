@@ -78,6 +78,15 @@ def canonical(name: str) -> str:
     return name
 
 
+def headless(name: str) -> str:
+    """Return the name of a tensor in Qwen2VLModel, which every transformers 5 finds it by.
+
+    Of the names in `WEIGHTS`, some releases (5.10) find but half, and leave the rest random.
+    """
+    rest = name.removeprefix("model.")
+    return name if rest == name else f"language_model.{rest}"
+
+
 def read_config(hf: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> ModelConfig:
     """Return the config that a config.json and a preprocessor_config.json describe.
 
@@ -267,5 +276,7 @@ FAMILY = Family(
     weights=WEIGHTS,
     disk_shapes=disk_shapes,
     canonical=canonical,
+    headless=headless,
+    headless_architecture="Qwen2VLModel",
     ignored=("lm_head.weight",),
 )

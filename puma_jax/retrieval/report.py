@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -166,6 +167,18 @@ class Evaluation:
             return cls(split=values["split"], documents=values["documents"], sets=sets)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"these are no results of an evaluation: {error!r}") from None
+
+    @classmethod
+    def read(cls, path: Path) -> Evaluation:
+        """Return the numbers in a results.json, as `python -m puma_jax.evaluate` writes it.
+
+        Raises:
+            DataError: The file cannot be read, or holds something else.
+        """
+        try:
+            return cls.from_json(json.loads(path.read_text("utf-8")))
+        except (OSError, ValueError, DataError) as error:
+            raise DataError(f"{path} cannot be read as results.json: {error}") from None
 
     def write_runs(self, folder: FilePath, tag: str = "puma_jax") -> None:
         """Write a TREC run file for each set and pool; see `Run.write`."""

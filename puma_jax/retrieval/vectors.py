@@ -25,10 +25,9 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from puma_jax.errors import VectorsError
-from puma_jax.files import sha256, write_json
+from puma_jax.files import save_tensors, sha256, write_json
 from puma_jax.typing import Float, Int, ndarray
 
 VectorDType = Literal["float32", "bfloat16", "int8"]
@@ -133,7 +132,7 @@ def write_shard(
     unfinished = folder / f".{number:05}.{os.getpid()}.partial"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    save_file(_stored(vectors, job.dtype), unfinished / _VECTORS)
+    save_tensors(_stored(vectors, job.dtype), unfinished / _VECTORS)
     _write_text(unfinished / _IDS, ids)
     if skipped:
         _write_text(unfinished / _SKIPPED, skipped)
