@@ -1,0 +1,161 @@
+"""The model card: what a model is, how it was cut and trained, how well it does, whose it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from puma_jax.embedder import Embedder
+from puma_jax.errors import DataError
+from puma_jax.model.tree import named_leaves
+from puma_jax.retrieval.report import Evaluation, markdown
+
+_PAPER = "https://arxiv.org/abs/2507.08064"
+_LOAD = {
+    "huggingface": """from puma_jax import Embedder
+
+model = Embedder.load("{folder}")
+vectors = model.encode([{{"text": "a red bicycle"}}, {{"image": "bike.jpg"}}])""",
+    "stablehlo": """# In this folder; pip install jax flatbuffers safetensors tokenizers pillow
+from load import Embedder
+
+vectors = Embedder().encode([{{"text": "a red bicycle"}}, {{"image": "bike.jpg"}}])""",
+    "sentence-transformers": """from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{folder}")
+vectors = model.encode([{{"text": "a red bicycle"}}, {{"image": "bike.jpg"}}])""",
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a run of `puma_jax.train` says of the model of one of its stages."""
+
+    config: Mapping[str, Any]
+    stage: str
+    evaluation: Evaluation | None
+
+    @property
+    def base(self) -> str | None:
+        """The model that training started from; None if it was random weights."""
+        return next(iter(self.config["stages"].values()))["model"]
+
+
+def training_of(model: Path) -> Training | None:
+    """Return how a model was trained, if its folder lies in the workdir of the run."""
+    try:
+        config = json.loads((model.absolute().parent / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(config, dict) or model.name not in config.get("stages", {}):
+        return None
+    evaluation = None
+    try:
+        results = json.loads((model.absolute().parent / "results.json").read_text("utf-8"))
+        evaluation = Evaluation.from_json(results["stages"][model.name]["evaluation"])
+    except (OSError, ValueError, KeyError, TypeError, DataError):
+        pass  # the run is not finished, or had nothing to be measured on
+    return Training(config, model.name, evaluation)
+
+
+def model_card(
+    embedder: Embedder,
+    kind: str,
+    name: str,
+    *,
+    license_name: str | None = None,
+    training: Training | None = None,
+    evaluation: Evaluation | None = None,
+) -> str:
+    """Return a model card in markdown, with the header that model hubs read.
+
+    Args:
+        embedder: The model.
+        kind: Of the export.
+        name: Of the model.
+        license_name: An SPDX name; by default the card sends its reader to the base model.
+        training: How it was trained, if that is known.
+        evaluation: Its results; those of the training run by default.
+    """
+    if evaluation is None and training is not None:
+        evaluation = training.evaluation
+    base = training.base if training else None
+    header = {
+        "library_name": {"huggingface": "transformers", "stablehlo": "jax"}.get(kind, kind),
+        "pipeline_tag": "feature-extraction",
+        "license": license_name.lower() if license_name else "other",
+        **({"base_model": base} if base else {}),
+    }
+    sections = [
+        "\n".join(["---", *(f"{key}: {value}" for key, value in header.items()), "---"]),
+        f"# {name}",
+        _what_it_is(embedder),
+        f"```python\n{_LOAD[kind].format(folder=name)}\n```",
+        _training(training) if training else "",
+        _results(evaluation) if evaluation else "",
+        f"## License\n\n{_license(license_name, base, training)}",
+    ]
+    return "\n\n".join(filter(None, sections)) + "\n"
+
+
+def _what_it_is(embedder: Embedder) -> str:
+    config = embedder.config
+    parameters = sum(leaf.size for leaf in named_leaves(embedder.params).values())
+    kept = ", ".join(map(str, config.kept_layers))
+    return (
+        f"One vector of {embedder.width} values for a text, an image, or an image with a text; the "
+        f"inner product of two is their similarity. {parameters / 1e6:,.2f} M parameters, family "
+        f"`{config.family}`, made with [puma_jax](https://pypi.org/project/puma-jax) after "
+        f"[PUMA]({_PAPER}).\n\n"
+        f"**The cut.** Of the base model's decoder layers, counted from 0, it has: {kept}.\n\n"
+        f"**Limits.** Texts of up to {config.prompt.max_text_tokens} tokens, images of "
+        f"{config.images.min_pixels:,} to {config.images.max_pixels:,} pixels after resizing. "
+        f"Positions: {config.prompt.positions}. Prompt: {config.prompt.template}, read out at "
+        f"`{config.prompt.ret_token}`."
+    )
+
+
+def _training(training: Training) -> str:
+    rows, stages = [], training.config["stages"]
+    for name, stage in stages.items():
+        loss, distill, optimizer = stage["loss"], stage["distill"], stage["optimizer"]
+        share = distill["weight"]
+        rows.append(
+            [
+                name,
+                stage["keep_layers"] or "all",
+                loss["kind"] + (", relative" if loss["relative"] else ""),
+                str(loss["temperature"]),
+                f"{share[0]:g} → {share[1]:g}" if max(share) > 0 else "–",
+                stage["train"] + (" + vision" if stage["vision"] else ""),
+                str(stage["steps"] or f"{stage['epochs']:g} epochs"),
+                str(stage["plan"]["batch"]),
+                f"{optimizer['learning_rate']:g}",
+            ]
+        )
+        if name == training.stage:
+            break  # later stages made other models
+    header = ["stage", "layers", "loss", "temperature", "distillation", "trained", "steps"]
+    table = markdown([*header, "batch", "rate"], rows)
+    start = f"`{training.base}`" if training.base else "random weights"
+    return f"## Training\n\nFrom {start}, seed {training.config['seed']}.\n\n{table}"
+
+
+def _results(evaluation: Evaluation) -> str:
+    return (
+        f"## Results\n\n{evaluation.table()}\n\nSplit {evaluation.split}, hits in per cent with "
+        "95 % bootstrap intervals: in the set's own pool, and in that of all sets."
+    )
+
+
+def _license(name: str | None, base: str | None, training: Training | None) -> str:
+    if name:
+        return f"{name}."
+    if base:
+        return f"The weights come from `{base}`: its license holds for them."
+    if training:
+        return "Trained from random weights; its maker has named no license."
+    return "Not named. If the weights come from a base model, its license holds for them."

@@ -1,0 +1,239 @@
+"""The artifact gives the Embedder's vectors, where puma_jax is not installed."""
+
+import dataclasses
+import hashlib
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from puma_jax import Embedder
+from puma_jax.config import ComputeConfig, PromptConfig
+from puma_jax.data.prompts import Prompter, TextCutWarning
+from puma_jax.errors import ConfigError
+from puma_jax.export import loader, stablehlo
+from tests.reference import SPECIAL, random_image
+
+VARIANTS = {"as_released": PromptConfig(), "bare": PromptConfig(template="bare", positions="1d")}
+INSTRUCTION = "find an image that matches"
+# Answers pickled calls of `encode` on stdin, in a Python that cannot import ours.
+WORKER = """
+import pickle, sys
+
+class Missing:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in ("puma_jax", "flax", "transformers", "torch", "einops"):
+            raise ImportError(f"the artifact imports {name}")
+
+sys.meta_path.insert(0, Missing())
+sys.path.insert(0, sys.argv[1])
+from load import Embedder
+
+embedder = Embedder()
+text = embedder.encode([{"text": "a red bicycle"}])
+assert "PIL" not in sys.modules
+answers = [embedder.encode(*call) for call in pickle.load(sys.stdin.buffer)]
+pickle.dump([text, *answers], sys.stdout.buffer)
+"""
+
+
+def merging_tokenizer():
+    """Bytes, and a full stop and the end of its line as one token, as Qwen's tokenizer has it."""
+    alphabet = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE({**alphabet, ".Ċ": len(alphabet)}, [(".", "Ċ")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    # Neither may reach the artifact, where padding would be read as text.
+    backend.enable_truncation(8)
+    backend.enable_padding(length=99)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
+    return tokenizer
+
+
+def embedder_of(tiny, prompt, dtype="float32"):
+    tokenizer = merging_tokenizer()
+    ids = {
+        name: tokenizer.convert_tokens_to_ids(f"<|{token}|>")
+        for name, token in (
+            ("image_token_id", "image_pad"),
+            ("vision_start_token_id", "vision_start"),
+            ("vision_end_token_id", "vision_end"),
+        )
+    }
+    config = dataclasses.replace(tiny.config, prompt=prompt, **ids)
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), tiny.params)
+    return Embedder(config, params, tokenizer, compute=ComputeConfig(dtype))
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def written(tiny, tmp_path_factory, request):
+    """An embedder and the folder it was written to."""
+    embedder = embedder_of(tiny, VARIANTS[request.param])
+    folder = tmp_path_factory.mktemp(request.param)
+    stablehlo.write(embedder, folder)
+    return embedder, folder
+
+
+def items_of_all_kinds(folder):
+    image = random_image(60, 60, seed=1)
+    image.save(folder / "image.png")
+    return [
+        {"text": "a red bicycle"},
+        {"image": random_image(90, 200)},
+        {"image": np.asarray(random_image(56, 112)), "text": "make it blue"},
+        {"text": "Is it <|image_pad|>?", "image": None},
+        {"image": str(folder / "image.png"), "text": ""},
+        {"image": folder / "image.png", "text": "as a painting"},
+        {"image": random_image(200, 60).convert("L")},
+        {"text": "two\nlines"},
+    ]
+
+
+def test_vectors_are_the_embedders_where_puma_jax_is_not_installed(written, tmp_path):
+    embedder, folder = written
+    items = items_of_all_kinds(tmp_path)
+    calls = [(items, INSTRUCTION, 8), (items, None, 5), (items[:3], None, 2), (items[:1], None, 1)]
+    done = subprocess.run(
+        [sys.executable, "-I", "-B", "-W", "error", "-c", WORKER, folder],
+        input=pickle.dumps(calls), capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    plain = embedder.encode(items)
+    instructed = embedder.encode(items, instruction=INSTRUCTION)
+    expected = [plain[:1], instructed, plain, plain[:3], plain[:1]]
+    for vectors, same in zip(pickle.loads(done.stdout), expected, strict=True):
+        assert vectors.dtype == np.float32
+        np.testing.assert_allclose(vectors, same, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("instruction", [None, "", INSTRUCTION, ' "quoted"\r? '])
+def test_items_are_read_as_the_embedder_reads_them(written, instruction):
+    """Tokens, positions and patches are the same ones, for images of many sizes."""
+    embedder, folder = written
+    rng = np.random.default_rng(0)
+    sizes = [(1, 1), (2, 400), (28, 28), (56, 56), (57, 999), (1500, 1200), (448, 448)]
+    sizes += np.exp(rng.uniform(2, 6.5, (12, 2))).astype(int).tolist()
+    texts = ["a cat", ' "ßharp"\r\n ', "ends.", "ends!\n", "x" * 400, "<|im_end|>[RET]", "è", ""]
+    items = [{"text": text} for text in texts if text]
+    items += [
+        {"image": random_image(*size, seed=i), "text": texts[i % len(texts)]}
+        for i, size in enumerate(sizes)
+    ]
+    small = loader.Embedder(folder)
+    template = Prompter(embedder.tokenizer, embedder.config).template
+    for number, item in enumerate(items):
+        read = small._read(number, item, instruction)
+        arrays = (jax.numpy.asarray(small._padded([array])) for array in read)
+        rows = stablehlo.one_item_rows(template, *arrays)
+        row = SimpleNamespace(**{name: np.asarray(value[0]) for name, value in vars(rows).items()})
+        expected = embedder.prepare(item, instruction)
+        there, seen = row.segments == 1, row.patch_segments == 1
+        np.testing.assert_array_equal(row.tokens[there], expected.tokens)
+        np.testing.assert_array_equal(row.positions[there], expected.positions)
+        np.testing.assert_array_equal((row.visual >= 0)[there], expected.visual)
+        visual = row.visual[there][expected.visual]
+        np.testing.assert_array_equal(visual, np.arange(len(visual)))
+        np.testing.assert_array_equal(row.patches[seen], expected.patches)
+        np.testing.assert_array_equal(row.patch_positions[seen], expected.patch_positions)
+        assert there[-1]
+        assert row.ret == len(there) - 1
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ({}, "item 1 has neither text nor image"),
+        ({"text": ' "" ', "image": None}, "item 1 has neither text nor image"),
+        ({"text": "x" * 460}, r"item 1: text of 46\d tokens, over 450: shorten it"),
+        ({"image": random_image(402, 2)}, r"item 1: image \(2, 402\) is over 200 : 1, crop it"),
+    ],
+)
+def test_what_does_not_fit_is_refused(written, item, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        loader.Embedder(written[1]).encode([{"text": "good"}, item])
+
+
+def test_a_text_is_refused_where_the_embedder_would_cut_it(written):
+    embedder, folder = written
+    small = loader.Embedder(folder)
+    small._read(0, {"text": "x" * 449}, None)
+    embedder.prepare({"text": "x" * 449})  # a warning would be an error
+    with pytest.raises(ValueError, match="item 0: text of 451 tokens, over 450: shorten it"):
+        small._read(0, {"text": "x" * 450}, None)
+    with pytest.warns(TextCutWarning, match="a text of 451 tokens was cut at 450"):
+        embedder.prepare({"text": "x" * 450})
+
+
+def test_few_sizes_are_compiled_and_the_largest_is_not_padded(written):
+    small = loader.Embedder(written[1])
+    most = 450 + len(Prompter(merging_tokenizer(), written[0].config).template.ask_both)
+    padded = [small._padded([np.zeros(length)]).shape[1] for length in range(1, most + 1)]
+    assert len(set(padded)) == 11
+    assert all(length <= size < 2 * length + 2 for length, size in enumerate(padded, 1))
+    assert padded[-1] == most
+    assert padded[299] == 300
+    assert small._padded([np.zeros((0, 7)), np.ones((2, 7))]).shape == (2, 3, 7)
+
+
+def test_one_function_serves_three_platforms_and_all_sizes(written):
+    exported = jax.export.deserialize((written[1] / "embed.jax").read_bytes())
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    tokens, blocks, sizes = exported.in_avals[-3:]
+    assert [str(aval) for aval in (tokens, sizes)] == ["int32[batch,words]", "int32[batch,3]"]
+    assert str(blocks) == "uint8[batch,visual,28,28,3]"
+    assert str(exported.out_avals[0]) == "float32[batch,64]"
+
+
+def test_the_manifest_describes_what_lies_beside_it(written):
+    embedder, folder = written
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = ["embed.jax", "load.py", "tokenizer.json", "weights.safetensors"]
+    assert manifest["sha256"] == {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files
+    }
+    assert manifest["platforms"] == ["cpu", "cuda", "tpu"]
+    assert manifest["model_type"] == "qwen2_vl"
+    assert manifest["kept_layers"] == [0, 1, 2, 3]
+    assert manifest["width"] == embedder.width
+    assert manifest["dtype"] == "float32"
+    assert manifest["max_visual_tokens"] == 300
+    limits = {"max_text_tokens": 450, "min_pixels": 4 * 28**2, "max_pixels": 300 * 28**2}
+    assert limits.items() <= manifest["reading"].items()
+
+
+def test_the_loader_is_short_and_travels_as_it_is(written):
+    text = Path(loader.__file__).read_text()
+    assert (written[1] / "load.py").read_text() == text
+    assert len(text.splitlines()) < 60
+
+
+def test_bfloat16_vectors_are_near_the_embedders(tiny, tmp_path):
+    embedder = embedder_of(tiny, PromptConfig(), "bfloat16")
+    (tmp_path / "out").mkdir()
+    stablehlo.write(embedder, tmp_path / "out")
+    small = loader.Embedder(tmp_path / "out")
+    assert {leaf.dtype.name for leaf in small.weights.values()} == {"bfloat16"}
+    items = items_of_all_kinds(tmp_path)
+    vectors = small.encode(items)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert (vectors * embedder.encode(items)).sum(1).min() > 0.999
+
+
+def test_no_items_give_no_vectors(written):
+    vectors = loader.Embedder(written[1]).encode([])
+    assert (vectors.shape, vectors.dtype) == ((0, 64), np.float32)
+
+
+def test_without_flatbuffers_the_extra_is_named(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    with pytest.raises(ConfigError, match=r"pip install 'puma-jax\[export\]'"):
+        stablehlo.write(embedder_of(tiny, PromptConfig()), tmp_path)
