@@ -14,12 +14,15 @@ from puma_jax import Embedder, cli
 from puma_jax.config import DType
 from puma_jax.data.mbeir import OnBadRecord
 from puma_jax.errors import ConfigError
+from puma_jax.parallel import multihost
 from puma_jax.parallel.mesh import MeshConfig, make_mesh
+from puma_jax.parallel.multihost import DistributedConfig
 from puma_jax.retrieval.corpus import open_corpus
 from puma_jax.retrieval.embedding import embed
 from puma_jax.retrieval.vectors import VectorDType
 
 _ALL_DEVICES = MeshConfig()
+_ALONE = DistributedConfig()
 
 
 def main(
@@ -34,6 +37,7 @@ def main(
     weights: DType | None = None,
     mesh: MeshConfig = _ALL_DEVICES,
     part: str | None = None,
+    distributed: DistributedConfig = _ALONE,
 ) -> None:
     """Embed a corpus over all local devices. Run it again after a stop, and it goes on.
 
@@ -50,8 +54,10 @@ def main(
         weights: Dtype of weights and activations; that of the model's files by default.
         mesh: How the local devices share the work.
         part: "2/8" embeds every eighth shard from number 2 on: for several machines with one
-            folder. By default this process's share, if jax knows of others.
+            folder. By default this process's share, if there are others.
+        distributed: How processes that share the work find each other.
     """
+    multihost.initialize(distributed)
     corpus = open_corpus(items, images)
     embedder = Embedder.load(model, dtype=weights, mesh=make_mesh(mesh, jax.local_devices()))
     complete = embed(

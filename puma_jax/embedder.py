@@ -125,6 +125,10 @@ class Embedder:
             self._params = self._params.read()
         return self._params
 
+    @params.setter
+    def params(self, params: Encoder) -> None:
+        self._params = params
+
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer, with [RET]."""

@@ -17,12 +17,15 @@ from puma_jax.data import mbeir
 from puma_jax.data.mbeir import Benchmark
 from puma_jax.data.mbeir.lines import write_lines
 from puma_jax.errors import ConfigError, DataError
+from puma_jax.parallel import multihost
 from puma_jax.parallel.mesh import MeshConfig, make_mesh
+from puma_jax.parallel.multihost import DistributedConfig
 from puma_jax.retrieval.evaluation import Subset, evaluate
 from puma_jax.retrieval.published import beside as beside_published
 from puma_jax.retrieval.report import Evaluation, compare
 
 _ALL_DEVICES = MeshConfig()
+_ALONE = DistributedConfig()
 
 
 def main(
@@ -37,6 +40,7 @@ def main(
     weights: DType | None = None,
     tokens_per_chunk: int | None = None,
     mesh: MeshConfig = _ALL_DEVICES,
+    distributed: DistributedConfig = _ALONE,
 ) -> None:
     """Evaluate a model: print a table, write results.json and a TREC run for each set and pool.
 
@@ -52,8 +56,10 @@ def main(
         beside: Files results.json of other models, to compare with.
         weights: Dtype of weights and activations; that of the model's files by default.
         tokens_per_chunk: About how many tokens a device reads at a time; no result depends on it.
-        mesh: How the local devices share the work.
+        mesh: How the devices of a process share the work.
+        distributed: How processes that share the work find each other.
     """
+    multihost.initialize(distributed)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists: choose another folder, or remove it")
     others = {str(path.parent): Evaluation.read(path) for path in beside}
@@ -64,14 +70,21 @@ def main(
     embedder = Embedder.load(model, dtype=weights, mesh=devices)
     evaluation = evaluate(
         benchmark,
-        lambda items: embedder.encode(items, tokens_per_chunk=tokens_per_chunk, progress=False),
+        multihost.spread(
+            lambda items: embedder.encode(items, tokens_per_chunk=tokens_per_chunk, progress=False)
+        ),
         split=split,
         limits=Subset(*subset) if subset else None,
         scratch=scratch,
+        progress=multihost.is_first(),
     )
     results = {"model": model, "benchmark": str(root), **evaluation.to_json()}
-    write_lines(out / "results.json", [json.dumps(results, indent=2)])
-    evaluation.write_runs(out / "runs")
+
+    def write() -> None:
+        write_lines(out / "results.json", [json.dumps(results, indent=2)])
+        evaluation.write_runs(out / "runs")
+
+    multihost.once(write)
     print(evaluation.table())
     published = None if subset else beside_published(evaluation, "this model")
     if published:

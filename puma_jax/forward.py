@@ -19,6 +19,7 @@ from puma_jax.data.shapes import fitting_shape
 from puma_jax.errors import PackingError
 from puma_jax.model import encoder
 from puma_jax.model.encoder import Encoder
+from puma_jax.parallel import multihost
 from puma_jax.parallel.mesh import batch_sharding, groups
 from puma_jax.rows import Rows, RowShape
 from puma_jax.typing import Array, Float, ndarray
@@ -76,7 +77,7 @@ class Running:
         out = np.empty((items, self.vectors[0].shape[-1]), np.float32)
         for chunk, vectors in enumerate(self.vectors):
             here = np.flatnonzero(self.placement.chunk == chunk)
-            out[here] = np.asarray(vectors)[self.placement.slot[here]]
+            out[here] = np.asarray(multihost.on_host(vectors))[self.placement.slot[here]]
             done(len(here))
         return out
 
@@ -128,7 +129,10 @@ class Forward:
         return shape, Running(placement, chunks)
 
     def _put(self, rows: Rows) -> Rows:
-        return rows if self.mesh is None else jax.device_put(rows, batch_sharding(self.mesh))
+        if self.mesh is None:
+            return rows
+        where = batch_sharding(self.mesh)
+        return jax.tree.map(lambda part: multihost.put(part, where), rows)
 
 
 def _sizes(items: Sequence[Item]) -> tuple[ndarray, ndarray]:

@@ -18,6 +18,7 @@ import tyro
 
 from puma_jax import cli
 from puma_jax.errors import ConfigError
+from puma_jax.parallel.multihost import initialize
 from puma_jax.training.config import TrainConfig
 from puma_jax.training.loop import Stopped
 from puma_jax.training.run import run
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args=[*rest, *(["--help"] if wants_help else [])],
         prog=f"{_PROG} --config {where.config} --workdir {where.workdir}",
     )
+    initialize(config.distributed)
     try:
         run(config, where.workdir)
     except Stopped:

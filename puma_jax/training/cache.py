@@ -30,7 +30,8 @@ from puma_jax.data.pipeline import Batch, Loader, batches, on_device
 from puma_jax.data.plan import Plan
 from puma_jax.data.shapes import batch_shape
 from puma_jax.errors import CheckpointError
-from puma_jax.parallel.mesh import batch_sharding
+from puma_jax.parallel import multihost
+from puma_jax.parallel.mesh import batch_sharding, replicated
 from puma_jax.rows import Rows, RowShape
 from puma_jax.training.step import Fixed, Targets
 from puma_jax.training.teacher import Teach
@@ -130,27 +131,38 @@ def build(
         "windows": windows.count,
         "data": windows.checksum(),
     }
-    done = _claim(folder, about, (len(index), model.decoder.width))
+    shape = len(index), model.decoder.width
+    multihost.once(lambda: _claim(folder, about, shape))
+    done = _claim(folder, about, shape)
     if done == windows.count:
         return TeacherCache(index, _mapped(folder, "r"))
-    states = _mapped(folder, "r+")
-    compiled, by_rows = jax.jit(teach), batch_sharding(mesh)
+    first = multihost.is_first()
+    states = _mapped(folder, "r+" if first else "r")
+    # Every process computes with the others; the first one writes.
+    compiled, by_rows = jax.jit(teach, out_shardings=replicated(mesh)), batch_sharding(mesh)
 
     def start(window: _Window) -> list[Array]:
         chunks = range(len(window.rows.ret))
         rows = [jax.tree.map(operator.itemgetter(chunk), window.rows) for chunk in chunks]
-        placed = [jax.device_put(of_chunk, by_rows) for of_chunk in rows]
+        placed = [
+            jax.tree.map(lambda part: multihost.put(part, by_rows), of_chunk) for of_chunk in rows
+        ]
         return [compiled(fixed.teacher, fixed.frozen, of_chunk) for of_chunk in placed]
 
     before = sum(len(windows.items(number)) for number in range(done))
-    with tqdm(total=len(index), initial=before, desc="teacher", unit="item") as bar:
+    with tqdm(
+        total=len(index), initial=before, desc="teacher", unit="item", disable=not first
+    ) as bar:
         read = batches(windows, done, windows.count, workers=workers)
         for window, chunks in on_device(read, start):
-            states[window.item] = np.concatenate(jax.device_get(chunks))[window.slot]
-            states.flush()
+            found = np.concatenate(jax.device_get(chunks))[window.slot]
             done += 1
-            _note(folder, about, done)
+            if first:
+                states[window.item] = found
+                states.flush()
+                _note(folder, about, done)
             bar.update(len(window.item))
+    multihost.once(lambda: None)  # what is read next is written
     return TeacherCache(index, _mapped(folder, "r"))
 
 

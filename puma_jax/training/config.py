@@ -16,6 +16,7 @@ from puma_jax.config import (
 )
 from puma_jax.data.mbeir.lines import OnBadRecord
 from puma_jax.parallel.mesh import MeshConfig
+from puma_jax.parallel.multihost import DistributedConfig
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,7 @@ class TrainConfig:
     prompt: PromptConfig = PromptConfig()
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()

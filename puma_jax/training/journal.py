@@ -1,13 +1,18 @@
-"""What a run says as it goes: JSON lines always, TensorBoard and Weights & Biases if asked."""
+"""What a run says as it goes: JSON lines always, TensorBoard and Weights & Biases if asked.
+
+Of several processes, the first one says it.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from puma_jax.errors import ConfigError
+from puma_jax.parallel.multihost import is_first
 from puma_jax.training.config import LogConfig
 
 
@@ -25,14 +30,16 @@ class Journal:
         Raises:
             ConfigError: Weights & Biases is asked for and not installed.
         """
+        self._tensorboard = self._wandb = None
         folder.mkdir(parents=True, exist_ok=True)
-        self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._tensorboard = None
+        where = folder / "metrics.jsonl" if is_first() else Path(os.devnull)
+        self._lines = where.open("a", encoding="utf-8")
+        if not is_first():
+            return
         if config.tensorboard:
             from tensorboardX import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
-        self._wandb = None
         if config.wandb is not None:
             self._wandb = _wandb_run(config.wandb, folder, about)
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from puma_jax.data.pipeline import Batch, Counters, batches, counted, on_device
 from puma_jax.errors import TrainingError
+from puma_jax.parallel import multihost
 from puma_jax.training.checkpoint import Checkpoints
 from puma_jax.training.config import TrainConfig
 from puma_jax.training.journal import Journal
@@ -64,10 +65,18 @@ def run_stage(
     if start == stage.steps:
         checkpoints.close()
         return
-    bar = tqdm(total=stage.steps, initial=start, desc=stage.name, unit="step", smoothing=0.05)
+    bar = tqdm(
+        total=stage.steps,
+        initial=start,
+        desc=stage.name,
+        unit="step",
+        smoothing=0.05,
+        disable=not multihost.is_first(),
+    )
+    agreed = multihost.agreement(stage.mesh)
     with bar, _stop_requests() as stop_requested:
         compiled: Any = None
-        watched: _Watch = _Watch(stage, config, journal, bar)
+        watched: _Watch = _Watch(stage, config, journal, bar, start)
         for (batch, on_devices), counters in _fed(stage, config, start):
             arguments = stage.state, stage.fixed, *on_devices
             if compiled is None:
@@ -78,7 +87,7 @@ def run_stage(
             stage.state, metrics = compiled(*arguments)
             watched.after(batch, metrics, counters)
             done = watched.step
-            if stop_requested() and done < stage.steps:
+            if agreed(stop_requested()) and done < stage.steps:
                 watched.settle()
                 checkpoints.save(stage.state)
                 checkpoints.close()
@@ -111,12 +120,12 @@ def _fed(
 class _Watch:
     """Looks at the metrics of a step while the device works on the next one."""
 
-    def __init__(self, stage: Stage, config: TrainConfig, journal: Journal, bar: tqdm):
+    def __init__(self, stage: Stage, config: TrainConfig, journal: Journal, bar: tqdm, start: int):
         self.stage = stage
         self.config = config
         self.journal = journal
         self.bar = bar
-        self.step = bar.n
+        self.step = start
         self._waiting: tuple[int, Batch, Metrics, Counters] | None = None
 
     def after(self, batch: Batch, metrics: Metrics, counters: Counters) -> None:

@@ -32,7 +32,8 @@ from puma_jax.embedder import Embedder
 from puma_jax.errors import ConfigError
 from puma_jax.files import write_json
 from puma_jax.model.tree import named_leaves
-from puma_jax.parallel.mesh import make_mesh
+from puma_jax.parallel import multihost
+from puma_jax.parallel.mesh import MeshConfig, make_mesh
 from puma_jax.retrieval.evaluation import Evaluation, Subset, evaluate_selection
 from puma_jax.retrieval.picture import retrieved
 from puma_jax.retrieval.report import compare, markdown
@@ -45,7 +46,7 @@ from puma_jax.training.scratch import write_base
 from puma_jax.training.stages import Stage, prepare
 
 # What may differ when a run goes on: it changes how, not what.
-_HOW = ("mesh", "evaluation", "checkpoint", "log")
+_HOW = ("mesh", "distributed", "evaluation", "checkpoint", "log")
 # Documents that are embedded to see how fast a model is.
 _TIMED = 1024
 
@@ -65,19 +66,13 @@ def run(config: TrainConfig, workdir: Path) -> dict[str, Any]:
     for root in (config.data.root, *(stage.root for stage in config.stages.values())):
         if root is not None:
             discover(root)
-    fresh = _claim(workdir, config)
+    fresh = not (workdir / "config.json").exists()
+    multihost.once(lambda: _claim(workdir, config))
     device = mesh.devices.flat[0].device_kind
     print(f"Training on {mesh.size} × {device} in {workdir}: {', '.join(config.stages)}")
     folder: str | Path = workdir / "base"
-    if config.scratch is not None and not (workdir / "base").exists():
-        write_base(
-            workdir / "base",
-            config.scratch,
-            config.data.root,
-            config.images,
-            config.prompt,
-            config.seed,
-        )
+    if config.scratch is not None:
+        multihost.once(lambda: _make_base(workdir / "base", config))
     results = {}
     for name, stage in config.stages.items():
         folder, out = stage.model or folder, workdir / name
@@ -94,7 +89,7 @@ def run(config: TrainConfig, workdir: Path) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - began) if fresh else None,
         "stages": results,
     }
-    write_json(workdir / "results.json", content)
+    multihost.once(lambda: write_json(workdir / "results.json", content))
     print(summary(content))
     print(f"The model is in {folder}, its results in {workdir / 'results.json'}")
     return content
@@ -126,8 +121,15 @@ def as_json(config: TrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def _claim(workdir: Path, config: TrainConfig) -> bool:
-    """Make the folder that of this run, or check that it is; return whether it was not before."""
+def _make_base(folder: Path, config: TrainConfig) -> None:
+    """Write the model that a run from scratch starts from, if it is not there."""
+    if config.scratch is not None and not folder.exists():
+        root, images, prompt = config.data.root, config.images, config.prompt
+        write_base(folder, config.scratch, root, images, prompt, config.seed)
+
+
+def _claim(workdir: Path, config: TrainConfig) -> None:
+    """Make the folder that of this run, or check that it is."""
     path, wanted = workdir / "config.json", as_json(config)
     if path.exists():
         found = json.loads(path.read_text("utf-8"))
@@ -136,12 +138,11 @@ def _claim(workdir: Path, config: TrainConfig) -> bool:
                 f"{workdir} holds another run, which differs in {name}: choose another --workdir, "
                 "or delete this one"
             )
-        return False
+        return
     if workdir.exists() and any(workdir.iterdir()):
         raise ConfigError(f"{workdir} is not empty and holds no run: choose another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(path, wanted)
-    return True
 
 
 def _differences(found: dict[str, Any], wanted: dict[str, Any], at: str = "") -> list[str]:
@@ -179,9 +180,15 @@ def _train(
         run_stage(stage, config, workdir / "checkpoints" / name, journal, measure)
     finally:
         journal.close()
-    stage.embedder().save(workdir / name)
-    for needed_no_more in ("checkpoints", "teacher"):
-        shutil.rmtree(workdir / needed_no_more / name, ignore_errors=True)
+    embedder = stage.embedder()
+    embedder.params = multihost.on_host(embedder.params)
+
+    def finish() -> None:
+        embedder.save(workdir / name)
+        for needed_no_more in ("checkpoints", "teacher"):
+            shutil.rmtree(workdir / needed_no_more / name, ignore_errors=True)
+
+    multihost.once(finish)
 
 
 def _subset(config: TrainConfig) -> Selection | None:
@@ -198,19 +205,18 @@ def _result(name: str, config: TrainConfig, workdir: Path) -> dict[str, Any]:
     path = folder / "result.json"
     if path.exists():
         return json.loads(path.read_text("utf-8"))
-    embedder = Embedder.load(workdir / name, dtype=config.compute.dtype)
+    # Every process embeds its share, on its own devices.
+    mesh = make_mesh(MeshConfig(), jax.local_devices())
+    embedder = Embedder.load(workdir / name, dtype=config.compute.dtype, mesh=mesh)
     evaluation, speed = None, None
     benchmark = discover(config.data.root)
     if any(found.split == config.evaluation.final for found in benchmark.sets):
         print(f"Evaluating {name} on {config.evaluation.final}", flush=True)
         selection = select(benchmark, config.evaluation.final)
-        evaluation = evaluate_selection(
-            selection, lambda items: embedder.encode(items, progress=False)
-        )
+        encode = multihost.spread(lambda items: embedder.encode(items, progress=False))
+        evaluation = evaluate_selection(selection, encode, progress=multihost.is_first())
         speed = _items_per_second(embedder, selection)
-        folder.mkdir(parents=True, exist_ok=True)
-        evaluation.write_runs(folder)
-        retrieved(selection, evaluation).save(folder / "retrieved.png")
+        multihost.once(lambda: _write_found(folder, selection, evaluation))
     leaves = named_leaves(embedder.params)
     layers = [leaf.size for leaf_name, leaf in leaves.items() if ".layers." in leaf_name]
     result = {
@@ -221,8 +227,15 @@ def _result(name: str, config: TrainConfig, workdir: Path) -> dict[str, Any]:
         "evaluation": None if evaluation is None else evaluation.to_json(),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
+    multihost.once(lambda: write_json(path, result))
     return result
+
+
+def _write_found(folder: Path, selection: Selection, evaluation: Evaluation) -> None:
+    """Write what queries found: for other tools, and for eyes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    evaluation.write_runs(folder)
+    retrieved(selection, evaluation).save(folder / "retrieved.png")
 
 
 def _items_per_second(embedder: Embedder, selection: Selection) -> float:

@@ -18,8 +18,8 @@ from puma_jax.embedder import Embedder
 from puma_jax.model import hf, lora
 from puma_jax.model.encoder import Encoder, keep_layers, layer_indices, parse_layers
 from puma_jax.model.tree import assemble, partition
-from puma_jax.parallel import rules
-from puma_jax.parallel.mesh import groups
+from puma_jax.parallel import multihost, rules
+from puma_jax.parallel.mesh import groups, replicated
 from puma_jax.training import cache
 from puma_jax.training.config import StageConfig, TrainConfig
 from puma_jax.training.optimizer import Leaves
@@ -76,7 +76,8 @@ def open_store(config: TrainConfig, root: Path, prompter: Prompter, workdir: Pat
         store = Store.open(config.data.built)
     else:
         out = workdir / "data" / root.resolve().name
-        build(Settings(root=root, out=out, on_bad_record=config.data.on_bad_record), prompter)
+        settings = Settings(root=root, out=out, on_bad_record=config.data.on_bad_record)
+        multihost.once(lambda: build(settings, prompter))
         store = Store.open(out)
     store.check(prompter)
     return store
@@ -111,11 +112,14 @@ def prepare(
     )
     plan = Plan(store.table, store.instructions, prompter.template, plan_config)
     steps = stage.steps or max(1, round(stage.epochs * plan.steps_per_epoch))
+    host, hosts = multihost.share_of_rows(mesh)
     loader = Loader(
         store,
         plan,
         plan.fitting_shape(stage.chunks, groups(mesh)),
         stage.chunks,
+        host=host,
+        hosts=hosts,
         on_bad_record=config.data.on_bad_record,
     )
     number = list(config.stages).index(name)
@@ -174,7 +178,11 @@ def prepare(
         taught=taught,
         fixed=fixed,
         state=jax.jit(init, out_shardings=where)(trained),
-        step=jax.jit(make_step(stage, steps, loss), donate_argnums=0, out_shardings=(where, None)),
+        step=jax.jit(
+            make_step(stage, steps, loss),
+            donate_argnums=0,
+            out_shardings=(where, replicated(mesh)),
+        ),
     )
 
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from puma_jax.data.pipeline import Batch
+from puma_jax.parallel import multihost
 from puma_jax.parallel.mesh import batch_sharding, groups, replicated
 from puma_jax.training.config import LossConfig
 from puma_jax.training.step import Targets
@@ -21,7 +22,7 @@ def put(batch: Batch, config: LossConfig, mesh: jax.sharding.Mesh) -> Batch:
     the loss.
     """
     missing = _missing(len(batch.query), config, mesh)
-    behind = batch.rows.ret.size
+    behind = batch.rows.ret.size * multihost.share_of_rows(mesh)[1]
 
     def filled(column: Any, value: int | bool) -> Any:
         return np.pad(column, (0, missing), constant_values=value)
@@ -33,12 +34,13 @@ def put(batch: Batch, config: LossConfig, mesh: jax.sharding.Mesh) -> Batch:
         "query": filled(batch.query.astype(np.int32), 0),
         "candidate": filled(batch.candidate.astype(np.int32), 0),
         "prompt": filled(batch.prompt.astype(np.int32), -1),
-        "valid": filled(batch.valid, False),
     }
+    by_rows = batch_sharding(mesh, axis=1)
     return dataclasses.replace(
         batch,
-        rows=jax.device_put(batch.rows, batch_sharding(mesh, axis=1)),
-        **{name: jax.device_put(column, replicated(mesh)) for name, column in columns.items()},
+        rows=jax.tree.map(lambda part: multihost.put_part(part, by_rows), batch.rows),
+        valid=multihost.all_valid(filled(batch.valid, False), mesh),
+        **{name: multihost.put(column, replicated(mesh)) for name, column in columns.items()},
     )
 
 
@@ -47,7 +49,7 @@ def put_targets(targets: Targets, config: LossConfig, mesh: jax.sharding.Mesh) -
     missing = _missing(len(targets.query), config, mesh)
     over_devices = batch_sharding(mesh)
     return jax.tree.map(
-        lambda states: jax.device_put(np.pad(states, ((0, missing), (0, 0))), over_devices), targets
+        lambda states: multihost.put(np.pad(states, ((0, missing), (0, 0))), over_devices), targets
     )
 
 
