@@ -84,8 +84,8 @@ class Job:
         for name in wanted:
             if name != "shape" and found.get(name) != wanted[name]:
                 raise VectorsError(
-                    f"{folder} holds vectors of another {name} ({found.get(name)} there, "
-                    f"{wanted[name]} here): choose another folder, or delete this one"
+                    f"{folder} holds vectors of another {name} ({_short(found.get(name))} there, "
+                    f"{_short(wanted[name])} here): choose another folder, or delete this one"
                 )
         return dataclasses.replace(self, shape=found["shape"])
 
@@ -252,6 +252,11 @@ def _opened(path: Path) -> Any:
 def _write_text(path: Path, lines: Sequence[str]) -> None:
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         file.writelines(f"{line}\n" for line in lines)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 16 else f"{text[:12]}..."
 
 
 def _read_json(path: Path) -> dict[str, Any]:
