@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from puma_jax.losses.sharded import DENSE, Layout, mean_loss
-from puma_jax.losses.softmax import Keys, Rule
+from puma_jax.losses.softmax import Keys, Labels, Rule
 from puma_jax.typing import Array, Bool, Float, Int
 
 Temperature = Float[Array, ""] | float
@@ -148,29 +148,37 @@ def _loss(
     rule: Rule,
     layout: Layout,
 ) -> Float[Array, ""]:
-    keys = _keys(candidates, modality, valid, document)
+    n = len(queries)
+    keys = _keys(candidates, jnp.arange(n), modality, valid, document)
     further = None
     if negatives is not None:
+        h = len(negatives.vectors)
+        of_document = negatives.document
+        if document is not None and of_document is None:
+            # Of unknown documents: a number that no candidate has.
+            of_document = jnp.full(h, jnp.iinfo(jnp.int32).min)
         further = _keys(
             negatives.vectors,
+            jnp.arange(n, n + h),
             None if modality is None else negatives.modality,
             negatives.valid,
-            negatives.document,
+            of_document,
         )
-        if document is not None and negatives.document is None:
-            # Of unknown documents: a number that no candidate has.
-            unknown = jnp.full_like(further.document, jnp.iinfo(jnp.int32).min)
-            further = Keys(further.vectors, further.modality, unknown, further.valid)
     return mean_loss(queries, keys, further, rule, layout)
 
 
 def _keys(
-    vectors: Array, modality: Array | None, valid: Array | None, document: Array | None
+    vectors: Array,
+    index: Array,
+    modality: Array | None,
+    valid: Array | None,
+    document: Array | None,
 ) -> Keys:
     n = len(vectors)
-    return Keys(
-        vectors=vectors,
+    labels = Labels(
+        index=index,
         modality=jnp.zeros(n, jnp.int32) if modality is None else jnp.asarray(modality, jnp.int32),
         document=jnp.zeros(n, jnp.int32) if document is None else jnp.asarray(document, jnp.int32),
         valid=jnp.ones(n, bool) if valid is None else jnp.asarray(valid),
     )
+    return Keys(vectors, labels)

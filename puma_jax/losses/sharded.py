@@ -1,18 +1,21 @@
 """The same loss in less memory: some rows at a time, and each device its own rows.
 
 The matrix of all scores grows with the square of the batch. In chunks of rows, whose scores the
-backward pass computes again, no more than one chunk's is ever held.
+backward pass computes again, no more than one chunk's is ever held. Devices see each other's keys
+all at once, or one after the other in a ring.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from puma_jax.errors import ConfigError
+from puma_jax.losses.ring import ring_losses
 from puma_jax.losses.softmax import Keys, Rule, row_losses
 from puma_jax.typing import Array, Float
 
@@ -22,11 +25,14 @@ class Layout:
     """How the scores of a batch are spread over memory and devices."""
 
     rows: int | None = None
-    """Queries whose scores are held at a time, on each device; None holds all."""
+    """Queries whose scores are held at a time, on each device, and in a ring the most keys they
+    are compared with at a time; None holds all."""
     mesh: Mesh | None = None
     """Devices; None computes as if there were one."""
     axes: tuple[str, ...] = ("data",)
     """Axes of the mesh that queries, candidates and negatives are sharded over."""
+    over_devices: Literal["gather", "ring"] = "gather"
+    """Every device holds the keys of all, or those of one at a time as they go round."""
 
 
 DENSE = Layout()
@@ -52,27 +58,25 @@ def mean_loss(
         ConfigError: The queries do not divide into the devices' chunks of rows.
     """
     if layout.mesh is None:
-        total = _summed(
-            queries, jnp.arange(len(queries)), _joined(candidates, negatives), rule, layout
-        )
-        return total / jnp.maximum(candidates.valid.sum(), 1)
+        total = _summed(queries, candidates, _joined(candidates, negatives), rule, layout.rows)
+        return total / jnp.maximum(candidates.labels.valid.sum(), 1)
 
-    mesh, axes = layout.mesh, layout.axes
+    axes = layout.axes
     split = PartitionSpec(axes)
 
     def local(queries: Array, candidates: Keys, negatives: Keys | None, rule: Rule) -> Array:
-        first = jax.lax.axis_index(axes) * len(queries)
-        everyone = jax.tree.map(
-            lambda leaf: jax.lax.all_gather(leaf, axes, tiled=True), (candidates, negatives)
-        )
-        positive = first + jnp.arange(len(queries))
-        total = _summed(queries, positive, _joined(*everyone), rule, layout)
-        valid = jax.lax.psum(candidates.valid.sum(), axes)
+        keys = _joined(candidates, negatives)
+        if layout.over_devices == "ring":
+            total = ring_losses(queries, candidates, keys, rule, axes=axes, tile=layout.rows).sum()
+        else:
+            keys = jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, axes, tiled=True), keys)
+            total = _summed(queries, candidates, keys, rule, layout.rows)
+        valid = jax.lax.psum(candidates.labels.valid.sum(), axes)
         return jax.lax.psum(total, axes) / jnp.maximum(valid, 1)
 
     over_devices = jax.shard_map(
         local,
-        mesh=mesh,
+        mesh=layout.mesh,
         in_specs=(split, split, split, PartitionSpec()),
         out_specs=PartitionSpec(),
     )
@@ -86,19 +90,21 @@ def _joined(candidates: Keys, negatives: Keys | None) -> Keys:
 
 
 def _summed(
-    queries: Array, positive: Array, keys: Keys, rule: Rule, layout: Layout
+    queries: Array, positives: Keys, keys: Keys, rule: Rule, rows: int | None
 ) -> Float[Array, ""]:
-    n, rows = len(queries), layout.rows
+    n = len(queries)
     if rows is None or rows >= n:
-        return row_losses(queries, positive, keys, rule).sum()
+        return row_losses(queries, positives, keys, rule).sum()
     if n % rows:
         raise ConfigError(f"{n} queries of a device do not divide into chunks of {rows} rows")
 
     @jax.checkpoint
-    def chunk(total: Array, of_rows: tuple[Array, Array]) -> tuple[Array, None]:
+    def chunk(total: Array, of_rows: tuple[Array, Keys]) -> tuple[Array, None]:
         return total + row_losses(*of_rows, keys, rule).sum(), None
 
-    chunks = queries.reshape(-1, rows, queries.shape[1]), positive.reshape(-1, rows)
+    chunks = jax.tree.map(
+        lambda leaf: leaf.reshape(-1, rows, *leaf.shape[1:]), (queries, positives)
+    )
     # The sum starts as a value that varies over devices as what is added to it does.
     start = queries[0, 0].astype(jnp.float32) * 0
     total, _ = jax.lax.scan(chunk, start, chunks)

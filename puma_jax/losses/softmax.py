@@ -1,4 +1,4 @@
-"""The one masked softmax beneath all contrastive losses: some rows of queries against all keys."""
+"""The one masked softmax beneath all contrastive losses: some rows of queries against some keys."""
 
 from __future__ import annotations
 
@@ -12,14 +12,24 @@ from puma_jax.typing import Array, Bool, Float, Int
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Keys:
-    """What queries are compared with: the candidates of all pairs, then further negatives."""
+class Labels:
+    """What is known of each key beside its vector. Keys in chunks have another axis before."""
 
-    vectors: Float[Array, "m d"]
-    modality: Int[Array, "m"]
-    document: Int[Array, "m"]
+    index: Int[Array, "*chunks m"]
+    """Its number in the global batch, by which a query tells its positive."""
+    modality: Int[Array, "*chunks m"]
+    document: Int[Array, "*chunks m"]
     """Keys with the same number are the same document, and no negatives of each other's query."""
-    valid: Bool[Array, "m"]
+    valid: Bool[Array, "*chunks m"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Keys:
+    """What queries are compared with: candidates of pairs, and further negatives."""
+
+    vectors: Float[Array, "*chunks m d"]
+    labels: Labels
 
 
 @jax.tree_util.register_dataclass
@@ -40,13 +50,44 @@ class Rule:
 
 
 def row_losses(
-    queries: Float[Array, "r d"], positive: Int[Array, "r"], keys: Keys, rule: Rule
+    queries: Float[Array, "r d"], positives: Keys, keys: Keys, rule: Rule
 ) -> Float[Array, "r"]:
     """Return the cross-entropy of each query's positive among all keys that count; 0 if invalid.
 
     Args:
         queries: Unit vectors.
-        positive: Index of each query's positive among the keys.
+        positives: The key that each query looks for, in the same order.
+        keys: What the queries are compared with, the positives among them.
+        rule: How scores become logits, and which keys count.
+    """
+    own = own_scores(queries, positives.vectors)
+    margins = negative_margins(queries, own, positives.labels, keys, rule)
+    # −log(exp(own) / Σ exp(logit)) = log(1 + Σ exp(margin)), and never below 0 by rounding.
+    losses = jax.nn.softplus(jax.nn.logsumexp(margins, axis=1))
+    return jnp.where(positives.labels.valid, losses, 0.0)
+
+
+def own_scores(queries: Float[Array, "r d"], positives: Float[Array, "r d"]) -> Float[Array, "r"]:
+    """Return the score of each query with its positive."""
+    return jnp.sum(queries.astype(jnp.float32) * positives.astype(jnp.float32), axis=1)
+
+
+def negative_margins(
+    queries: Float[Array, "r d"],
+    own: Float[Array, "r"],
+    positives: Labels,
+    keys: Keys,
+    rule: Rule,
+) -> Float[Array, "r m"]:
+    """Return by how much the logit of each negative exceeds that of the query's positive.
+
+    Keys that are no negative of a query, its positive among them, get the lowest finite number:
+    infinity would make the gradient of a row without negatives nothing rather than zero.
+
+    Args:
+        queries: Unit vectors.
+        own: Score of each query with its positive.
+        positives: Labels of the key that each query looks for.
         keys: What the queries are compared with.
         rule: How scores become logits, and which keys count.
     """
@@ -56,19 +97,17 @@ def row_losses(
         keys.vectors.astype(jnp.float32).T,
         precision=jax.lax.Precision.HIGHEST,
     )
-    is_positive = positive[:, None] == jnp.arange(len(keys.valid))[None]
-    same_modality = keys.modality[positive][:, None] == keys.modality[None]
-    counts = keys.valid[None]
+    labels = keys.labels
+    same_modality = positives.modality[:, None] == labels.modality[None]
+    counts = labels.valid[None] & (positives.index[:, None] != labels.index[None])
     if rule.same_modality_only:
         counts &= same_modality
     if rule.documents:
-        counts &= keys.document[positive][:, None] != keys.document[None]
-    counts |= is_positive
+        counts &= positives.document[:, None] != labels.document[None]
     temperature = jnp.where(same_modality, rule.tau_hard, rule.tau_norm)
-    own = jnp.take_along_axis(scores, positive[:, None], axis=1)
-    logits = (scores - own if rule.relative else scores) / temperature
-    # Finite, so that a row without negatives has a gradient of zero and not of nothing.
-    logits = jnp.where(counts, logits, jnp.finfo(jnp.float32).min)
-    own = jnp.take_along_axis(logits, positive[:, None], axis=1)[:, 0]
-    losses = jax.nn.logsumexp(logits, axis=1) - own
-    return jnp.where(keys.valid[positive], losses, 0.0)
+    own = own[:, None]
+    if rule.relative:
+        margins = (scores - own) / temperature
+    else:
+        margins = scores / temperature - own / rule.tau_hard
+    return jnp.where(counts, margins, jnp.finfo(jnp.float32).min)
