@@ -178,8 +178,9 @@ class ComputeConfig:
 
     dtype: DType = "bfloat16"
     """Of the activations. Norms, softmax, rope angles and the result are float32 always."""
-    attention: str = "xla"
-    """An implementation named in `puma_jax.model.attention.IMPLEMENTATIONS`."""
+    attention: str = "auto"
+    """An implementation named in `puma_jax.model.attention.IMPLEMENTATIONS`, or "auto": "splash" on
+    TPUs for rows that it takes, "xla" for all others."""
     remat: Remat = "none"
     """What the backward pass recomputes in each layer: nothing, all but matmuls, everything."""
 

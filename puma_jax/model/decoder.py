@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from puma_jax.config import ComputeConfig, DecoderConfig
-from puma_jax.model.attention import attention
+from puma_jax.model.attention import attention, pin_rows
 from puma_jax.model.dropout import TokenKeys, fold_in
 from puma_jax.model.layers import Embedding, Linear, RMSNorm
 from puma_jax.model.remat import rematerialise
@@ -123,7 +123,8 @@ class Decoder(nnx.Module):
         def layer(x, scanned: tuple[DecoderLayer, Int[Array, ""]]):
             weights, number = scanned
             keys = None if dropout_keys is None else fold_in(dropout_keys, number)
-            return weights(x, angles, segments, compute.attention, keys), None
+            x = weights(pin_rows(x), angles, segments, compute.attention, keys)
+            return pin_rows(x), None
 
         numbers = jnp.arange(layers.attention_norm.scale.shape[0])
         x = x.astype(jnp.dtype(compute.dtype))

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from puma_jax.config import ComputeConfig, DType, VisionConfig
-from puma_jax.model.attention import attention
+from puma_jax.model.attention import attention, pin_rows
 from puma_jax.model.layers import LayerNorm, Linear, quick_gelu
 from puma_jax.model.remat import rematerialise
 from puma_jax.model.rope import axial_angles, rotate
@@ -150,7 +150,7 @@ class VisionTower(nnx.Module):
         angles = axial_angles(positions, self.head_dim, self.rope_base)
 
         def block(x, layer: VisionBlock):
-            return layer(x, angles, segments, compute.attention), None
+            return pin_rows(layer(pin_rows(x), angles, segments, compute.attention)), None
 
         x = self.patch_embedding(patches, compute.dtype)
         x, _ = jax.lax.scan(rematerialise(block, compute.remat), x, self.blocks)

@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from puma_jax.config import ComputeConfig
 from puma_jax.errors import AttentionError
-from puma_jax.model.attention import IMPLEMENTATIONS, attention
+from puma_jax.model.attention import attention, describe
 
 SEGMENTS = np.array([[1] * 5 + [6] * 9 + [0] * 2, [1] * 16])
 
@@ -26,7 +27,7 @@ def written_out(q, k, v, segments, causal):
     return out
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["xla", "auto"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_attention_is_a_softmax_inside_each_segment(implementation, causal, kv_heads):
@@ -42,7 +43,18 @@ def test_attention_is_a_softmax_inside_each_segment(implementation, causal, kv_h
     np.testing.assert_allclose(ours, written_out(q, k, v, SEGMENTS, causal), atol=1e-6)
 
 
-def test_an_unknown_implementation_is_never_replaced():
+def test_an_implementation_is_never_replaced():
     x = jnp.ones((1, 2, 1, 4))
-    with pytest.raises(AttentionError, match='"flash" is not one of xla'):
-        attention(x, x, x, segments=jnp.ones((1, 2), int), causal=True, implementation="flash")
+    for name, message in {
+        "flash": '^attention implementation "flash" is not one of auto, xla, splash$',
+        "splash": '^attention "splash" runs on TPUs and this is cpu: ask for "auto" or "xla"$',
+    }.items():
+        with pytest.raises(AttentionError, match=message):
+            attention(x, x, x, segments=jnp.ones((1, 2), int), causal=True, implementation=name)
+        with pytest.raises(AttentionError, match=message):
+            describe(ComputeConfig(attention=name))
+
+
+def test_a_line_about_the_attention_in_use():
+    assert describe(ComputeConfig()) == "attention: xla (auto, cpu)"
+    assert describe(ComputeConfig(attention="xla")) == "attention: xla (cpu)"

@@ -1,6 +1,7 @@
 """Every leaf has a rule that fits, and a model in parts computes what the whole one does."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,15 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from puma_jax.config import DecoderConfig, LoraConfig, ModelConfig, VisionConfig
+from puma_jax.config import (
+    ComputeConfig,
+    DecoderConfig,
+    LoraConfig,
+    ModelConfig,
+    VisionConfig,
+)
 from puma_jax.errors import ConfigError
-from puma_jax.model import encoder
+from puma_jax.model import attention, decoder, encoder, vision
 from puma_jax.model.dropout import token_keys
 from puma_jax.model.hf import open_checkpoint
 from puma_jax.model.lora import add_lora, is_lora
@@ -19,7 +26,7 @@ from puma_jax.model.tree import map_named, named_leaves
 from puma_jax.parallel import rules
 from puma_jax.parallel.mesh import MeshConfig, batch_sharding, groups, make_mesh
 from puma_jax.parallel.rules import init_sharded, placement, sharding_of, shardings
-from puma_jax.rows import RowShape
+from puma_jax.rows import Rows, RowShape
 from tests.reference import FLOAT32, pack, random_image
 
 QWEN2_VL_2B = ModelConfig(
@@ -208,3 +215,86 @@ def test_states_do_not_depend_on_the_mesh_and_neither_does_dropout(tiny, sizes):
     for one, many in zip(alone, states(parts, *split), strict=True):
         np.testing.assert_allclose(many[where.slot], one[where.slot], rtol=0, atol=1e-5)
     assert np.abs(alone[0] - alone[1])[where.slot].max() > 0.1
+
+
+@pytest.mark.parametrize(("sizes", "share"), [((1, 8, 1), 0.5), ((1, 4, 2), 0.6)])
+def test_weights_travel_and_rows_stay(sizes, share, monkeypatch):
+    """Rows pinned to their devices: no collective moves them, and the gradient takes less room."""
+    mesh = mesh_of(*sizes)
+    pinned = gradient_of_a_small_model(mesh)
+    monkeypatch.setattr(decoder, "pin_rows", lambda x: x)
+    monkeypatch.setattr(vision, "pin_rows", lambda x: x)
+    free = gradient_of_a_small_model(mesh)
+    all_rows = "all-gather f32[8,256,256]"
+    assert all_rows in gathers(free)
+    assert all_rows not in gathers(pinned)
+    used = [one.memory_analysis().temp_size_in_bytes for one in (pinned, free)]
+    assert used[0] < share * used[1]
+
+
+def gradient_of_a_small_model(mesh):
+    """A model of width 256 and its gradient for 8 rows of 256 tokens, compiled."""
+    config = dataclasses.replace(
+        QWEN2_VL_2B,
+        vision=VisionConfig(layers=2, width=256, heads=4, mlp_width=1024, out_width=256),
+        decoder=DecoderConfig(
+            vocab_size=512,
+            width=256,
+            layers=2,
+            heads=8,
+            kv_heads=4,
+            head_dim=32,
+            mlp_width=1024,
+            mrope_section=(4, 6, 6),
+        ),
+        kept_layers=(0, 1),
+    )
+
+    def spread(leaf, place):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    params = encoder.abstract(config)
+    params = jax.tree.map(spread, params, shardings(params, mesh, config))
+    numbers = {
+        "tokens": (8, 256),
+        "segments": (8, 256),
+        "positions": (8, 256, 3),
+        "visual": (8, 256),
+        "patches": (8, 256, 588),
+        "patch_segments": (8, 256),
+        "patch_positions": (8, 256, 2),
+        "ret": (16,),
+    }
+    rows = Rows(
+        **{
+            name: spread(
+                np.empty(shape, "uint8" if name == "patches" else "int32"), batch_sharding(mesh)
+            )
+            for name, shape in numbers.items()
+        }
+    )
+    compute = ComputeConfig(dtype="float32", remat="full")
+
+    def loss(params, rows):
+        return jnp.sum(encoder.encode(params, rows, compute, groups=groups(mesh)) ** 2)
+
+    return jax.jit(jax.grad(loss)).lower(params, rows).compile()
+
+
+def gathers(compiled):
+    """The results of all gathers of a program, as HLO writes them."""
+    found = re.findall(r" = (\w+\[[\d,]*\])\S* (all-gather)(?:-start)?\(", compiled.as_text())
+    return {f"{name} {shape}" for shape, name in found}
+
+
+def test_one_device_is_told_nothing(tiny):
+    """The program for one device is what it was before there were meshes."""
+    rows = jnp.zeros((2, 128, 64))
+    one = mesh_of(1, 1, 1)
+    text = [
+        jax.jit(attention.pin_rows).lower(x).as_text()
+        for x in (rows, jax.device_put(rows, batch_sharding(one)))
+    ]
+    assert all("sharding_constraint" not in of for of in text)
+    many = jax.device_put(rows, batch_sharding(mesh_of(2, 1, 1)))
+    assert "sharding_constraint" in jax.jit(attention.pin_rows).lower(many).as_text()
