@@ -15,8 +15,10 @@ demo: $(DEMO)
 	$(BIN)/python -m puma_jax.train --config configs/openmoji.py --preset $(PRESET) \
 		--workdir runs/demo-$(PRESET)
 
+# Most of a test is one thread that compiles: two at a time take little more than half as long.
+WORKERS ?= 2
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Callable
 
 import tyro
@@ -23,4 +25,17 @@ def exit_on_error(main: Callable[[], None]) -> None:
         main()
     except PumaError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _exit(2, together=error.in_all_processes)
+    except Exception:
+        traceback.print_exc()
+        _exit(1, together=False)
+
+
+def _exit(code: int, *, together: bool) -> None:
+    """Exit; if other processes go on, without the usual farewell: they wait for this one."""
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized() and not together:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -4,6 +4,9 @@
 class PumaError(Exception):
     """Base of every error that puma_jax raises on purpose; entry points print it as one line."""
 
+    in_all_processes = False
+    """Whether all processes of a run raise it at the same place."""
+
 
 class ConfigError(PumaError):
     """A setting, or a combination of settings, that cannot be run."""

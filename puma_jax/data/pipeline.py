@@ -65,7 +65,10 @@ class Counters:
     useful_patches: float
     """Fraction of patch positions that hold a patch; 1 where there are none."""
     pairs_per_second: float
+    seconds: float
+    """Since the batch before."""
     seconds_waited: float
+    """Of these, for this batch: the rest went into the step, checkpoints and evaluation."""
     blank_images: int
 
 
@@ -257,6 +260,7 @@ def counted(batches: Iterator[T], batch_of: Callable[[T], Batch]) -> Iterator[tu
                 if rows.patch_segments.size
                 else 1.0,
                 pairs_per_second=len(batch.query) / max(now - last, 1e-9),
+                seconds=now - last,
                 seconds_waited=now - asked,
                 blank_images=int((~batch.valid).sum()),
             ),

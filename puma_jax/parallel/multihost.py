@@ -112,9 +112,10 @@ def together(work: Callable[[], object]) -> None:
     for number, found in enumerate(multihost_utils.process_allgather(line)):
         if found.any():
             name, _, message = bytes(found[found > 0]).decode(errors="replace").partition(" ")
-            if failed is not None and number == jax.process_index():
-                raise failed
-            raise getattr(errors, name, PumaError)(f"process {number}: {message}")
+            if failed is None or number != jax.process_index():
+                failed = getattr(errors, name, PumaError)(f"process {number}: {message}")
+            failed.in_all_processes = True
+            raise failed
 
 
 def agreement(mesh: Mesh) -> Callable[[bool], bool]:

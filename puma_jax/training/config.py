@@ -36,7 +36,11 @@ class LossConfig:
     mask_same_document: bool = False
     """Do not take the positive of another query for a negative if it is also one's own."""
     rows: int | None = None
-    """Queries whose scores a device holds at a time; all of its own if not given."""
+    """Queries whose scores a device holds at a time; all of its own if not given. In a ring it is
+    the edge of a tile, for which 256 to 512 is good."""
+    over_devices: Literal["gather", "ring"] = "gather"
+    """Where several devices share the loss, each holds all candidates, or those of one device at a
+    time as they go round in a ring: for batches whose vectors and scores are too large."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,8 @@ class LogConfig:
     tensorboard: bool = True
     wandb: str | None = None
     """Project of Weights & Biases to log to."""
+    profile: tuple[int, int] | None = None
+    """First and last step of every stage to trace, for XProf or Perfetto, into profile/."""
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +20,7 @@ from puma_jax.parallel import multihost
 from puma_jax.training.checkpoint import Checkpoints
 from puma_jax.training.config import TrainConfig
 from puma_jax.training.journal import Journal
+from puma_jax.training.observe import Trace, most_memory
 from puma_jax.training.stages import Stage
 from puma_jax.training.step import Metrics, Targets
 from puma_jax.training.transfer import put, put_targets
@@ -74,7 +76,8 @@ def run_stage(
         disable=not multihost.is_first(),
     )
     agreed = multihost.agreement(stage.mesh)
-    with bar, _stop_requests() as stop_requested:
+    trace = Trace(folder.parent.parent / "profile" / stage.name, config.log.profile)
+    with bar, contextlib.closing(trace), _stop_requests() as stop_requested:
         compiled: Any = None
         watched: _Watch = _Watch(stage, config, journal, bar, start)
         for (batch, on_devices), counters in _fed(stage, config, start):
@@ -84,9 +87,11 @@ def run_stage(
                 # Ahead of time: whatever is not of the first step's shapes is an error, and
                 # compiles nothing anew.
                 compiled = stage.step.lower(*arguments).compile()
+            trace.before(watched.step + 1)
             stage.state, metrics = compiled(*arguments)
             watched.after(batch, metrics, counters)
             done = watched.step
+            trace.after(done, metrics)
             if agreed(stop_requested()) and done < stage.steps:
                 watched.settle()
                 checkpoints.save(stage.state)
@@ -94,7 +99,9 @@ def run_stage(
                 raise Stopped
             if done % config.checkpoint.every == 0 or done == stage.steps:
                 watched.settle()
+                began = time.perf_counter()
                 checkpoints.save(stage.state)
+                watched.seconds_saving += time.perf_counter() - began
             if config.evaluation.every and done % config.evaluation.every == 0:
                 watched.settle()
                 journal.write(stage.name, done, measure(stage))
@@ -126,6 +133,8 @@ class _Watch:
         self.journal = journal
         self.bar = bar
         self.step = start
+        self.seconds_saving = 0.0
+        """Since the last line of metrics, in which training stood still for a checkpoint."""
         self._waiting: tuple[int, Batch, Metrics, Counters] | None = None
 
     def after(self, batch: Batch, metrics: Metrics, counters: Counters) -> None:
@@ -155,7 +164,9 @@ class _Watch:
             refresh=False,
         )
         if step % self.config.log.every == 0 or step == self.stage.steps:
-            self.journal.write(self.stage.name, step, {**values, **vars(counters)})
+            costs = {"seconds_saving": self.seconds_saving, "most_memory": most_memory()}
+            self.journal.write(self.stage.name, step, {**values, **vars(counters), **costs})
+            self.seconds_saving = 0.0
 
     def _what_happened(self, step: int, batch: Batch, name: str, value: float) -> str:
         store = self.stage.loader.store
@@ -168,7 +179,7 @@ class _Watch:
         )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _stop_requests() -> Iterator[Callable[[], bool]]:
     """Turn SIGTERM and Ctrl-C into a question that the loop asks after each step.
 

@@ -10,6 +10,7 @@ workdir/
   {stage}/               the stage's model: a Hugging Face folder, adapters merged
   results/{stage}/       how it does on the benchmark: numbers, TREC run files, a picture
   metrics.jsonl          and tensorboard/
+  profile/{stage}/       traces of some steps, if asked for
   results.json           what all of it came to
 ```
 What exists is finished: the same command goes on with what does not.
@@ -31,6 +32,7 @@ from puma_jax.data.mbeir import discover
 from puma_jax.embedder import Embedder
 from puma_jax.errors import ConfigError
 from puma_jax.files import write_json
+from puma_jax.model.attention import describe
 from puma_jax.model.tree import named_leaves
 from puma_jax.parallel import multihost
 from puma_jax.parallel.mesh import MeshConfig, make_mesh
@@ -70,6 +72,7 @@ def run(config: TrainConfig, workdir: Path) -> dict[str, Any]:
     multihost.once(lambda: _claim(workdir, config))
     device = mesh.devices.flat[0].device_kind
     print(f"Training on {mesh.size} × {device} in {workdir}: {', '.join(config.stages)}")
+    print(f"Mesh: {dict(mesh.shape)}, {describe(config.compute)}")
     folder: str | Path = workdir / "base"
     if config.scratch is not None:
         multihost.once(lambda: _make_base(workdir / "base", config))

@@ -268,7 +268,9 @@ def _contrastive(
 
 
 def _layout(config: LossConfig, mesh: jax.sharding.Mesh) -> losses.Layout:
-    return losses.Layout(config.rows, mesh if mesh.size > 1 else None, BATCH_AXES)
+    return losses.Layout(
+        config.rows, mesh if mesh.size > 1 else None, BATCH_AXES, config.over_devices
+    )
 
 
 def _over_devices(vectors: Array, mesh: jax.sharding.Mesh) -> Array:

@@ -78,7 +78,7 @@ def root(tmp_path_factory):
 def whole(root, tmp_path_factory):
     """A run that nothing interrupted, what it printed, and its log."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    done = run(workdir, root, log_compiles=True)
+    done = run(workdir, root, "--log.profile", "2", "3", log_compiles=True)
     assert done.returncode == 0, done.stderr
     return workdir, done.stdout, done.stderr
 
@@ -97,6 +97,19 @@ def test_a_run_leaves_models_metrics_and_results(whole):
     assert len(losses) == 8
     assert any("hit@k local" in line for line in lines)
     assert not (workdir / "checkpoints/cut").exists()
+
+
+def test_steps_say_what_they_cost(whole):
+    workdir, output, _ = whole
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    for line in steps:
+        assert 0 <= line["seconds_waited"] <= line["seconds"]
+        assert line["most_memory"] > 1e8
+    assert any(line["seconds_saving"] > 0 for line in steps)
+    for stage in ("deep", "cut"):
+        assert list((workdir / "profile" / stage).rglob("*.xplane.pb"))
+    assert "Mesh: {'data': 1, 'fsdp': 1, 'tensor': 1}, attention: xla (auto, cpu)" in output
 
 
 def test_a_stage_compiles_its_step_once(whole):

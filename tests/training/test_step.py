@@ -33,6 +33,7 @@ ALL = StageConfig(
 )
 FULL = dataclasses.replace(ALL, train="full", vision=True)
 KEPT = (0, 1)
+RING = dataclasses.replace(ALL, loss=dataclasses.replace(ALL.loss, over_devices="ring", rows=2))
 
 
 def one_device():
@@ -101,7 +102,7 @@ def of_one_device(tiny):
 
 @pytest.mark.parametrize(
     ("config", "axes"),
-    [(ALL, (8, 1, 1)), (ALL, (2, 2, 2)), (FULL, (1, 4, 2)), (FULL, (2, 2, 2))],
+    [(RING, (8, 1, 1)), (ALL, (2, 2, 2)), (FULL, (1, 4, 2)), (FULL, (2, 2, 2))],
     ids=lambda value: value.train if isinstance(value, StageConfig) else None,
 )
 def test_eight_devices_take_the_steps_of_one(tiny, of_one_device, config, axes):
