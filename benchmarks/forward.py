@@ -1,10 +1,11 @@
 """Forward speed of the decoder and the tower at Qwen2-VL-2B's widths, beside transformers on torch.
 
     python benchmarks/forward.py
+    python benchmarks/forward.py --dtype bfloat16 --layers 12 --length 2048 --rows 8    # on a GPU
 
-Both run the same float32 weights' shapes on the same tokens, in turns in one process, so that
-whatever else the machine does falls on both, and on the large matrix product that says what the
-machine could do meanwhile. Printed: median time, FLOP/s, and fraction of that peak.
+Both run the same weights' shapes on the same tokens, in turns in one process, so that whatever else
+the machine does falls on both, and on the large matrix product that says what the machine could do
+meanwhile. torch computes where jax does. Printed: median time, FLOP/s, and fraction of that peak.
 """
 
 from __future__ import annotations
@@ -30,8 +31,6 @@ from puma_jax.config import ComputeConfig
 from puma_jax.data.positions import counted_positions, patch_positions
 from puma_jax.model.encoder import init
 
-FLOAT32 = ComputeConfig(dtype="float32")
-
 
 def in_turns(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Return the median seconds of each, run one after the other so that noise hits all alike."""
@@ -45,9 +44,22 @@ def in_turns(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
     return {name: statistics.median(of) for name, of in times.items()}
 
 
-def report(what: str, flops: float, runs: dict[str, Callable[[], object]], repeats: int) -> None:
+def device_of_torch() -> str:
+    """Return where torch shall compute: where jax does."""
+    return "cuda" if jax.default_backend() == "gpu" else "cpu"
+
+
+def wait_for_torch() -> None:
+    """Wait until all that torch was asked for is computed."""
+    if device_of_torch() == "cuda":
+        torch.cuda.synchronize()
+
+
+def report(
+    what: str, flops: float, runs: dict[str, Callable[[], object]], repeats: int, dtype: str
+) -> None:
     """Time the contenders and the peak in turns; print a line for each, and the ratio."""
-    product, product_flops = square_product()
+    product, product_flops = square_product(dtype)
     seconds = in_turns({**runs, "peak": product}, repeats)
     peak = product_flops / seconds.pop("peak")
     print(f"{what:8} matrix-product peak {peak / 1e9:.0f} GFLOP/s")
@@ -64,10 +76,13 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens in a row, patches in a row")
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     arguments = parser.parse_args()
+    dtype, compute = arguments.dtype, ComputeConfig(dtype=arguments.dtype)
+    on = {"device": device_of_torch(), "dtype": getattr(torch, dtype)}
     layers, length, rows = arguments.layers, arguments.length, arguments.rows
     config = qwen2_vl_2b.config(layers, layers)
-    params = init(config, jax.random.key(0))
+    params = init(config, jax.random.key(0), dtype)
     theirs = Qwen2VLConfig(
         text_config={
             "vocab_size": 1000,
@@ -84,49 +99,51 @@ def main() -> None:
     )
     theirs._attn_implementation = "sdpa"
     print(f"{describe()}, torch {torch.__version__}, {torch.get_num_threads()} torch threads")
-    print(f"{layers} layers, {rows} rows of {length}, float32, medians of {arguments.repeats}")
+    print(f"{layers} layers, {rows} rows of {length}, {dtype}, medians of {arguments.repeats}")
 
     x = np.random.default_rng(0).normal(size=(rows, length, 1536)).astype(np.float32)
-    x_jax, x_torch = jnp.asarray(x), torch.tensor(x)
+    x_jax, x_torch = jnp.asarray(x, dtype), torch.tensor(x, **on)
     segments = jnp.ones((rows, length), jnp.int32)
     positions = jnp.asarray(np.tile(counted_positions(length), (rows, 1, 1)))
-    decode = jax.jit(lambda p, x: p.norm(p(x, segments, positions, FLOAT32)))
-    decoder = Qwen2VLTextModel(theirs.text_config).eval()
+    decode = jax.jit(lambda p, x: p.norm(p(x, segments, positions, compute)))
+    decoder = Qwen2VLTextModel(theirs.text_config).eval().to(**on)
 
     def torch_decoder() -> None:
         with torch.inference_mode():
             decoder(inputs_embeds=x_torch, use_cache=False)
+        wait_for_torch()
 
     flops = qwen2_vl_2b.decoder_flops(config, rows * length, length)
     runs = {
         "jax": lambda: decode(params.decoder, x_jax).block_until_ready(),
         "torch": torch_decoder,
     }
-    report("decoder", flops, runs, arguments.repeats)
+    report("decoder", flops, runs, arguments.repeats, dtype)
 
     side = 2 * int((length / 4) ** 0.5)
     patches = np.random.default_rng(0).integers(0, 256, (rows, side * side, 588), np.uint8)
     where = jnp.asarray(np.tile(patch_positions(side, side, 2), (rows, 1, 1)))
     images = jnp.ones((rows, side * side), jnp.int32)
-    see = jax.jit(lambda p, x: p(x, images, where, FLOAT32))
-    tower = Qwen2VisionTransformerPretrainedModel(theirs.vision_config).eval()
+    see = jax.jit(lambda p, x: p(x, images, where, compute))
+    tower = Qwen2VisionTransformerPretrainedModel(theirs.vision_config).eval().to(**on)
     pixels = torch.tensor(
         np.repeat(patches.reshape(-1, 3, 1, 196) / 255, 2, axis=2).reshape(-1, 1176),
-        dtype=torch.float32,
+        **on,
     )
-    grid = torch.tensor([[1, side, side]] * rows)
+    grid = torch.tensor([[1, side, side]] * rows, device=on["device"])
     patches_jax = jnp.asarray(patches)
 
     def torch_tower() -> None:
         with torch.inference_mode():
             tower(pixels, grid_thw=grid)
+        wait_for_torch()
 
     flops = qwen2_vl_2b.vision_flops(config, rows * side * side, side * side)
     runs = {
         "jax": lambda: see(params.vision, patches_jax).block_until_ready(),
         "torch": torch_tower,
     }
-    report("tower", flops, runs, arguments.repeats)
+    report("tower", flops, runs, arguments.repeats, dtype)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 
 
-def square_product(dtype: str = "float32", size: int = 3072) -> tuple[Callable[[], object], int]:
+def square_product(
+    dtype: str = "float32", size: int | None = None
+) -> tuple[Callable[[], object], int]:
     """Return a large matrix product, to be timed as the machine's peak, and its FLOPs."""
+    size = size or (3072 if jax.default_backend() == "cpu" else 8192)
     a = jnp.ones((size, size), dtype)
     product = jax.jit(lambda a: a @ a)
     return lambda: product(a).block_until_ready(), 2 * size**3

@@ -69,6 +69,8 @@ def initialize(config: DistributedConfig) -> None:
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{config}: the processes did not come together: {reason}") from error
+    # On CPUs those who first meet more than 30 seconds apart never do: not once one is at work.
+    together(lambda: None)
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 

@@ -20,6 +20,7 @@ def preflight():
     spec = importlib.util.spec_from_file_location("preflight", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module._GATHERED_MIB = 1  # 64 in the test of two processes
     return module
 
 
