@@ -14,6 +14,7 @@ from puma_jax import Embedder, cli
 from puma_jax.config import DType
 from puma_jax.data.mbeir import OnBadRecord
 from puma_jax.errors import ConfigError
+from puma_jax.model.attention import describe
 from puma_jax.parallel import multihost
 from puma_jax.parallel.mesh import MeshConfig, make_mesh
 from puma_jax.parallel.multihost import DistributedConfig
@@ -60,6 +61,7 @@ def main(
     multihost.initialize(distributed)
     corpus = open_corpus(items, images)
     embedder = Embedder.load(model, dtype=weights, mesh=make_mesh(mesh, jax.local_devices()))
+    print(describe(embedder.compute), flush=True)
     complete = embed(
         corpus,
         embedder,

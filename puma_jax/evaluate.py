@@ -17,6 +17,7 @@ from puma_jax.data import mbeir
 from puma_jax.data.mbeir import Benchmark
 from puma_jax.data.mbeir.lines import write_lines
 from puma_jax.errors import ConfigError, DataError
+from puma_jax.model.attention import describe
 from puma_jax.parallel import multihost
 from puma_jax.parallel.mesh import MeshConfig, make_mesh
 from puma_jax.parallel.multihost import DistributedConfig
@@ -68,6 +69,7 @@ def main(
         benchmark = only(benchmark, sets)
     devices = make_mesh(mesh, jax.local_devices())
     embedder = Embedder.load(model, dtype=weights, mesh=devices)
+    print(describe(embedder.compute), flush=True)
     evaluation = evaluate(
         benchmark,
         multihost.spread(

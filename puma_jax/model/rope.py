@@ -43,6 +43,8 @@ def rotate(
 
 
 def _frequencies(dim: int, base: float) -> ndarray:
-    # float32 as in the reference: at positions in the hundreds a float64 table would differ.
+    # Rounded to float32 where the reference rounds: at positions in the hundreds a float64 table
+    # would differ. The power itself is exact: NumPy's of float32 differs from CPU to CPU.
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-    return (1.0 / np.float32(base) ** exponents).astype(np.float32)
+    powers = (np.float64(base) ** exponents.astype(np.float64)).astype(np.float32)
+    return np.float32(1) / powers

@@ -15,6 +15,7 @@ from puma_jax.data.items import Item
 from puma_jax.data.mbeir import OnBadRecord
 from puma_jax.embedder import Embedder
 from puma_jax.errors import ConfigError, DataError, EvaluationError, ItemError
+from puma_jax.parallel import multihost
 from puma_jax.retrieval.corpus import Corpus
 from puma_jax.retrieval.vectors import Job, VectorDType, finish, has_shard, write_shard
 from puma_jax.rows import RowShape
@@ -86,6 +87,7 @@ def embed(
             for shard in sorted({*ours} - {*done}):
                 vectors, ids, skipped = work(job.rows(shard), shape, bar)
                 write_shard(folder, job, shard, vectors, ids, skipped)
+    multihost.once(lambda: None)  # the others' shards are there, too
     return finish(folder, job)
 
 

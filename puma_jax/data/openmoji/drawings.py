@@ -103,8 +103,9 @@ def look_alikes(pictures: UInt8[ndarray, "n size size 3"], tolerance: int = 8) -
     cells = cells.reshape(n, -1)
     square = (cells**2).sum(1)
     distance = square[:, None] + square - 2 * cells @ cells.T
-    # Pictures that look alike are this close in the mean, too; few others are.
-    near = np.argwhere(np.triu(distance <= cells.shape[1] * tolerance**2, 1))
+    # Pictures that look alike are this close in the mean, too; few others are. One level more, for
+    # the product above is rounded, and differently on other machines.
+    near = np.argwhere(np.triu(distance <= cells.shape[1] * (tolerance + 1) ** 2, 1))
     links = [(a, b) for a, b in near.tolist() if _contrast(pictures[a], pictures[b]) <= tolerance]
     first = connected(links)
     return [first.get(index, index) for index in range(n)]
