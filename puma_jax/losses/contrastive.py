@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from puma_jax.errors import ConfigError
 from puma_jax.losses.sharded import DENSE, Layout, mean_loss
 from puma_jax.losses.softmax import Keys, Labels, Rule
 from puma_jax.typing import Array, Bool, Float, Int
@@ -86,6 +87,9 @@ def mac_loss(
         document: See above.
         negatives: See above; with a modality.
         layout: See above.
+
+    Raises:
+        ConfigError: The negatives have no modality.
     """
     rule = Rule(tau_norm, tau_hard, relative=relative, documents=document is not None)
     return _loss(queries, candidates, modality, valid, document, negatives, rule, layout)
@@ -152,6 +156,8 @@ def _loss(
     keys = _keys(candidates, jnp.arange(n), modality, valid, document)
     further = None
     if negatives is not None:
+        if modality is not None and negatives.modality is None:
+            raise ConfigError("negatives have no modality, which this loss needs: give theirs too")
         h = len(negatives.vectors)
         of_document = negatives.document
         if document is not None and of_document is None:

@@ -216,3 +216,11 @@ def test_distillation_is_the_mean_square_of_differences_and_leaves_the_teacher_a
     gradients = jax.grad(distill_loss, (0, 1))(jnp.array(student), jnp.array(teacher))
     np.testing.assert_allclose(gradients[0], 2 * (student - teacher) / 30, rtol=1e-5, atol=1e-8)
     assert not np.asarray(gradients[1]).any()
+
+
+@pytest.mark.parametrize("loss", ["mac", "mamcl"])
+def test_negatives_without_a_modality_are_refused(pairs, loss):
+    queries, candidates = vectors(pairs)
+    negatives = Negatives(jnp.asarray(pairs["negatives"][0], jnp.float32))
+    with pytest.raises(ConfigError, match="negatives have no modality"):
+        LOSSES[loss][0](queries, candidates, jnp.asarray(pairs["modality"]), negatives=negatives)
