@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from hlo import Program, read_program
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
@@ -384,138 +383,6 @@ def weights_read(stage: StageConfig, config: TrainConfig, lowered: Lowered) -> f
         * (decoder + towers * tower)
         * np.dtype(jnp.dtype(config.compute.dtype)).itemsize
     )
-
-
-@dataclass
-class Program:
-    """What one chip does in a step, read from XLA's own text of it."""
-
-    flops: float
-    moved: Counter[str]
-    """Collective → bytes of its results."""
-    collectives: Counter[str]
-    """Collective → how often."""
-    kernels: int
-
-
-Instructions = list[tuple[str, str, str, str]]
-"""Name, shape, opcode and the rest of each line of a computation; the last is its result."""
-
-_OPCODE = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
-_SHAPE = re.compile(r"([a-z]+)(\d*)\[([\d,]*)\]")
-_COLLECTIVE = re.compile(
-    r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-done)?$"
-)
-
-
-def read_program(text: str) -> Program:
-    """Return the sums over a compiled program; what stands in a loop counts as often as it runs.
-
-    XLA's own sum (`cost_analysis`) takes every loop for one turn.
-    """
-    bodies: dict[str, Instructions] = {}
-    entry = ""
-    for line in text.splitlines():
-        if line.startswith(("%", "ENTRY")) and line.endswith("{"):
-            name = line.removeprefix("ENTRY ").split(" ")[0][1:]
-            bodies[name], entry = [], name if line.startswith("ENTRY") else entry
-        elif found := _OPCODE.match(line):
-            bodies[name].append(found.groups())  # type: ignore[arg-type]
-    program = Program(0.0, Counter(), Counter(), 0)
-
-    def add(name: str, times: int) -> None:
-        results = {result: shape for result, shape, _, _ in bodies[name]}
-        for _, shape, opcode, rest in bodies[name]:
-            if opcode == "convolution":
-                program.flops += times * _product_flops(shape, rest, results)
-            elif opcode == "custom-call":
-                program.kernels += times * ('"tpu_custom_call"' in rest)
-            elif found := _COLLECTIVE.match(opcode):
-                program.moved[found[1]] += times * _bytes(shape)
-                program.collectives[found[1]] += times
-            elif opcode == "while":
-                condition, body = re.findall(r"(?:condition|body)=%([^,\s]+)", rest)
-                add(body, times * _turns(bodies[condition], bodies[body]))
-            elif opcode in ("fusion", "call", "async-start"):
-                called = re.search(r"(?:calls|to_apply)=%([^,\s]+)", rest)
-                assert called is not None
-                add(called[1], times)
-
-    add(entry, 1)
-    return program
-
-
-def _turns(condition: Instructions, body: Instructions) -> int:
-    """Return how often a loop runs whose counter goes from 0 to a constant; 1 for any other."""
-    known = {result: (opcode, rest) for result, _, opcode, rest in [*condition, *body]}
-    limit, step, counter = None, 0, None
-    for _, _, opcode, rest in condition:
-        if opcode == "compare":
-            for name in _operands(rest):
-                if known[name][0] == "constant":
-                    limit = _number(known[name][1])
-                elif known[name][0] == "get-tuple-element":
-                    counter = re.search(r"index=(\d+)", known[name][1])
-    if limit is None or counter is None:
-        return 1
-    # What the body makes of its counter is a chain of additions.
-    name = _operands(body[-1][3])[int(counter[1])]
-    while known[name][0] == "add":
-        one, other = _operands(known[name][1])
-        number, name = (one, other) if known[one][0] == "constant" else (other, one)
-        step += _number(known[number][1])
-    return -(-limit // max(step, 1))
-
-
-def _operands(rest: str) -> list[str]:
-    return re.findall(r"%([^,\s)]+)", rest.split("), ")[0])
-
-
-def _number(rest: str) -> int:
-    return int(rest.split(")")[0])
-
-
-def _dimensions(shape: str) -> list[int]:
-    found = _SHAPE.search(shape)
-    assert found is not None
-    return [int(size) for size in found[3].split(",") if size]
-
-
-def _bytes(shape: str) -> int:
-    """Return the bytes of a result, of all its parts if it has several."""
-    return sum(
-        int(np.prod([int(size) for size in sizes.split(",") if size])) * (int(bits or 8) // 8)
-        for _, bits, sizes in _SHAPE.findall(shape)
-    )
-
-
-def _product_flops(shape: str, rest: str, results: dict[str, str]) -> float:
-    """Return 2 for each multiplication of a convolution, as which TPUs compute products."""
-    left, right = (_dimensions(results[name]) for name in _operands(rest))
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest)
-    assert labels is not None
-    sizes = [
-        dict(zip(of, dims, strict=True))
-        for of, dims in zip(labels.groups(), (left, right, _dimensions(shape)), strict=True)
-    ]
-    flops = 2.0 * sizes[2]["b"] * sizes[2]["f"] * sizes[1]["i"]
-    window = dict(
-        re.findall(r"(\w+)=([\dx_-]+)", (re.search(r"window=\{([^}]*)", rest) or [""])[0])
-    )
-
-    def of(field: str, axis: int, default: str) -> str:
-        return window[field].split("x")[axis] if field in window else default
-
-    for axis in range(len(sizes[2]) - 2):
-        stride, spread, apart = (
-            int(of(field, axis, "1")) for field in ("stride", "lhs_dilate", "rhs_dilate")
-        )
-        before = int(of("pad", axis, "0_0").split("_")[0])
-        at = np.arange(sizes[2][str(axis)])[:, None] * stride - before
-        at = at + np.arange(int(of("size", axis, "1"))) * apart
-        # Where the window lies on padding nothing is multiplied.
-        flops *= ((at >= 0) & (at <= (sizes[0][str(axis)] - 1) * spread) & (at % spread == 0)).sum()
-    return flops
 
 
 if __name__ == "__main__":

@@ -28,12 +28,13 @@ needs_libtpu = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def aot_check():
+    sys.path.insert(0, str(ROOT / "launch"))  # where a script finds its neighbours
     spec = importlib.util.spec_from_file_location("aot_check", ROOT / "launch/aot_check.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["aot_check"] = module  # where dataclasses look for annotations
     spec.loader.exec_module(module)
     yield module
-    del sys.modules["aot_check"]
+    del sys.modules["aot_check"], sys.path[0]
 
 
 @needs_libtpu
