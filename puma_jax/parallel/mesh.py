@@ -15,10 +15,11 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from puma_jax.errors import ConfigError
+from puma_jax.model.attention import HEAD_AXIS, ROW_AXES
 
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ROW_AXES
 """Rows, items and the loss are spread over both."""
+AXES = (*BATCH_AXES, HEAD_AXIS)
 
 
 @dataclass(frozen=True)
