@@ -53,7 +53,7 @@ def embed(
         progress: Whether to show a bar.
 
     Raises:
-        ConfigError: There is no such part.
+        ConfigError: There is no such part, or shards would hold nothing.
         VectorsError: The folder holds other vectors, or a damaged shard.
         DataError, ItemError: An item cannot be read, and `on_bad_item` is "error".
         EvaluationError: A vector is not finite.
@@ -61,6 +61,8 @@ def embed(
     number, parts = part
     if not 0 <= number < parts:
         raise ConfigError(f"part {number}/{parts}: parts are 0/{parts} to {parts - 1}/{parts}")
+    if items_per_shard < 1:
+        raise ConfigError(f"items per shard are {items_per_shard}, expected at least 1")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         work = _Work(corpus, embedder, instruction, on_bad_item, pool)
         job = Job(

@@ -171,6 +171,8 @@ def test_several_processes_share_the_shards(tiny, root, whole, tmp_path, capsys)
     assert contents(out) == contents(whole)
     with pytest.raises(ConfigError, match="part 2/2: parts are 0/2 to 1/2"):
         embed(tiny, root / POOL, out, part="2/2")
+    with pytest.raises(ConfigError, match="items per shard are 0, expected at least 1"):
+        entry_point.main(str(tiny.folder), root / POOL, out, items_per_shard=0)
 
 
 def test_vectors_of_another_model_corpus_or_setting_are_not_mixed(tiny, root, whole, tmp_path):
