@@ -39,9 +39,19 @@ class Training:
     evaluation: Evaluation | None
 
     @property
+    def stages(self) -> dict[str, Any]:
+        """The stages that made the model, by name: from the last one that names its start."""
+        made: dict[str, Any] = {}
+        for name, stage in self.config["stages"].items():
+            made = {name: stage} if stage["model"] else {**made, name: stage}
+            if name == self.stage:
+                break
+        return made
+
+    @property
     def base(self) -> str | None:
         """The model that training started from; None if it was random weights."""
-        return next(iter(self.config["stages"].values()))["model"]
+        return next(iter(self.stages.values()))["model"]
 
 
 def training_of(model: Path) -> Training | None:
@@ -119,8 +129,8 @@ def _what_it_is(embedder: Embedder) -> str:
 
 
 def _training(training: Training) -> str:
-    rows, stages = [], training.config["stages"]
-    for name, stage in stages.items():
+    rows = []
+    for name, stage in training.stages.items():
         loss, distill, optimizer = stage["loss"], stage["distill"], stage["optimizer"]
         share = distill["weight"]
         rows.append(
@@ -136,8 +146,6 @@ def _training(training: Training) -> str:
                 f"{optimizer['learning_rate']:g}",
             ]
         )
-        if name == training.stage:
-            break  # later stages made other models
     header = ["stage", "layers", "loss", "temperature", "distillation", "trained", "steps"]
     table = markdown([*header, "batch", "rate"], rows)
     start = f"`{training.base}`" if training.base else "random weights"

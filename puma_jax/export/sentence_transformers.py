@@ -33,7 +33,8 @@ from typing import Any
 from puma_jax.config import require
 from puma_jax.data.prompts import WORDINGS
 from puma_jax.embedder import Embedder
-from puma_jax.model.hf import read_json, write_json
+from puma_jax.files import write_json
+from puma_jax.model.hf import read_json
 
 _STATES = {"method": "forward", "method_output_name": "last_hidden_state"}
 _TRANSFORMER = {

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from puma_jax.config import DType, ModelConfig
 from puma_jax.errors import CheckpointError
-from puma_jax.files import save_tensors
+from puma_jax.files import save_tensors, write_json
 from puma_jax.model.encoder import Encoder, abstract, layer_indices
 from puma_jax.model.families import family_of
 from puma_jax.model.tree import map_named, named_leaves
@@ -246,11 +246,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, expected an object")
     return value
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write an object as indented JSON that ends with a newline."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _is_kernel(name: str) -> bool:

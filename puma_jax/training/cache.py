@@ -30,6 +30,7 @@ from puma_jax.data.pipeline import Batch, Loader, batches, on_device
 from puma_jax.data.plan import Plan
 from puma_jax.data.shapes import batch_shape
 from puma_jax.errors import CheckpointError
+from puma_jax.files import write_json
 from puma_jax.parallel import multihost
 from puma_jax.parallel.mesh import batch_sharding, replicated
 from puma_jax.rows import Rows, RowShape
@@ -307,6 +308,4 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
 
 def _note(folder: Path, about: dict[str, Any], done: int) -> None:
     """Write down what a folder holds, and how much of it."""
-    partial = folder / f".{_ABOUT_FILE}.partial"
-    partial.write_text(json.dumps({**about, "done": done}, indent=2) + "\n", "utf-8")
-    partial.replace(folder / _ABOUT_FILE)
+    write_json(folder / _ABOUT_FILE, {**about, "done": done})

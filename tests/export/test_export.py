@@ -9,6 +9,7 @@ from puma_jax import Embedder
 from puma_jax.errors import CheckpointError, ConfigError, DataError
 from puma_jax.export import stablehlo
 from puma_jax.export.__main__ import main
+from puma_jax.export.card import Training
 from puma_jax.retrieval.report import Evaluation, SetResult
 from puma_jax.train import load_config
 from puma_jax.training.run import as_json
@@ -51,6 +52,16 @@ def test_a_folder_for_transformers_is_the_model_with_a_card(workdir, tmp_path):
         assert f"| {stage['optimizer']['learning_rate']:g} |" in card.replace("  ", " ")
     assert "cirr task 7  it → i" in card
     assert "50.0 ± 5.0" in card
+
+
+def test_a_card_tells_of_the_stages_that_made_the_model():
+    config = as_json(load_config(DEMO)())
+    first, second, third = config["stages"]
+    assert list(Training(config, second, None).stages) == [first, second]
+    assert Training(config, third, None).base is None
+    config["stages"][second]["model"] = "some/base"
+    assert list(Training(config, third, None).stages) == [second, third]
+    assert Training(config, third, None).base == "some/base"
 
 
 def test_results_given_stand_in_the_card(tiny, tmp_path):
