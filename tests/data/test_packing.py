@@ -11,22 +11,22 @@ from puma_jax.data.items import Item
 from puma_jax.data.packing import fill, place
 from puma_jax.data.shapes import batch_shape, fitting_shape
 from puma_jax.errors import PackingError
-from puma_jax.rows import RowShape
+from puma_jax.rows import PackedShape
 from tests.reference import VISION
 
 # The smallest patch there is: three values.
 SMALL = dataclasses.replace(VISION, patch_size=1)
-SHAPE = RowShape(rows=4, length=64, patch_rows=4, patch_length=96, slots=24, groups=2)
+SHAPE = PackedShape(rows=4, length=64, patch_rows=4, patch_length=96, slots=24, data_shards=2)
 
 
 def made_up(number: int, length: int, visual: int) -> Item:
     """An item all of whose values tell which item they belong to."""
-    is_visual = np.zeros(length, bool)
-    is_visual[:visual] = True
+    image_token_mask = np.zeros(length, bool)
+    image_token_mask[:visual] = True
     return Item(
         tokens=np.full(length, number, np.int32),
         positions=np.arange(length, dtype=np.int32)[:, None].repeat(3, 1),
-        visual=is_visual,
+        image_token_mask=image_token_mask,
         patches=np.full((4 * visual, 3), number % 256, np.uint8),
         patch_positions=np.arange(4 * visual, dtype=np.int32)[:, None].repeat(2, 1),
         patch_images=np.zeros(4 * visual, np.int32),
@@ -46,41 +46,41 @@ def test_every_item_lies_whole_in_one_place(sizes):
     items = [made_up(i + 1, *size) for i, size in enumerate(sizes)]
     lengths = np.array([len(item.tokens) for item in items])
     patches = np.array([len(item.patches) for item in items])
-    placement = place(lengths, patches, SHAPE)
-    rows = fill(items, placement, SHAPE, SMALL)
+    packing = place(lengths, patches, SHAPE)
+    rows = fill(items, packing, SHAPE, SMALL)
 
-    assert (rows.segments > 0).sum() == lengths.sum()
-    assert (rows.patch_segments > 0).sum() == patches.sum()
-    np.testing.assert_array_equal(rows.segments > 0, rows.tokens > 0)
-    group_rows, group_patch_rows = SHAPE.rows // 2, SHAPE.patch_rows // 2
-    group_slots = SHAPE.slots // 2
+    assert (rows.segment_ids > 0).sum() == lengths.sum()
+    assert (rows.patch_segment_ids > 0).sum() == patches.sum()
+    np.testing.assert_array_equal(rows.segment_ids > 0, rows.tokens > 0)
+    shard_rows, shard_patch_rows = SHAPE.rows // 2, SHAPE.patch_rows // 2
+    shard_slots = SHAPE.slots // 2
     for i, item in enumerate(items):
-        chunk, row, column = placement.chunk[i], placement.row[i], placement.column[i]
+        chunk, row, column = packing.chunk[i], packing.row[i], packing.column[i]
         here = rows.tokens[chunk] == i + 1
         assert here.sum() == len(item.tokens)
         assert here[row, column : column + len(item.tokens)].all()
-        # One segment of its own.
-        segment = rows.segments[chunk, row][here[row]]
+        # A segment id of its own.
+        segment = rows.segment_ids[chunk, row][here[row]]
         assert len(set(segment.tolist())) == 1
-        assert (rows.segments[chunk, row] == segment[0]).sum() == len(item.tokens)
-        # [RET] is found by its slot, inside the group.
-        group = row // group_rows
-        slot = placement.slot[i]
-        assert slot // group_slots == group
-        mine = rows.tokens[chunk, group * group_rows : (group + 1) * group_rows].reshape(-1)
-        at = rows.ret[chunk, slot]
+        assert (rows.segment_ids[chunk, row] == segment[0]).sum() == len(item.tokens)
+        # [RET] is found by its slot, inside the data shard.
+        shard = row // shard_rows
+        slot = packing.slot[i]
+        assert slot // shard_slots == shard
+        mine = rows.tokens[chunk, shard * shard_rows : (shard + 1) * shard_rows].reshape(-1)
+        at = rows.pool_index[chunk, slot]
         assert mine[at] == i + 1
         assert at == len(mine) - 1 or mine[at + 1] != i + 1
-        # Visual tokens point at merged patches of this item, in order, inside the group.
-        pointed = rows.visual[chunk][here][item.visual]
-        assert (rows.visual[chunk][here][~item.visual] == -1).all()
-        part = slice(group * group_patch_rows, (group + 1) * group_patch_rows)
+        # Visual tokens point at merged patches of this item, in order, inside the data shard.
+        pointed = rows.image_token_index[chunk][here][item.image_token_mask]
+        assert (rows.image_token_index[chunk][here][~item.image_token_mask] == -1).all()
+        part = slice(shard * shard_patch_rows, (shard + 1) * shard_patch_rows)
         merged = rows.patches[chunk, part].reshape(-1, 4, 3)
         order = rows.patch_positions[chunk, part].reshape(-1, 4, 2)
         assert (merged[pointed] == (i + 1) % 256).all()
         np.testing.assert_array_equal(order[pointed].reshape(-1, 2), item.patch_positions)
-    for chunk in range(placement.chunks):
-        slots = placement.slot[placement.chunk == chunk]
+    for chunk in range(packing.chunks):
+        slots = packing.slot[packing.chunk == chunk]
         assert len(set(slots.tolist())) == len(slots)
 
 
@@ -98,7 +98,7 @@ def test_placement_depends_on_lengths_alone():
         ([65], [0], None, "item 0 has 65 tokens, a row holds 64: raise length"),
         ([9, 9], [0, 100], None, "item 1 has 100 patches, a row holds 96: raise patch_length"),
         ([64] * 5, [0] * 5, 1, "raise rows, patch_rows, slots or the number of chunks"),
-        ([9] * 5, [96] * 5, 1, "an item of 9 tokens and 96 patches finds no place in 1 chunks"),
+        ([9] * 5, [96] * 5, 1, "an item of 9 tokens and 96 patches does not fit into 1 chunks"),
         ([1] * 25, [0] * 25, 1, "24 slots"),
     ],
 )
@@ -109,7 +109,7 @@ def test_what_does_not_fit_names_the_limit_to_raise(lengths, patches, chunks, me
 
 def test_images_in_a_shape_without_patch_rows_are_an_error():
     with pytest.raises(PackingError, match="a row holds 0"):
-        place(np.array([9]), np.array([16]), RowShape(1, 64, 0, 128, 4))
+        place(np.array([9]), np.array([16]), PackedShape(1, 64, 0, 128, 4))
 
 
 @settings(max_examples=300, deadline=None)
@@ -118,17 +118,17 @@ def test_a_fitting_shape_fits(sizes, tokens):
     lengths = np.array([length for length, _ in sizes])
     patches = np.array([4 * visual for _, visual in sizes])
     shape = fitting_shape(lengths, patches, tokens)
-    placement = place(lengths, patches, shape)
+    packing = place(lengths, patches, shape)
     if lengths.sum() <= tokens:
-        assert placement.chunks == 1
+        assert packing.chunks == 1
 
 
 def test_a_long_job_of_one_size_wastes_little():
     lengths, patches = np.full(1000, 111), np.full(1000, 324)
     shape = fitting_shape(lengths, patches, 4096)
-    placement = place(lengths, patches, shape)
-    assert lengths.sum() / (placement.chunks * shape.rows * shape.length) > 0.85
-    assert patches.sum() / (placement.chunks * shape.patch_rows * shape.patch_length) > 0.85
+    packing = place(lengths, patches, shape)
+    assert lengths.sum() / (packing.chunks * shape.rows * shape.length) > 0.85
+    assert patches.sum() / (packing.chunks * shape.patch_rows * shape.patch_length) > 0.85
 
 
 @pytest.mark.parametrize("seed", range(3))
