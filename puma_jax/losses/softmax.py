@@ -19,7 +19,7 @@ Logits = tuple[Float[Array, "r m"], Float[Array, "r 1"]]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Metadata:
-    """What a loss knows about each candidate beside its vector; chunks add a leading axis."""
+    """Metadata of each candidate beside its vector; chunks add a leading axis."""
 
     index: Int[Array, "*chunks m"]
     """Number of the candidate in the global batch, by which a query recognizes its positive."""
@@ -61,7 +61,7 @@ def cross_entropy(
     Args:
         queries: Unit vectors.
         positives: The candidate that each query looks for, in the same order.
-        candidates: What the queries are compared with, the positives among them.
+        candidates: Vectors that the queries are compared with, the positives among them.
         rule: How scores become logits, and which candidates count.
     """
     positive = positive_scores(queries, positives.vectors)
@@ -94,7 +94,7 @@ def negative_margins(
         queries: Unit vectors.
         positive: Score of each query with its positive.
         of_positives: Metadata of the candidate that each query looks for.
-        candidates: What the queries are compared with.
+        candidates: Vectors that the queries are compared with.
         rule: How scores become logits, and which candidates count.
     """
     # A product of fewer bits than float32 errs by more than a temperature of 0.02 forgives.

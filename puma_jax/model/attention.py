@@ -173,7 +173,7 @@ def _check_splash(platform: str, length: int) -> None:
 
 
 # In a compiled function whose arguments live on a mesh, jax knows the mesh of every value, so that
-# nobody has to pass it down to here.
+# no caller has to pass it down.
 
 
 def _mesh_of(x: Array) -> AbstractMesh | None:
