@@ -61,6 +61,8 @@ def main(
     """
     multihost.initialize(distributed)
     corpus = open_corpus(items, images)
+    if corpus.passed_over:
+        print(corpus.passed_over, flush=True)
     embedder = Embedder.load(model, dtype=dtype, mesh=make_mesh(mesh, jax.local_devices()))
     print(describe(embedder.compute), flush=True)
     complete = embed(

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from puma_jax.config import ComputeConfig, DType, ImageConfig, ModelConfig, PromptConfig
-from puma_jax.data.images import ImageSource, open_image, patchify
+from puma_jax.data.images import ImageSource, read_patches
 from puma_jax.data.items import Item
 from puma_jax.data.prompts import Processor, load_tokenizer, query_text
 from puma_jax.errors import CheckpointError, ImageError, ItemError
@@ -187,7 +187,7 @@ class Embedder:
         full = query_text(instruction, text)
         if image is None:
             return self._processor.item(full)
-        patches, grid = patchify(open_image(image), self.config.vision, self.config.images)
+        patches, grid = read_patches(image, self.config.vision, self.config.images)
         return self._processor.item(full, patches, grid)
 
     def shape_for(self, items: Sequence[Item], tokens_per_chunk: int | None = None) -> PackedShape:

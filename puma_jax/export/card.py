@@ -28,6 +28,20 @@ vectors = Embedder().encode([{{"text": "a red bicycle"}}, {{"image": "bike.jpg"}
 model = SentenceTransformer("{folder}")
 vectors = model.encode([{{"text": "a red bicycle"}}, {{"image": "bike.jpg"}}])""",
 }
+_READ_IMAGES = (
+    "The EXIF orientation is applied, transparent pixels are put on white, and gray of 16 bits "
+    "keeps its high byte. Color profiles are not applied."
+)
+_IMAGES = {
+    "huggingface": f"{_READ_IMAGES} This holds for puma_jax; other software has rules of its own.",
+    "stablehlo": _READ_IMAGES,
+    "sentence-transformers": "The model was trained on upright images with transparent pixels on "
+    "white. Of a path, Sentence Transformers applies the EXIF orientation and drops an alpha "
+    "channel; of a PIL image, it does neither, and puts transparent pixels on white. "
+    "`ImageOps.exif_transpose(Image.open(path))`, with both names from PIL, is read as in "
+    "training. Bring gray images of 16 bits to 8 bits first, or they turn white.",
+}
+"""How each kind of export reads images."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +129,7 @@ def model_card(
         f"# {name}",
         _what_it_is(embedder),
         f"```python\n{_LOAD[kind].format(folder=name)}\n```",
+        f"**Images.** {_IMAGES[kind]}",
         _training(training) if training else "",
         _results(evaluation) if evaluation else "",
         f"## License\n\n{_license(license_name, base, training)}",

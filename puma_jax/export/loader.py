@@ -1,6 +1,8 @@
 """Embed texts and images with the model beside this file: `from load import Embedder`."""
 
+import functools
 import json
+import runpy
 from pathlib import Path
 
 import jax
@@ -10,11 +12,11 @@ from tokenizers import Tokenizer
 
 
 class Embedder:
-    """Makes vectors of {"text": str}, {"image": path, PIL image or uint8 array}, or both."""
+    """Makes vectors of {"text": str}, {"image": path, bytes, PIL image or uint8 array}, or both."""
 
     def __init__(self, folder=Path(__file__).parent):
         """Read the model of a folder."""
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         self.manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.encode_special_tokens = True  # a text cannot forge "<|image_pad|>"
@@ -37,6 +39,11 @@ class Embedder:
             vectors.append(self.function(self.weights, tokens, blocks, sizes))
         return np.concatenate(vectors)
 
+    @functools.cached_property
+    def _decoded(self):
+        """What opens an image, upright and in RGB; Pillow is needed for images alone."""
+        return runpy.run_path(str(self.folder / "decode.py"))["decoded"]
+
     def _padded(self, arrays):
         """Return arrays stacked, padded to one of few lengths, each of which is compiled once."""
         longest = max(len(array) for array in arrays)
@@ -53,7 +60,11 @@ class Embedder:
         side = self.manifest["preprocessing"]["block_side"]
         blocks = np.zeros((0, side, side, 3), np.uint8)
         if image is not None:
-            pixels = self._resize(number, image)
+            try:
+                with self._decoded(image) as rgb:
+                    pixels = self._resize(rgb)
+            except ValueError as error:
+                raise ValueError(f"item {number}: {error}") from error
             rows, columns = pixels.shape[0] // side, pixels.shape[1] // side
             blocks = pixels.reshape(rows, side, columns, side, 3).swapaxes(1, 2)
             blocks = blocks.reshape(rows * columns, side, side, 3)
@@ -69,19 +80,12 @@ class Embedder:
             raise ValueError(f"item {number}: text of {count} tokens, over {limit}: shorten it")
         return self.tokenizer.encode(text + suffix).ids
 
-    def _resize(self, number, image):
+    def _resize(self, image):
         """Return the pixels of an image, resized to whole blocks within the limits on pixels."""
-        from PIL import Image
-
         config = self.manifest["preprocessing"]
-        if isinstance(image, np.ndarray):
-            image = Image.fromarray(image)
-        elif isinstance(image, str | Path):
-            image = Image.open(image)
-        image = image.convert("RGB")
         ratio = config["max_aspect_ratio"]
         if max(image.size) > ratio * min(image.size):
-            raise ValueError(f"item {number}: image {image.size} is over {ratio} : 1, crop it")
+            raise ValueError(f"image {image.size} is over {ratio} : 1, crop it")
         return np.asarray(image.resize(resized_size(image.size, config)))
 
 

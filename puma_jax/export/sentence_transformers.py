@@ -22,8 +22,11 @@ Vectors equal those of `Embedder.encode`, except for
   {"sanitize_control_tokens": True}})` reads them as plain text, though not always tokenized as
   here;
 - texts that begin with a quotation mark and a line break, which is read with the line before;
-- PIL images with transparent pixels, which transformers puts on white, and files with an EXIF
-  orientation, which it applies.
+- images given as paths that have an alpha channel, which transformers drops, and images given as
+  PIL images that have an EXIF orientation, which it does not apply. A PIL image that
+  `ImageOps.exif_transpose(Image.open(path))` returns is read as here;
+- gray images of 16 bits, which transformers turns white, and PNG files in gray of 2 or 4 bits, or
+  in RGB of 16 bits, with a transparent color, which it takes for one of 8 bits.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@
     tokenizer.json       tokenizer
     manifest.json        shapes, limits, suffixes of the prompt, digests of the other files
     load.py              loader: `from load import Embedder`
+    decode.py            decoder of images, a copy of `data.decode`
 
 Batch size, text length and image size are symbolic: one function serves all. It computes whatever
 follows from the tokens of a text and the size of an image (the prompt around them, segment ids,
@@ -26,6 +27,7 @@ import numpy as np
 
 from puma_jax.artifacts import write_json
 from puma_jax.config import ModelConfig, require
+from puma_jax.data import decode
 from puma_jax.data.images import MOST_ELONGATED
 from puma_jax.data.items import TokenizedTemplate
 from puma_jax.data.prompts import PROMPT_TEMPLATES, Processor
@@ -69,6 +71,7 @@ def write(embedder: Embedder, folder: Path) -> None:
     tokenizer |= dict.fromkeys(("post_processor", "truncation", "padding"))
     write_json(folder / "tokenizer.json", tokenizer)
     shutil.copyfile(Path(__file__).with_name("loader.py"), folder / "load.py")
+    shutil.copyfile(decode.__file__, folder / "decode.py")
     manifest = _manifest(embedder, template, exported)
     digests = {path.name: sha256(path) for path in sorted(folder.iterdir())}
     write_json(folder / "manifest.json", manifest | {"sha256": digests})

@@ -45,6 +45,7 @@ def test_a_folder_for_transformers_is_the_model_with_a_card(workdir, tmp_path):
     card = (tmp_path / "out/README.md").read_text()
     assert "license: apache-2.0" in card
     assert "counted from 0: 0, 2." in card
+    assert "**Images.** The EXIF orientation is applied" in card
     assert "From random weights, seed 0." in card
     stages = json.loads((workdir / "config.json").read_text())["stages"]
     for name, stage in stages.items():

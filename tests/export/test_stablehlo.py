@@ -12,11 +12,13 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from puma_jax import Embedder
 from puma_jax.config import ComputeConfig, PromptConfig
+from puma_jax.data import decode
 from puma_jax.data.prompts import Processor, TextTruncationWarning
 from puma_jax.errors import ConfigError
 from puma_jax.export import loader, stablehlo
@@ -86,6 +88,12 @@ def written(tiny, tmp_path_factory, request):
 def items_of_all_kinds(folder):
     image = random_image(60, 60, seed=1)
     image.save(folder / "image.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    random_image(60, 90).save(folder / "turned.jpg", exif=exif)
+    transparent = random_image(60, 90)
+    transparent.putalpha(random_image(60, 90).convert("L"))
+    gray = Image.fromarray(np.arange(60 * 90, dtype=np.uint16).reshape(60, 90) * 12)
     return [
         {"text": "a red bicycle"},
         {"image": random_image(90, 200)},
@@ -94,6 +102,10 @@ def items_of_all_kinds(folder):
         {"image": str(folder / "image.png"), "text": ""},
         {"image": folder / "image.png", "text": "as a painting"},
         {"image": random_image(200, 60).convert("L")},
+        {"image": folder / "turned.jpg"},
+        {"image": (folder / "turned.jpg").read_bytes()},
+        {"image": transparent},
+        {"image": gray},
         {"text": "two\nlines"},
     ]
 
@@ -198,7 +210,7 @@ def test_one_function_serves_three_platforms_and_all_sizes(written):
 def test_the_manifest_describes_what_lies_beside_it(written):
     embedder, folder = written
     manifest = json.loads((folder / "manifest.json").read_text())
-    files = ["embed.jax", "load.py", "tokenizer.json", "weights.safetensors"]
+    files = ["decode.py", "embed.jax", "load.py", "tokenizer.json", "weights.safetensors"]
     assert manifest["sha256"] == {
         name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files
     }
@@ -214,6 +226,7 @@ def test_the_manifest_describes_what_lies_beside_it(written):
 
 def test_the_loader_is_copied_unchanged(written):
     assert (written[1] / "load.py").read_bytes() == Path(loader.__file__).read_bytes()
+    assert (written[1] / "decode.py").read_bytes() == Path(decode.__file__).read_bytes()
 
 
 def test_bfloat16_vectors_are_near_the_embedders(tiny, tmp_path):

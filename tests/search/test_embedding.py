@@ -261,7 +261,7 @@ def test_items_that_cannot_be_read_stop_the_run_or_are_noted(tiny, root, tmp_pat
         ({"id": "1"}, "items.jsonl:1: there is neither text nor image"),
         ({"id": "1", "txt": "a shoe"}, 'field "txt" is not one of id, image, text'),
         ({"id": 1, "text": "a shoe"}, "id 1 is not a text"),
-        ({"id": "a\nb", "text": "a shoe"}, "holds what cannot be printed"),
+        ({"id": "a\nb", "text": "a shoe"}, "holds control characters"),
     ],
 )
 def test_lines_that_are_no_items_are_named(tmp_path, line, message):

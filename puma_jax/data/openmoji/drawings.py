@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from puma_jax.data.images import open_image
 from puma_jax.data.openmoji.packages import demo_package
 from puma_jax.data.openmoji.split import connected
 from puma_jax.typing import UInt8, ndarray
@@ -54,7 +54,7 @@ def render(
         png = resvg.svg_to_bytes(
             svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True
         )
-        return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+        return np.asarray(open_image(png))
 
     def both(stem: str) -> UInt8[ndarray, "2 size size 3"]:
         svg = (folder / f"{stem}.svg").read_text(encoding="utf-8")
