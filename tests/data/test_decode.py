@@ -236,7 +236,7 @@ def test_the_first_frame_of_an_animation_is_read():
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "TIFF", "WEBP", "GIF"])
 def test_threads_may_share_an_image(image_format):
-    image = random_image(1500, 2000)
+    image = random_image(700, 900)
     content = encoded(image.quantize(64) if image_format == "GIF" else image, image_format)
     expected = np.asarray(open_image(content))
     with ThreadPoolExecutor(4) as pool:
@@ -314,6 +314,36 @@ def test_pixels_in_flight_are_limited_over_threads(monkeypatch):
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(work, images[:-1] * 3))
     assert 900 < most[0] <= 2500
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
+def test_threads_keep_no_memory_of_large_images():
+    code = """
+import io, re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from PIL import Image
+from puma_jax.data import decode
+
+def decoded(content):
+    with decode.decoded(content):
+        pass
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+file = io.BytesIO()
+Image.new("RGB", (6000, 3600)).save(file, "PNG", compress_level=1)
+decode.PIXELS_IN_FLIGHT = 1
+decoded(file.getvalue())
+alone = peak()
+with ThreadPoolExecutor(6) as pool:
+    list(pool.map(decoded, [file.getvalue()] * 12))
+print(peak() / alone)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert float(done.stdout) < 3  # more than 5 if every thread keeps its own
 
 
 def test_an_error_while_an_image_is_open_gives_its_pixels_back():
