@@ -34,7 +34,8 @@ from puma_jax.embedder import Embedder
 from puma_jax.errors import ConfigError
 from puma_jax.evaluation.evaluation import Evaluation, Subset, evaluate_selection
 from puma_jax.evaluation.picture import render_results
-from puma_jax.evaluation.report import compare, markdown
+from puma_jax.evaluation.report import markdown
+from puma_jax.evaluation.results import compare
 from puma_jax.evaluation.selection import Selection, select
 from puma_jax.model.attention import describe
 from puma_jax.model.tree import named_leaves
