@@ -10,12 +10,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from puma_jax.data.items import Item
-from puma_jax.data.lines import BadRecords, OnBadRecord, reject
+from puma_jax.data.lines import BadRecords, OnBadRecord, reject, resolve_inside
 from puma_jax.embedder import Embedder, RawItem
 from puma_jax.errors import DataError, EvaluationError, ItemError
 from puma_jax.evaluation.vector_folder import GatheredRows, VectorFolder
@@ -29,6 +30,8 @@ Encode = Callable[[Sequence[RawItem]], ndarray]
 # A call of an embedder may compile a program; a kill loses at most the items of one call.
 _ITEMS_AT_ONCE = 1 << 14
 _PREPROCESSED_AT_ONCE = 64
+_PLACEHOLDER: RawItem = {"text": "."}
+"""Is embedded where an item is left out."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,8 @@ class Batches:
     """How items are embedded: by which function, with which progress bar, and where kept."""
 
     encode: Encode
+    root: Path
+    """Images that lie elsewhere, by a link, are not read."""
     bar: tqdm
     folder: VectorFolder | None
     on_bad_record: OnBadRecord
@@ -127,22 +132,36 @@ class Batches:
             # then fills rows of one shape and compiles once.
             rows = np.random.default_rng(0).permutation(order[start : start + _ITEMS_AT_ONCE])
             items = [sources.item(row) for row in rows.tolist()]
+            for place, item in enumerate(items):
+                if (error := self._leads_out(item)) is not None:
+                    reject(sources.located(rows[place], error), self.on_bad_record, self.skipped)
+                    readable[rows[place]], items[place] = False, _PLACEHOLDER
             key = VectorFolder.key(items) if self.folder else ""
             new = self.folder.read(key, len(items)) if self.folder else None
             if new is None:
                 new = self._encoded(items)
-                readable[rows] = self._check(new, rows, items, sources)
+                readable[rows] &= self._check(new, rows, items, sources)
                 if self.folder:
                     new = self.folder.write(key, new)
             else:
                 self.bar.update(len(items))
-                readable[rows] = self._check(new, rows, items, sources)
+                readable[rows] &= self._check(new, rows, items, sources)
             if vectors is None:
                 shape = sources.count, new.shape[1]
                 vectors = GatheredRows(*shape) if self.folder else np.empty(shape, np.float32)
             vectors[rows] = new
         assert vectors is not None  # a selection has queries and documents
         return vectors, readable
+
+    def _leads_out(self, item: RawItem) -> DataError | None:
+        """Return an error if the image of an item lies outside of the benchmark."""
+        if "image" not in item:
+            return None
+        try:
+            resolve_inside(self.root, item["image"].relative_to(self.root).as_posix())
+        except DataError as error:
+            return error
+        return None
 
     def _encoded(self, items: list[RawItem]) -> Float[ndarray, "n width"]:
         """Return the vectors of items; the bar goes on with them."""

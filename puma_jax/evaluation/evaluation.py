@@ -96,7 +96,7 @@ def evaluate_selection(
     skipped = replace(selection.skipped, messages=list(selection.skipped.messages))
     with bar:
         encode = ItemEncoder(model) if isinstance(model, Embedder) else model
-        batches = Batches(encode, bar, vectors, on_bad_record, skipped)
+        batches = Batches(encode, selection.root, bar, vectors, on_bad_record, skipped)
         queries, readable = batches.embed(*_queries(selection))
         documents, of_representative = batches.embed(
             Sources(
@@ -141,7 +141,6 @@ def evaluate_selection(
         skipped=skipped.count,
         skipped_messages=tuple(skipped.messages),
         unused_files=selection.unused_files,
-        shared_ids=selection.shared_ids,
     )
 
 
@@ -258,7 +257,6 @@ def _result(
     target = modality_code(TASKS[query_set.task][1])
     wrong = np.append(selection.modalities, target)[found["global"].rows] != target
     names = np.array([*selection.dids, None], object)
-    names[list(query_set.other_names)] = list(query_set.other_names.values())
     return SetResult(
         name=query_set.name,
         task=query_set.task,

@@ -16,8 +16,7 @@ class Run:
 
     qids: tuple[str, ...]
     dids: ndarray
-    """Ids, `[queries, depth]`; None beyond the end of a small pool. A document whose id names
-    another document to this set has a name of the form id@content."""
+    """Ids, `[queries, depth]`; None beyond the end of a small pool."""
     scores: Float[ndarray, "queries depth"]
     rows: Int[ndarray, "queries depth"]
     """Rows of the documents in the selection; -1 beyond the end of a small pool."""

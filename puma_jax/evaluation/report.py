@@ -120,8 +120,6 @@ class Evaluation:
     """What is wrong with the first of them."""
     unused_files: tuple[str, ...] = ()
     """Files of the split that are not used, because their names are not of the layout."""
-    shared_ids: CountOrZero = 0
-    """Number of ids that name different documents in different pools, which are kept apart."""
 
     def __post_init__(self) -> None:
         """Check the numbers.
@@ -200,11 +198,6 @@ class Evaluation:
             )
             if where:
                 lines.append(f"{sum(counts.values()):,} {what} ({where})")
-        if self.shared_ids:
-            lines.append(
-                f"{self.shared_ids:,} ids name different documents in different pools, "
-                "which are kept apart"
-            )
         if self.unused_files:
             lines.append(
                 f"{len(self.unused_files):,} files are not used, their names are not of the "

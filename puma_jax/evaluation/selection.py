@@ -7,7 +7,7 @@ order of their ids, and every choice depends on a hash of an id. What is left ou
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from puma_jax.data.mbeir import (
 from puma_jax.data.prompts import query_text
 from puma_jax.embedder import RawItem
 from puma_jax.errors import ConfigError, DataError
-from puma_jax.evaluation.documents import Documents, Ids, hash_of, hash_sample
+from puma_jax.evaluation.documents import Pools, hash_of, hash_sample
 from puma_jax.evaluation.report import LeftOut
 from puma_jax.search.corpus import raw_item
 from puma_jax.typing import Bool, Int, UInt8, ndarray
@@ -75,8 +75,6 @@ class QuerySet:
     """Rows of the documents of the local pool, ascending."""
     file: str
     """Name of the file of the queries."""
-    other_names: Mapping[int, str] = field(default_factory=dict)
-    """Names, by row, of documents whose ids name other documents to this set."""
     unused_judgments: int = 0
     """Relevant judgments of queries that are not in the file."""
     skipped_queries: int = 0
@@ -131,8 +129,7 @@ class Selection:
     split: str
     sets: tuple[QuerySet, ...]
     dids: tuple[str, ...]
-    """Ids of all documents, ascending; other fields name a document by its row in this tuple. Two
-    documents have one id if two sets number theirs independently."""
+    """Ids of all documents, ascending; other fields name a document by its row in this tuple."""
     modalities: UInt8[ndarray, "documents"]
     """Code of the modality of each document; see `mbeir.modality_code`."""
     pool: Int[ndarray, "documents_of_pool"]
@@ -143,8 +140,6 @@ class Selection:
     """Row of the first document with the same text and image, whose vector stands for all of them:
     equal documents then have equal scores whatever the rounding, and are ordered by their ids."""
     files: tuple[RowIndex[Candidate], ...]
-    shared_ids: int
-    """Number of ids that name several documents."""
     unused_files: tuple[str, ...]
     """Files of this split, relative to the root, whose names are not of the layout."""
     skipped: BadRecords
@@ -185,7 +180,7 @@ def select(
     With `limits`, it is always the union of the chosen documents of the local pools, so that it is
     never easier to search than one of them.
 
-    A document is told by its id and its content; see `documents.Ids` for what an id names to a set.
+    An id names one document, whatever the number of pools and lines that hold it.
 
     Args:
         benchmark: Files of the benchmark.
@@ -195,45 +190,39 @@ def select(
 
     Raises:
         DataError: The benchmark has no such split, a file is missing, has a bad record or no
-            records, or an id is given to two queries of one set or to two documents of one pool.
+            records, or an id is given to two queries of one set, or to two documents.
     """
     sets = sets_of(benchmark, split)
     for found in sets:
         for path in found.missing:
             raise DataError(f"{path} is missing: {found.name} task {found.task} needs it")
     instructions = read_instructions(benchmark.instructions) if benchmark.instructions else {}
-    skipped = BadRecords()
-    documents = Documents(on_bad_record, skipped)
-    read = [_read_set(found, limits, documents) for found in sets]
-    pools = [of_set.pool for of_set in read]
+    pools = Pools(on_bad_record)
+    read = [_read_set(found, limits, pools) for found in sets]
     global_path = None if limits else benchmark.global_pools.get(split)
-    union = list(range(len(documents.dids)))
-    global_pool = documents.add(global_path, one_set=False) if global_path else union
-    ids = Ids(documents, pools)
-
-    # Documents of one id are in the order of their contents: that of the files may be any.
-    order = np.argsort(np.array(documents.contents, np.uint64), kind="stable").tolist()
-    order.sort(key=documents.dids.__getitem__)
-    rows = np.empty(len(order), np.int64)
+    chosen = {number for of_set in read for number in of_set.pool}
+    global_pool = pools.add(global_path) if global_path else list(chosen)
+    dids = list(pools.ids.numbers)
+    order = sorted(chosen.union(global_pool), key=dids.__getitem__)
+    rows = np.full(len(dids), -1, np.int64)
     rows[order] = np.arange(len(order))
-    contents = np.array(documents.contents, np.uint64)[order]
+    contents = np.array(pools.contents, np.uint64)[order]
     _, first, group_of = np.unique(contents, return_index=True, return_inverse=True)
     return Selection(
         root=benchmark.root,
         split=split,
         sets=tuple(
-            _query_set(benchmark.root, of_set, number, ids, rows, instructions)
-            for number, of_set in enumerate(read)
+            _query_set(benchmark.root, of_set, pools.ids.numbers, rows, instructions)
+            for of_set in read
         ),
-        dids=tuple(documents.dids[number] for number in order),
-        modalities=np.array(documents.modalities, np.uint8)[order],
+        dids=tuple(dids[number] for number in order),
+        modalities=np.array(pools.modalities, np.uint8)[order],
         pool=np.unique(rows[global_pool]),
-        locations=np.array([documents.files_of, documents.rows_of], np.int64).T[order],
+        locations=np.array([pools.files_of, pools.rows_of], np.int64).T[order],
         representative=first[group_of],
-        files=tuple(documents.files),
-        shared_ids=len(documents.further),
+        files=tuple(pools.files),
         unused_files=_unused_files(benchmark, split),
-        skipped=skipped,
+        skipped=pools.skipped,
     )
 
 
@@ -277,9 +266,9 @@ class _ReadSet:
     skipped_documents: int
 
 
-def _read_set(found: EvaluationSet, limits: Subset | None, documents: Documents) -> _ReadSet:
+def _read_set(found: EvaluationSet, limits: Subset | None, pools: Pools) -> _ReadSet:
     """Return what the files of a set hold."""
-    on_bad_record, skipped = documents.on_bad_record, documents.skipped
+    on_bad_record, skipped = pools.on_bad_record, pools.skipped
     before = skipped.count
     queries: dict[str, Query] = {}
     for query in read_queries(found.queries_path, on_bad_record=on_bad_record, skipped=skipped):
@@ -300,7 +289,7 @@ def _read_set(found: EvaluationSet, limits: Subset | None, documents: Documents)
             relevant[qrel.qid].add(qrel.did)
     always = {did for dids in relevant.values() for did in dids}
     before = skipped.count
-    pool = documents.add(found.pool_path, limits.max_candidates if limits else None, always)
+    pool = pools.add(found.pool_path, limits.max_candidates if limits else None, always)
     return _ReadSet(
         files=found,
         queries=[queries[qid] for qid in chosen],
@@ -315,8 +304,7 @@ def _read_set(found: EvaluationSet, limits: Subset | None, documents: Documents)
 def _query_set(
     root: Path,
     found: _ReadSet,
-    number: int,
-    ids: Ids,
+    numbers: Mapping[str, int],
     rows: Int[ndarray, "documents"],
     instructions: Mapping[InstructionKey, Instruction],
 ) -> QuerySet:
@@ -325,39 +313,26 @@ def _query_set(
     Args:
         root: Folder of the benchmark.
         found: What the files of the set hold.
-        number: Number of the set.
-        ids: What ids name.
-        rows: Row of each document in the selection.
+        numbers: Number of each id.
+        rows: Row in the selection of each number; -1 for documents that are not chosen.
         instructions: Instructions of queries.
     """
-    dids = {did for of_query in found.relevant.values() for did in of_query}
-    named = ids.resolve(number, sorted(dids), found.files.qrels_path)
-    relevant = [
-        [named[did] for did in found.relevant[query.qid] if did in named] for query in found.queries
-    ]
-    own = {*ids.own[number].values(), *named.values()}
-    documents = ids.documents
+    relevant, missing = [], []
+    for query in found.queries:
+        dids = found.relevant[query.qid]
+        known = rows[[numbers[did] for did in dids if did in numbers]]
+        relevant.append(tuple(np.sort(known[known >= 0]).tolist()))
+        missing.append(len(dids) - len(relevant[-1]))
     return QuerySet(
         name=found.files.name,
         task=found.files.task,
         qids=tuple(query.qid for query in found.queries),
         items=tuple(_query_item(root, query, instructions) for query in found.queries),
-        relevant=tuple(tuple(rows[of_query].tolist()) for of_query in relevant),
-        missing=np.array(
-            [
-                len(found.relevant[query.qid]) - len(of_query)
-                for query, of_query in zip(found.queries, relevant, strict=True)
-            ]
-        ),
+        relevant=tuple(relevant),
+        missing=np.array(missing),
         instructed=np.array([instruction_key(query) in instructions for query in found.queries]),
         pool=np.unique(rows[found.pool]),
         file=found.files.queries_path.name,
-        other_names={
-            int(rows[other]): f"{did}@{documents.contents[other]:016x}"
-            for did in documents.further
-            for other in documents.of(did)
-            if other not in own
-        },
         unused_judgments=found.unused_judgments,
         skipped_queries=found.skipped_queries,
         skipped_documents=found.skipped_documents,
