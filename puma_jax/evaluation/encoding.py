@@ -36,14 +36,19 @@ _PLACEHOLDER: RawItem = {"text": "."}
 
 @dataclass(frozen=True)
 class ItemEncoder:
-    """Encodes items with an embedder, shared by all processes; goes on where one cannot be read."""
+    """Encodes items with an embedder, and goes on where one cannot be read."""
 
     embedder: Embedder
     tokens_per_chunk: int | None = None
     """See `Embedder.encode`."""
+    shared: bool = True
+    """Whether each process encodes a part of the items on its own devices. False for an embedder
+    whose mesh spans all processes, and for work of a single process."""
 
     def __call__(self, items: Sequence[RawItem]) -> Float[ndarray, "n width"]:
         """Return the vectors of items; a row of NaN for an item that cannot be read."""
+        if not self.shared:
+            return self._encode(items)
         return np.asarray(multihost.map_across_processes(self._encode)(items))
 
     def error(self, item: RawItem) -> ItemError | None:
@@ -134,7 +139,9 @@ class Batches:
             items = [sources.item(row) for row in rows.tolist()]
             for place, item in enumerate(items):
                 if (error := self._leads_out(item)) is not None:
-                    reject(sources.located(rows[place], error), self.on_bad_record, self.skipped)
+                    reject(
+                        sources.located(int(rows[place]), error), self.on_bad_record, self.skipped
+                    )
                     readable[rows[place]], items[place] = False, _PLACEHOLDER
             key = VectorFolder.key(items) if self.folder else ""
             new = self.folder.read(key, len(items)) if self.folder else None
@@ -188,7 +195,9 @@ class Batches:
             for place in np.flatnonzero(np.isnan(vectors).all(1)).tolist():
                 error = self.encode.error(items[place])
                 if error is not None:
-                    reject(sources.located(rows[place], error), self.on_bad_record, self.skipped)
+                    reject(
+                        sources.located(int(rows[place]), error), self.on_bad_record, self.skipped
+                    )
                     readable[place] = False
         ids = [sources.name(row) for row in rows[readable].tolist()]
         check_finite(vectors[readable], ids, sources.kind)
