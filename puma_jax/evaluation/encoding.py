@@ -136,23 +136,7 @@ class Batches:
             # Shuffled, so that each call has the same mixture of lengths and images: the embedder
             # then fills rows of one shape and compiles once.
             rows = np.random.default_rng(0).permutation(order[start : start + _ITEMS_AT_ONCE])
-            items = [sources.item(row) for row in rows.tolist()]
-            for place, item in enumerate(items):
-                if (error := self._leads_out(item)) is not None:
-                    reject(
-                        sources.located(int(rows[place]), error), self.on_bad_record, self.skipped
-                    )
-                    readable[rows[place]], items[place] = False, _PLACEHOLDER
-            key = VectorFolder.key(items) if self.folder else ""
-            new = self.folder.read(key, len(items)) if self.folder else None
-            if new is None:
-                new = self._encoded(items)
-                readable[rows] &= self._check(new, rows, items, sources)
-                if self.folder:
-                    new = self.folder.write(key, new)
-            else:
-                self.bar.update(len(items))
-                readable[rows] &= self._check(new, rows, items, sources)
+            new, readable[rows] = self._batch(rows, sources)
             if vectors is None:
                 shape = sources.count, new.shape[1]
                 vectors = GatheredRows(*shape) if self.folder else np.empty(shape, np.float32)
@@ -160,15 +144,34 @@ class Batches:
         assert vectors is not None  # a selection has queries and documents
         return vectors, readable
 
-    def _leads_out(self, item: RawItem) -> DataError | None:
-        """Return an error if the image of an item lies outside of the benchmark."""
-        if "image" not in item:
-            return None
-        try:
-            resolve_inside(self.root, item["image"].relative_to(self.root).as_posix())
-        except DataError as error:
-            return error
-        return None
+    def _batch(
+        self, rows: Int[ndarray, "n"], sources: Sources
+    ) -> tuple[Float[ndarray, "n width"], Bool[ndarray, "n"]]:
+        """Return the vectors of some rows, and which of their items can be read."""
+        items, inside = self._items(rows, sources)
+        key = VectorFolder.key(items) if self.folder else ""
+        vectors = self.folder.read(key, len(items)) if self.folder else None
+        if vectors is not None:
+            self.bar.update(len(items))
+            return vectors, inside & self._check(vectors, rows, items, sources)
+        vectors = self._encoded(items)
+        readable = inside & self._check(vectors, rows, items, sources)
+        return self.folder.write(key, vectors) if self.folder else vectors, readable
+
+    def _items(
+        self, rows: Int[ndarray, "n"], sources: Sources
+    ) -> tuple[list[RawItem], Bool[ndarray, "n"]]:
+        """Return the items of some rows, and which have no image outside of the benchmark."""
+        items, inside = [sources.item(row) for row in rows.tolist()], np.ones(len(rows), bool)
+        for place, item in enumerate(items):
+            if "image" not in item:
+                continue
+            try:
+                resolve_inside(self.root, item["image"].relative_to(self.root).as_posix())
+            except DataError as error:
+                self._reject(sources, rows[place], error)
+                items[place], inside[place] = _PLACEHOLDER, False
+        return items, inside
 
     def _encoded(self, items: list[RawItem]) -> Float[ndarray, "n width"]:
         """Return the vectors of items; the bar goes on with them."""
@@ -195,13 +198,15 @@ class Batches:
             for place in np.flatnonzero(np.isnan(vectors).all(1)).tolist():
                 error = self.encode.error(items[place])
                 if error is not None:
-                    reject(
-                        sources.located(int(rows[place]), error), self.on_bad_record, self.skipped
-                    )
+                    self._reject(sources, rows[place], error)
                     readable[place] = False
         ids = [sources.name(row) for row in rows[readable].tolist()]
         check_finite(vectors[readable], ids, sources.kind)
         return readable
+
+    def _reject(self, sources: Sources, row: np.int64, error: Exception) -> None:
+        """Raise the error of an item with its name and file, or count it."""
+        reject(sources.located(int(row), error), self.on_bad_record, self.skipped)
 
 
 class _TrackedItems(list[RawItem]):
