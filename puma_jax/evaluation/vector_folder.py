@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from puma_jax.artifacts import atomic_file, lock
+from puma_jax.artifacts import atomic_file, lock, writing
 from puma_jax.embedder import RawItem
 from puma_jax.files import sha256_of
 from puma_jax.parallel import multihost
@@ -73,7 +73,8 @@ class VectorFolder:
             if _FILE.fullmatch(path.name):
                 found = _load(path, count)
                 if found is None:
-                    path.unlink()
+                    with writing(path):
+                        path.unlink()
         if not multihost.all_processes(found is not None):
             return None
         self.reused += count
@@ -92,9 +93,10 @@ class VectorFolder:
 
     def remove(self) -> None:
         """Remove the files and the folder, if nothing else is in it."""
-        for path in self.folder.iterdir():
-            if _FILE.fullmatch(path.name) or path.name == ".lock":
-                path.unlink()
+        with writing(self.folder):
+            for path in self.folder.iterdir():
+                if _FILE.fullmatch(path.name) or path.name == ".lock":
+                    path.unlink()
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
