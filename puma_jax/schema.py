@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from puma_jax.errors import ConfigError
 Kind = TypeVar("Kind")
 
 _SHOWN_CHARACTERS = 60
+_DIGITS = re.compile("0|[1-9][0-9]{0,17}")
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ def from_json(
 
     Args:
         kind: A dataclass. Its fields may be bool, int, float, str, Path, None, Any, Literal,
-            another dataclass, and unions, lists, tuples and dictionaries of these.
+            another dataclass, and unions, lists, tuples and dictionaries of these. Keys of
+            dictionaries may be str, int or Literal.
         value: What `json` makes of a file.
         at: Name of the value, put before what is wrong with it.
         unknown: "error" refuses fields that a dataclass does not declare, "ignore" drops them.
@@ -157,9 +160,11 @@ def _convert(kind: Any, value: Any, at: str, *, from_file: bool, ignore: bool = 
     if origin is dict or kind is dict:
         if not isinstance(value, Mapping):
             raise _mismatch(value, at, "an object")
-        values = arguments[1] if arguments else Any
+        keys, values = arguments or (str, Any)
         return {
-            convert(str, key, f"{at} key"): convert(values, entry, f"{at}.{key}" if at else key)
+            _convert_key(keys, key, at, convert): convert(
+                values, entry, f"{at}.{key}" if at else str(key)
+            )
             for key, entry in value.items()
         }
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
@@ -189,6 +194,13 @@ def _convert_scalar(kind: type, value: Any, at: str) -> Any:
     if not math.isfinite(number):
         raise _mismatch(value, at, "a finite number")
     return number
+
+
+def _convert_key(kind: Any, key: Any, at: str, convert: Any) -> Any:
+    """Return a key of a dictionary; in JSON, a number that is a key is a text of digits."""
+    if kind is int and isinstance(key, str) and _DIGITS.fullmatch(key):
+        return int(key)
+    return convert(kind, key, f"{at} key")
 
 
 def _convert_union(kinds: tuple[Any, ...], value: Any, at: str, convert: Any) -> Any:

@@ -14,7 +14,7 @@ import tyro
 from puma_jax import Embedder, cli
 from puma_jax.config import DType
 from puma_jax.errors import CheckpointError, ConfigError
-from puma_jax.evaluation.report import Evaluation
+from puma_jax.evaluation.results import read_evaluation
 from puma_jax.export import sentence_transformers, stablehlo
 from puma_jax.export.card import model_card, training_of
 from puma_jax.model.encoder import parse_layers
@@ -47,7 +47,7 @@ def main(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists: choose another folder, or remove it")
-    evaluation = None if results is None else Evaluation.read(results)
+    evaluation = None if results is None else read_evaluation(results)
     training = training_of(Path(model))
     embedder = Embedder.load(model, dtype=dtype)
     if keep_layers is not None:

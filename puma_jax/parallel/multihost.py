@@ -121,6 +121,15 @@ def run_on_all(work: Callable[[], object]) -> None:
             raise failed
 
 
+def all_processes(flag: bool) -> bool:
+    """Return whether every process passes True; all of them call this together and wait."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.array(flag)).all())
+
+
 def any_process(mesh: Mesh) -> Callable[[bool], bool]:
     """Return a function that says, in all processes alike, whether any process has set a flag.
 

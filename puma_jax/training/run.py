@@ -28,13 +28,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from puma_jax.artifacts import write_json
+from puma_jax.artifacts import write_json, writing
 from puma_jax.data.mbeir import discover
 from puma_jax.embedder import Embedder
 from puma_jax.errors import ConfigError
+from puma_jax.evaluation.encoding import ItemEncoder
 from puma_jax.evaluation.evaluation import Evaluation, Subset, evaluate_selection
 from puma_jax.evaluation.picture import render_results
-from puma_jax.evaluation.report import compare, markdown
+from puma_jax.evaluation.report import markdown
+from puma_jax.evaluation.results import compare
 from puma_jax.evaluation.selection import Selection, select
 from puma_jax.model.attention import describe
 from puma_jax.model.tree import named_leaves
@@ -173,9 +175,11 @@ def _train(
     def measure(stage: Stage) -> dict[str, float]:
         if subset is None:
             return {}
-        embedder = stage.embedder()
         found = evaluate_selection(
-            subset, lambda items: embedder.encode(items, progress=False), progress=False
+            subset,
+            ItemEncoder(stage.embedder(), shared=False),
+            on_bad_record=config.data.on_bad_record,
+            progress=False,
         )
         return {"hit@k local": found.mean("local"), "hit@k global": found.mean("global")}
 
@@ -201,7 +205,8 @@ def _subset(config: TrainConfig) -> Selection | None:
         found.split == settings.split for found in benchmark.sets
     ):
         return None
-    return select(benchmark, settings.split, Subset(settings.max_queries, settings.max_candidates))
+    limits = Subset(settings.max_queries, settings.max_candidates)
+    return select(benchmark, settings.split, limits, on_bad_record=config.data.on_bad_record)
 
 
 def _result(name: str, config: TrainConfig, workdir: Path) -> dict[str, Any]:
@@ -217,11 +222,16 @@ def _result(name: str, config: TrainConfig, workdir: Path) -> dict[str, Any]:
     benchmark = discover(config.data.root)
     if any(found.split == config.evaluation.final_split for found in benchmark.sets):
         print(f"Evaluating {name} on {config.evaluation.final_split}", flush=True)
-        selection = select(benchmark, config.evaluation.final_split)
-        encode = multihost.map_across_processes(
-            lambda items: embedder.encode(items, progress=False)
+        skip = config.data.on_bad_record
+        selection = select(benchmark, config.evaluation.final_split, on_bad_record=skip)
+        evaluation = evaluate_selection(
+            selection,
+            ItemEncoder(embedder),
+            on_bad_record=skip,
+            progress=multihost.is_process_zero(),
         )
-        evaluation = evaluate_selection(selection, encode, progress=multihost.is_process_zero())
+        for note in evaluation.notes():
+            print(note, flush=True)
         speed = _items_per_second(embedder, selection)
         multihost.on_process_zero(lambda: _write_found(folder, selection, evaluation))
     leaves = named_leaves(embedder.params)
@@ -240,16 +250,17 @@ def _result(name: str, config: TrainConfig, workdir: Path) -> dict[str, Any]:
 
 def _write_found(folder: Path, selection: Selection, evaluation: Evaluation) -> None:
     """Write the ranked candidates: as TREC run files, and as a picture."""
-    folder.mkdir(parents=True, exist_ok=True)
-    evaluation.write_runs(folder)
-    render_results(selection, evaluation).save(folder / "retrieved.png")
+    with writing(folder):
+        evaluation.write_runs(folder)
+        render_results(selection, evaluation).save(folder / "retrieved.png")
 
 
 def _items_per_second(embedder: Embedder, selection: Selection) -> float:
     """Return how many candidates are embedded per second, reading of images included."""
     rows = np.linspace(0, len(selection.dids) - 1, _TIMED_ITEMS).astype(int)
     items = [selection.document(row) for row in rows.tolist()]
-    embedder.encode(items, progress=False)  # compiles
+    encode = ItemEncoder(embedder, shared=False)
+    encode(items)  # compiles
     began = time.perf_counter()
-    embedder.encode(items, progress=False)
+    encode(items)
     return len(items) / (time.perf_counter() - began)

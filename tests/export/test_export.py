@@ -88,7 +88,7 @@ def test_results_given_stand_in_the_card(tiny, tmp_path):
     assert "counted from 0: 0." in card
     assert "## Training" not in card
     assert "its license holds for them" in card
-    with pytest.raises(DataError, match=r"card cannot be read as results.json"):
+    with pytest.raises(DataError, match=r"card is missing"):
         main("huggingface", str(tiny.folder), tmp_path / "other", results=tmp_path / "card")
 
 
