@@ -149,7 +149,7 @@ def claim(
     for name, there, here in differences(found, wanted):
         if not any(name == one or name.startswith(f"{one}.") for one in (*adopt, *may_differ)):
             raise ArtifactError(
-                f"{folder} holds {what} of another job, which differs in {name} "
+                f"{folder} holds {what} of another job, which differs in {shown(name)[1:-1]} "
                 f"({shown(there)} there, {shown(here)} here): choose another folder, "
                 "or delete this one"
             )
