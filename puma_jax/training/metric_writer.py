@@ -13,6 +13,7 @@ from typing import Any
 
 from puma_jax.artifacts import writing
 from puma_jax.errors import ConfigError
+from puma_jax.files import sha256_of
 from puma_jax.parallel.multihost import is_process_zero
 from puma_jax.training.config import LogConfig
 
@@ -93,7 +94,13 @@ def _wandb_run(project: str, folder: Path, about: Mapping[str, Any]) -> Any:
         import wandb
     except ImportError:
         raise ConfigError("log.wandb needs Weights & Biases: pip install wandb") from None
-    # The id is that of the folder, so that a resumed run continues the same chart.
+    # The id is that of the folder's whole path: a resumed run continues the same chart, and a
+    # folder of the same name elsewhere has another one.
+    path = folder.resolve()
     return wandb.init(
-        project=project, id=folder.resolve().name, resume="allow", config=dict(about), dir=folder
+        project=project,
+        id=f"{path.name}-{sha256_of(str(path))[:8]}",
+        resume="allow",
+        config=dict(about),
+        dir=folder,
     )

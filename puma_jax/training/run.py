@@ -84,19 +84,23 @@ def run(config: TrainConfig, workdir: Path, reuse: Path | None = None) -> dict[s
     """
     began = time.perf_counter()
     mesh = make_mesh(config.mesh)
+    multihost.process_slice(mesh)  # an error if this process reads no contiguous part of a batch
+    device = f"{mesh.size} × {mesh.devices.flat[0].device_kind}"
+    about = (
+        f"Training on {device} in {workdir}: {', '.join(config.stages)}\n"
+        f"Mesh: {dict(mesh.shape)}, {describe(config.compute)}"
+    )
     multihost.on_process_zero(lambda: check_run(config, workdir, mesh, reuse))
     fresh = not (workdir / CONFIG_FILE).exists()
     with contextlib.ExitStack() as stack:
         multihost.on_process_zero(lambda: stack.enter_context(lock(workdir)))
         multihost.on_process_zero(lambda: claim_run(workdir, config))
-        device = mesh.devices.flat[0].device_kind
-        print(f"Training on {mesh.size} × {device} in {workdir}: {', '.join(config.stages)}")
-        print(f"Mesh: {dict(mesh.shape)}, {describe(config.compute)}")
+        print(about)
         folder = _run_stages(config, workdir, mesh, reuse)
         content = {
             "config": as_json(config),
             "versions": versions(),
-            "device": f"{mesh.size} × {device}",
+            "device": device,
             # Unknown for a resumed run.
             "seconds": round(time.perf_counter() - began) if fresh else None,
             "stages": {

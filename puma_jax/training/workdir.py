@@ -53,11 +53,23 @@ def as_json(config: TrainConfig) -> dict[str, Any]:
 def claim_run(workdir: Path, config: TrainConfig) -> None:
     """Make a folder that of a run, or check that it is.
 
+    As long as no stage has begun, other settings replace those that are there: a run that was
+    refused for one of them can be corrected.
+
     Raises:
         ArtifactError: It holds something else, another run, or the run of another version.
     """
     if (workdir / CONFIG_FILE).exists():
-        read_run(workdir)
+        found = read_run(workdir)
+        if not (workdir / "stages").exists():
+            if as_json(found) != as_json(config):
+                print(f"{workdir}: no stage has begun, other settings replace those there")
+                _remove_settings(workdir)
+        elif [name for name in found.stages if name in config.stages] != list(config.stages):
+            raise ArtifactError(
+                f"{workdir} holds a run with stages {', '.join(found.stages)}, this one has "
+                f"{', '.join(config.stages)}: choose another --workdir"
+            )
     try:
         claim(workdir, CONFIG_FILE, as_json(config), what="a run", may_differ=_MAY_DIFFER)
     except ArtifactError as error:
@@ -67,6 +79,14 @@ def claim_run(workdir: Path, config: TrainConfig) -> None:
             f"{error}; with --reuse {workdir}, a run in another folder takes over the finished "
             "stages that are the same"
         ) from None
+
+
+def _remove_settings(workdir: Path) -> None:
+    """Remove the config of a run without a stage, and the base model that was made for it."""
+    with writing(workdir):
+        if (workdir / "base").exists():
+            shutil.rmtree(workdir / "base")
+        (workdir / CONFIG_FILE).unlink()
 
 
 def read_run(workdir: Path) -> TrainConfig:
@@ -126,7 +146,7 @@ def claim_stage(workdir: Path, name: str, job: dict[str, Any]) -> None:
     Raises:
         ArtifactError: The stage was begun with other settings, another model or other data.
     """
-    claim(workdir / "stages" / name, STAGE_FILE, job, what=f"stage {name}")
+    claim(workdir / "stages" / name, STAGE_FILE, job, what=f"work on stage {name}")
 
 
 def finish_stage(workdir: Path, name: str) -> None:

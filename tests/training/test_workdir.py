@@ -1,5 +1,6 @@
 """A workdir is one run's, and a finished stage is taken for nothing but what it is."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -54,11 +55,28 @@ def test_the_same_run_may_go_on_elsewhere(workdir):
 
 
 def test_another_run_is_refused_and_told_how_to_reuse_this_one(workdir):
+    (workdir / "stages").mkdir()
     with pytest.raises(
         ArtifactError,
         match=r"differs in stages\.cut\.steps \(8 there, 9 here\): .* with --reuse .*run,",
     ):
         claim_run(workdir, CONFIG(9))
+
+
+def test_settings_of_a_run_without_a_stage_can_be_corrected(workdir, capsys):
+    write_model(workdir / "base")
+    claim_run(workdir, CONFIG(9))
+    assert "no stage has begun" in capsys.readouterr().out
+    assert read_run(workdir) == CONFIG(9)
+    assert not (workdir / "base").exists()
+
+
+def test_stages_in_another_order_are_another_run(workdir):
+    (workdir / "stages").mkdir()
+    config = CONFIG()
+    stages = dict(reversed(config.stages.items()))
+    with pytest.raises(ArtifactError, match="with stages deep, cut, this one has cut, deep"):
+        claim_run(workdir, dataclasses.replace(config, stages=stages))
 
 
 def test_a_run_of_another_version_is_refused_by_the_name_of_its_setting(workdir):
@@ -70,6 +88,7 @@ def test_a_run_of_another_version_is_refused_by_the_name_of_its_setting(workdir)
 
 
 def test_a_damaged_config_is_refused_in_one_line(workdir):
+    (workdir / "stages").mkdir()
     check_only_declared_errors(
         Target(workdir / "config.json", lambda: claim_run(workdir, CONFIG()))
     )
@@ -95,7 +114,9 @@ def test_data_of_benchmarks_of_the_same_name_lie_apart(tmp_path):
 def test_unfinished_work_of_another_stage_is_refused(workdir):
     claim_stage(workdir, "deep", JOB)
     claim_stage(workdir, "deep", JOB)
-    with pytest.raises(ArtifactError, match="stage deep of another job, which differs in data"):
+    with pytest.raises(
+        ArtifactError, match="work on stage deep of another job, which differs in data"
+    ):
         claim_stage(workdir, "deep", {**JOB, "data": "another"})
 
 
