@@ -62,7 +62,8 @@ def claim_run(workdir: Path, config: TrainConfig) -> None:
     if (workdir / CONFIG_FILE).exists():
         found = read_run(workdir)
         if not (workdir / "stages").exists():
-            if as_json(found) != as_json(config):
+            # As text, because the order of the stages counts.
+            if json.dumps(as_json(found)) != json.dumps(as_json(config)):
                 print(f"{workdir}: no stage has begun, other settings replace those there")
                 _remove_settings(workdir)
         elif [name for name in found.stages if name in config.stages] != list(config.stages):

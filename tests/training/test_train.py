@@ -11,7 +11,6 @@ from puma_jax.train import load_config, parse
 
 REPOSITORY = Path(__file__).parents[2]
 DEMO = str(REPOSITORY / "configs/openmoji.py")
-PAPER = str(REPOSITORY / "configs/puma_qwen2vl_7b.py")
 FLAG = re.compile(
     r"(--(?:stages|mesh|log|data|evaluation|checkpoint)\.[\w.-]+(?: [\w./,][\w./,-]*)*)"
 )
@@ -30,7 +29,7 @@ def test_flags_change_the_config():
     assert (workdir, reuse) == (Path("run"), Path("other"))
 
 
-def test_the_flags_of_the_docs_are_accepted():
+def test_the_flags_of_the_docs_are_accepted(capsys):
     pages = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
     text = "\n".join(page.read_text() for page in pages)
     text = re.sub(r"(--[\w.-]+)\n(\w)", r"\1 \2", text.replace("\\\n", " "))
@@ -38,14 +37,12 @@ def test_the_flags_of_the_docs_are_accepted():
     assert "--stages.mac.loss.relative" in shown
     refused = []
     for flag in shown:
-        for config in (DEMO, PAPER):
-            try:
-                parse(flags(*shlex.split(flag), config=config))
-                break
-            except SystemExit:
-                continue
-        else:
-            refused.append(flag)
+        try:
+            parse(flags(*shlex.split(flag)))
+        except SystemExit:
+            # A page may name a flag without its value.
+            if " " in flag or "Missing value" not in capsys.readouterr().err:
+                refused.append(flag)
     assert not refused
 
 
