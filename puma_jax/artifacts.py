@@ -81,10 +81,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         try:
             _try_lock(held)
             yield partial
-            for path, _, files in os.walk(partial, topdown=False):
-                for file in files:
-                    _sync(Path(path, file))
-                _sync(Path(path))
+            sync(partial)
             if within:
                 check_output(target)  # nothing of another process may have come meanwhile
                 for child in sorted(partial.iterdir()):
@@ -108,7 +105,7 @@ def check_output(folder: Path) -> Path:
         if target.exists() or target.is_symlink():
             if not target.is_dir():
                 raise ArtifactError(f"{folder} is a file: choose another folder")
-            if any(not is_partial(path) for path in target.iterdir()):
+            if any(not _is_ours(path) for path in target.iterdir()):
                 raise ArtifactError(f"{folder} is not empty: choose another folder, or remove it")
         existing = next(path for path in (target, *target.parents) if path.exists())
         if not existing.is_dir():
@@ -145,17 +142,14 @@ def claim(
     path, adopt = folder / marker, adopt or {}
     wanted = json.loads(json.dumps(dict(job), default=str))
     if not path.exists():
-        if folder.exists() and any(
-            not is_partial(entry) and not entry.name.startswith(_LOCK)
-            for entry in _entries(folder, what)
-        ):
+        if folder.exists() and not all(map(_is_ours, _entries(folder, what))):
             raise ArtifactError(f"{folder} is not empty and holds no {what}: choose another folder")
         _create(path, {**wanted, **{name: compute() for name, compute in adopt.items()}})
     found = read_json(path)
     for name, there, here in differences(found, wanted):
         if not any(name == one or name.startswith(f"{one}.") for one in (*adopt, *may_differ)):
             raise ArtifactError(
-                f"{folder} holds {what} of another job, which differs in {name} "
+                f"{folder} holds {what} of another job, which differs in {shown(name)[1:-1]} "
                 f"({shown(there)} there, {shown(here)} here): choose another folder, "
                 "or delete this one"
             )
@@ -210,6 +204,19 @@ def lock(folder: Path, part: str = "") -> Iterator[None]:
 def is_partial(path: Path) -> bool:
     """Whether a path is of something that was never finished: of our own making, and no one's."""
     return _PARTIAL.fullmatch(path.name) is not None
+
+
+def sync(folder: Path) -> None:
+    """Wait until a folder, with all that is in it, would survive a power failure.
+
+    Raises:
+        ArtifactError: The disk is full, or fails.
+    """
+    with writing(folder):
+        for path, _, files in os.walk(folder, topdown=False):
+            for file in files:
+                _sync(Path(path, file))
+            _sync(Path(path))
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -304,6 +311,11 @@ def _link(partial: Path, path: Path) -> None:
             file.write(partial.read_bytes())
             file.flush()
             os.fsync(file.fileno())
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a folder with this in it still counts as empty: a lock, or what was not finished."""
+    return is_partial(path) or path.name.startswith(_LOCK)
 
 
 def _entries(folder: Path, what: str) -> Iterator[Path]:

@@ -135,7 +135,7 @@ def _convert(kind: Any, value: Any, at: str, *, from_file: bool, ignore: bool = 
         value = convert(arguments[0], value, at)
         for limit in arguments[1:]:
             if isinstance(limit, Range) and value is not None and value not in limit:
-                raise ConfigError(f"{at} {shown(value)} must be {limit}")
+                raise ConfigError(f"{_printable(at)} {shown(value)} must be {limit}")
         return value
     if origin is Literal:
         if not any(value == one and type(value) is type(one) for one in arguments):
@@ -238,11 +238,11 @@ def _convert_dataclass(kind: Any, value: Any, at: str, convert: Any, ignore: boo
     hints = _fields(kind)
     extra = sorted(map(str, set(value) - set(hints)))
     if extra and not ignore:
-        raise ConfigError(f"{place}{extra[0]} is unknown, expected {', '.join(hints)}")
+        raise ConfigError(f"{_printable(place + extra[0])} is unknown, expected {', '.join(hints)}")
     for field in dataclasses.fields(kind):
         required = field.default is field.default_factory is dataclasses.MISSING
         if field.init and required and field.name not in value:
-            raise ConfigError(f"{place}{field.name} is missing")
+            raise ConfigError(f"{_printable(place)}{field.name} is missing")
     fields = {
         name: convert(hint, value[name], f"{place}{name}")
         for name, hint in hints.items()
@@ -251,11 +251,16 @@ def _convert_dataclass(kind: Any, value: Any, at: str, convert: Any, ignore: boo
     try:
         return kind(**fields)
     except ConfigError as error:
-        raise ConfigError(f"{at}: {error}" if at else str(error)) from None
+        raise ConfigError(f"{_printable(at)}: {error}" if at else str(error)) from None
 
 
 def _mismatch(value: object, at: str, expected: str) -> ConfigError:
-    return ConfigError(f"{at or 'value'} {shown(value)} is not {expected}")
+    return ConfigError(f"{_printable(at) or 'value'} {shown(value)} is not {expected}")
+
+
+def _printable(name: str) -> str:
+    """Return a dotted name as messages show it: keys of a file may hold anything."""
+    return name if name.isprintable() else shown(name)[1:-1]
 
 
 @functools.cache

@@ -167,7 +167,7 @@ def _training(training: Training) -> str:
                 str(loss["temperature"]),
                 f"{share[0]:g} → {share[1]:g}" if max(share) > 0 else "–",
                 stage["trainable"] + (" + vision" if stage["train_vision"] else ""),
-                str(stage["steps"] or f"{stage['epochs']:g} epochs"),
+                str(stage["steps"] or f"{stage['epochs'] or 0:g} epochs"),
                 str(stage["plan"]["batch_size"]),
                 f"{optimizer['learning_rate']:g}",
             ]

@@ -8,6 +8,7 @@ process is raised in all of them, with the same message.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -91,6 +92,25 @@ def on_process_zero(work: Callable[[], object]) -> None:
         work()
         return
     run_on_all(work if is_process_zero() else lambda: None)
+
+
+def from_process_zero(work: Callable[[], Any]) -> Any:
+    """Return, in all processes, what some work returns on process 0, a value that JSON can express.
+
+    Raises:
+        PumaError: The error that the work raised, in all processes.
+    """
+    from jax.experimental import multihost_utils
+
+    found: list[Any] = []
+    on_process_zero(lambda: found.append(work()))
+    if jax.process_count() == 1:
+        return found[0]
+    text = json.dumps(found[0]).encode() if found else b""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    line = np.zeros(size, np.uint8)
+    line[: len(text)] = np.frombuffer(text, np.uint8)
+    return json.loads(bytes(multihost_utils.broadcast_one_to_all(line)))
 
 
 def run_on_all(work: Callable[[], object]) -> None:

@@ -54,12 +54,7 @@ def run_stage(
         TrainingError: The loss or the gradient norm is not finite.
         Preempted: SIGTERM or Ctrl-C was received; the state is saved.
     """
-    about = {
-        "stage": stage.name,
-        "steps": stage.steps,
-        "seed": config.seed,
-        "kept_layers": list(stage.model.kept_layers),
-    }
+    about = {**stage.job, "steps": stage.steps}
     checkpoints = Checkpoints(folder, max_to_keep=config.checkpoint.max_to_keep, about=about)
     if checkpoints.latest is not None:
         stage.state = checkpoints.restore(stage.state)
