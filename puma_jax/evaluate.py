@@ -46,6 +46,7 @@ def main(
     vectors_dir: Path | None = None,
     compare_with: tuple[Path, ...] = (),
     dtype: DType | None = None,
+    ret_token: str | None = None,
     tokens_per_chunk: int | None = None,
     mesh: MeshConfig = _ALL_DEVICES,
     distributed: DistributedConfig = _ALONE,
@@ -68,6 +69,8 @@ def main(
         compare_with: Files results.json of other models or of training runs, or result.json of
             their stages, to print in the same table.
         dtype: Dtype of weights and activations. The dtype of the model's files by default.
+        ret_token: Token that ends every item, such as "<|video_pad|>"; for models without a spare
+            row for [RET]. The one saved with the model, or [RET], by default.
         tokens_per_chunk: Approximate tokens that a device processes at a time; no result depends on
             it. Small on a CPU and large on an accelerator by default.
         mesh: How the devices of a process share the work.
@@ -88,7 +91,7 @@ def main(
         benchmark, split, Subset(*subset) if subset else None, on_bad_record=on_bad_record
     )
     devices = make_mesh(mesh, jax.local_devices())
-    embedder = Embedder.load(model, dtype=dtype, mesh=devices)
+    embedder = Embedder.load(model, dtype=dtype, ret_token=ret_token, mesh=devices)
     print(describe(embedder.compute), flush=True)
     with contextlib.ExitStack() as stack:
         vectors = None

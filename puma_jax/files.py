@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from puma_jax.errors import ArtifactError, ConfigError, PumaError
@@ -127,8 +128,15 @@ def sha256_of(value: Any) -> str:
 def save_tensors(
     tensors: Mapping[str, ndarray], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file that others may read: the library makes it its owner's alone."""
-    save_file(dict(tensors), path, metadata)
+    """Write a safetensors file that others may read: the library makes it its owner's alone.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    try:
+        save_file(dict(tensors), path, metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
     os.umask(mask := os.umask(0))
     path.chmod(0o666 & ~mask)
 

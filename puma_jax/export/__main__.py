@@ -28,6 +28,7 @@ def main(
     out: Path,
     keep_layers: str | None = None,
     dtype: DType | None = None,
+    ret_token: str | None = None,
     license: str | None = None,  # noqa: A002
     results: Path | None = None,
 ) -> None:
@@ -41,6 +42,8 @@ def main(
         keep_layers: Layers to keep: "12" for the first twelve, or indices such as "0-10,27". All
             of them by default.
         dtype: Dtype of the weights. The dtype of the model's files by default.
+        ret_token: Token that ends every item, such as "<|video_pad|>"; for models without a spare
+            row for [RET]. The one saved with the model, or [RET], by default.
         license: SPDX name for the card. By default the card refers to the base model's license.
         results: File results.json of `puma_jax.evaluate` for the card. By default the results of
             the training run whose workdir holds the model.
@@ -49,7 +52,7 @@ def main(
         raise ConfigError(f"{out} exists: choose another folder, or remove it")
     evaluation = None if results is None else read_evaluation(results)
     training = training_of(Path(model))
-    embedder = Embedder.load(model, dtype=dtype)
+    embedder = Embedder.load(model, dtype=dtype, ret_token=ret_token)
     if keep_layers is not None:
         embedder = embedder.keep_layers(parse_layers(keep_layers))
     if keep_layers is not None and evaluation is None:

@@ -39,7 +39,7 @@ from puma_jax.artifacts import write_json
 from puma_jax.config import require
 from puma_jax.data.prompts import PROMPT_TEMPLATES
 from puma_jax.embedder import Embedder
-from puma_jax.model.hf import read_json
+from puma_jax.files import read_json
 
 _STATES = {"method": "forward", "method_output_name": "last_hidden_state"}
 _TRANSFORMER = {

@@ -17,8 +17,9 @@ from puma_jax.config import ComputeConfig, ModelConfig
 from puma_jax.data.builder.build import Settings, build
 from puma_jax.data.pipeline import Loader
 from puma_jax.data.plan import Plan
-from puma_jax.data.prompts import Processor, load_tokenizer, prompt_fingerprint
+from puma_jax.data.prompts import Processor, prompt_fingerprint
 from puma_jax.data.store import Store
+from puma_jax.data.tokenizer import load_tokenizer
 from puma_jax.embedder import Embedder
 from puma_jax.model import hf, lora
 from puma_jax.model.encoder import Encoder, keep_layers, layer_indices, parse_layers

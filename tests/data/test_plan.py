@@ -221,7 +221,7 @@ def test_what_does_not_fit_is_an_error_when_it_is_planned(plan_of):
             "less than two",
         ),
         ({"mixture_weights": (("tiny", 1.0),), "homogeneous_batches": True}, "exclude each other"),
-        ({"batch_size": 0}, "must be at least 1"),
+        ({"batch_size": 0}, "must be in \\[1, "),
     ],
 )
 def test_settings_that_cannot_be_are_named(plan_of, settings, message):
