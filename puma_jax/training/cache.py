@@ -21,7 +21,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from puma_jax.artifacts import write_json
 from puma_jax.config import ComputeConfig, ModelConfig
@@ -34,6 +33,7 @@ from puma_jax.errors import CheckpointError
 from puma_jax.forward import map_chunks
 from puma_jax.parallel import multihost
 from puma_jax.parallel.mesh import replicated
+from puma_jax.progress import Progress
 from puma_jax.rows import PackedBatch, PackedShape
 from puma_jax.training.step import FrozenParams, PairStates
 from puma_jax.training.teacher import TeacherFn
@@ -148,7 +148,7 @@ def build(
         return map_chunks(encode, window.rows, mesh)
 
     before = sum(len(windows.items(number)) for number in range(done))
-    with tqdm(
+    with Progress(
         total=len(index), initial=before, desc="teacher", unit="item", disable=not first
     ) as bar:
         read = batches(windows, done, windows.count, workers=workers)
