@@ -59,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     initialize(config.distributed)
     try:
-        run(config, chosen.workdir)
+        with cli.printable_output():
+            run(config, chosen.workdir)
     except Preempted:
         print("Stopped, all is saved: rerun the same command to resume")
 
@@ -75,6 +76,8 @@ def load_config(path: Path) -> Callable[..., TrainConfig]:
     """
     if not path.is_file():
         raise ConfigError(f"--config {path} is not a file")
+    if path.suffix != ".py":
+        raise ConfigError(f"--config {path} is not a Python file: its name must end with .py")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
