@@ -12,7 +12,7 @@ import select
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import TextIO
+from typing import Any
 
 import tyro
 
@@ -97,7 +97,7 @@ def printable_output() -> Iterator[None]:
 class _Printable(io.TextIOBase):
     """A stream that passes on what is printable, and the rest escaped."""
 
-    def __init__(self, stream: TextIO):
+    def __init__(self, stream: Any):
         self._stream = stream
 
     def write(self, text: str, /) -> int:

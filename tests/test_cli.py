@@ -14,7 +14,7 @@ HOSTILE = "a\x1b[31m\0\r\n\x9b\u202e\u2066\u2028\udcff.jpg"
 HARMLESS = r"a\x1b[31m\x00\r\n\x9b\u202e\u2066\u2028\udcff.jpg"
 
 
-def end_of(error, capfd):
+def end_of(error, capsys):
     """Return exit code and what is printed when a command raises an error."""
 
     def main():
@@ -22,17 +22,17 @@ def end_of(error, capfd):
 
     with pytest.raises(SystemExit) as ended:
         cli.exit_on_error(main)
-    return ended.value.code, capfd.readouterr().err
+    return ended.value.code, capsys.readouterr().err
 
 
-def test_a_message_does_not_steer_the_terminal(capfd):
-    assert end_of(ArtifactError(HOSTILE), capfd) == (2, f"error: {HARMLESS}\n")
+def test_a_message_does_not_steer_the_terminal(capsys):
+    assert end_of(ArtifactError(HOSTILE), capsys) == (2, f"error: {HARMLESS}\n")
 
 
-def test_names_in_what_is_printed_do_not_either(capfd):
+def test_names_in_what_is_printed_do_not_either(capsys):
     with cli.printable_output():
         print("first\tline\n", HOSTILE.replace("\n", ""))
-    assert capfd.readouterr().out == "first\tline\n " + HARMLESS.replace(r"\n", "") + "\n"
+    assert capsys.readouterr().out == "first\tline\n " + HARMLESS.replace(r"\n", "") + "\n"
 
 
 @pytest.mark.parametrize(
@@ -42,13 +42,13 @@ def test_text_of_all_scripts_stays_as_it_is(text):
     assert cli.printable(text) == text
 
 
-def test_an_interrupt_is_a_line_and_130(capfd):
-    assert end_of(KeyboardInterrupt(), capfd) == (130, "error: interrupted\n")
+def test_an_interrupt_is_a_line_and_130(capsys):
+    assert end_of(KeyboardInterrupt(), capsys) == (130, "error: interrupted\n")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG])
-def test_a_disk_that_is_full_or_read_only_is_a_line(number, capfd):
-    code, printed = end_of(OSError(number, "cause", "out\x1b/a"), capfd)
+def test_a_disk_that_is_full_or_read_only_is_a_line(number, capsys):
+    code, printed = end_of(OSError(number, "cause", "out\x1b/a"), capsys)
     assert (code, printed) == (2, "error: out\\x1b/a: cause\n")
 
 
