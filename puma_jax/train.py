@@ -76,8 +76,6 @@ def load_config(path: Path) -> Callable[..., TrainConfig]:
     """
     if not path.is_file():
         raise ConfigError(f"--config {path} is not a file")
-    if path.suffix != ".py":
-        raise ConfigError(f"--config {path} is not a Python file: its name must end with .py")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None

@@ -7,8 +7,7 @@ import sys
 import pytest
 
 from puma_jax import cli
-from puma_jax.errors import ArtifactError, ConfigError
-from puma_jax.train import load_config
+from puma_jax.errors import ArtifactError
 
 HOSTILE = "a\x1b[31m\0\r\n\x9b\u202e\u2066\u2028\udcff.jpg"
 HARMLESS = r"a\x1b[31m\x00\r\n\x9b\u202e\u2066\u2028\udcff.jpg"
@@ -92,12 +91,3 @@ def test_a_flag_of_another_type_is_refused_with_usage_only():
         )
         assert done.returncode == 2
         assert b"Traceback" not in done.stderr + done.stdout
-
-
-def test_a_config_of_another_kind_is_refused(tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text("steps: 8")
-    with pytest.raises(ConfigError, match=r"config\.yaml is not a Python file: .* end with \.py"):
-        load_config(path)
-    with pytest.raises(ConfigError, match=r"nowhere\.py is not a file"):
-        load_config(tmp_path / "nowhere.py")
