@@ -91,3 +91,27 @@ def test_a_flag_of_another_type_is_refused_with_usage_only():
         )
         assert done.returncode == 2
         assert b"Traceback" not in done.stderr + done.stdout
+
+
+WITHOUT_TORCH = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find(name, *rest)
+import puma_jax.embedder
+from transformers.utils import is_torch_available
+assert not is_torch_available()
+"""
+
+
+def test_where_torch_is_not_installed_nothing_is_said_about_it():
+    command = [sys.executable, "-c", WITHOUT_TORCH]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
+
+
+@pytest.mark.parametrize("module", ["train", "embed", "export", "data.builder"])
+def test_help_is_usage_and_nothing_else(module):
+    command = [sys.executable, "-m", f"puma_jax.{module}", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"usage: python -m puma_jax.{module}")
+    assert done.stderr == ""
