@@ -89,6 +89,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             else:
                 os.replace(partial, target)
             _sync(parent)
+        except PumaError as error:  # of one who wrote into it, and names what is about to go
+            raise type(error)(str(error).replace(str(partial), str(folder))) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             os.close(held)
@@ -243,8 +245,26 @@ def writing(path: Path, *, error: type[PumaError] = ArtifactError) -> Iterator[N
     """
     try:
         yield
-    except OSError as reason:
-        raise error(f"{path} cannot be written: {reason.strerror or reason}") from reason
+    except PumaError:
+        raise
+    except Exception as reason:
+        said = _said_by_system(reason)
+        if said is None:
+            raise
+        raise error(f"{path} cannot be written: {said}") from reason
+
+
+def _said_by_system(error: Exception) -> str | None:
+    """Return what the operating system said, or None if the error is of another kind.
+
+    safetensors and tokenizers, which are written in Rust, put its number into errors of their own.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    found = re.search(r"\(os error ([0-9]+)\)", str(error))
+    if found:
+        return os.strerror(int(found[1]))
+    return str(error) if isinstance(error, OSError) else None
 
 
 def _remove_abandoned(parent: Path, name: str) -> None:

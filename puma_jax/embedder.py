@@ -16,7 +16,6 @@ from typing import Any, get_args
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from puma_jax.artifacts import atomic_folder
@@ -39,6 +38,7 @@ from puma_jax.model.encoder import Encoder
 from puma_jax.model.tree import named_leaves
 from puma_jax.parallel import rules
 from puma_jax.parallel.mesh import data_shards
+from puma_jax.progress import Progress
 from puma_jax.rows import PackedShape
 from puma_jax.schema import shown
 from puma_jax.typing import Float, ndarray
@@ -244,7 +244,7 @@ class Embedder:
         tokens = tokens_per_chunk or _default_tokens()
         window_tokens = tokens * _CHUNKS_IN_WINDOW * (data_shards(self.mesh) if self.mesh else 1)
         forward = Forward(self.params, self.config.vision, self.compute, self.mesh)
-        bar = tqdm(
+        bar = Progress(
             total=len(items) if isinstance(items, Sequence) else None,
             unit="item",
             delay=_SECONDS_UNTIL_BAR,

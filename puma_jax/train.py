@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config, workdir, reuse = parse(list(sys.argv[1:] if arguments is None else arguments))
     initialize(config.distributed)
     try:
-        run(config, workdir, reuse)
+        with cli.printable_output():
+            run(config, workdir, reuse)
     except Preempted:
         print("Stopped, all is saved: rerun the same command to resume")
 

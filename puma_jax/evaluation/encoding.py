@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from puma_jax.data.items import Item
 from puma_jax.data.lines import BadRecords, OnBadRecord, reject, resolve_inside
@@ -21,6 +20,7 @@ from puma_jax.embedder import Embedder, RawItem
 from puma_jax.errors import DataError, EvaluationError, ItemError
 from puma_jax.evaluation.vector_folder import GatheredRows, VectorFolder
 from puma_jax.parallel import multihost
+from puma_jax.progress import Progress
 from puma_jax.search.embedding import check_finite
 from puma_jax.typing import Bool, Float, Int, ndarray
 
@@ -112,7 +112,7 @@ class Batches:
     encode: Encode
     root: Path
     """Images that lie elsewhere, by a link, are not read."""
-    bar: tqdm
+    bar: Progress
     folder: VectorFolder | None
     on_bad_record: OnBadRecord
     skipped: BadRecords
@@ -212,7 +212,7 @@ class Batches:
 class _TrackedItems(list[RawItem]):
     """Items that advance a progress bar as they are iterated over."""
 
-    def __init__(self, items: list[RawItem], bar: tqdm):
+    def __init__(self, items: list[RawItem], bar: Progress):
         super().__init__(items)
         self.bar = bar
         self.seen = 0

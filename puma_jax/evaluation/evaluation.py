@@ -13,7 +13,6 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from puma_jax.data.lines import OnBadRecord
 from puma_jax.data.mbeir import TASKS, Benchmark, modality_code
@@ -25,6 +24,7 @@ from puma_jax.evaluation.ranking import Run
 from puma_jax.evaluation.report import Evaluation, Pool, SetResult, headline_k
 from puma_jax.evaluation.selection import QuerySet, Selection, Subset, select
 from puma_jax.evaluation.vector_folder import GatheredRows, VectorFolder
+from puma_jax.progress import Progress
 from puma_jax.search.topk import top_k
 from puma_jax.typing import Bool, Float, Int, ndarray
 
@@ -92,7 +92,9 @@ def evaluate_selection(
     depth = max((*ks, *(headline_k(query_set.name) for query_set in selection.sets)))
     order = selection.reading_order()
     total = len(order) + sum(len(query_set.items) for query_set in selection.sets)
-    bar = tqdm(total=total, desc=f"embedding {selection.split}", unit="item", disable=not progress)
+    bar = Progress(
+        total=total, desc=f"embedding {selection.split}", unit="item", disable=not progress
+    )
     skipped = replace(selection.skipped, messages=list(selection.skipped.messages))
     with bar:
         encode = ItemEncoder(model) if isinstance(model, Embedder) else model
@@ -112,7 +114,7 @@ def evaluate_selection(
     sets = _readable_sets(selection, readable, of_representative[selection.representative])
     pool = selection.pool[of_representative[selection.representative[selection.pool]]]
     pairs = sum(len(found.qids) * (len(found.pool) + len(pool)) for found in sets)
-    searching = tqdm(
+    searching = Progress(
         total=pairs, desc="searching", unit="score", unit_scale=True, disable=not progress
     )
     with searching:
@@ -184,7 +186,7 @@ def _search(
     representative: Int[ndarray, "documents"],
     pool: Int[ndarray, "documents_of_pool"],
     depth: int,
-    bar: tqdm,
+    bar: Progress,
 ) -> SearchResult:
     """Return the best documents of a pool for each query.
 

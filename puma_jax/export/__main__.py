@@ -5,15 +5,14 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
 from puma_jax import Embedder, cli
+from puma_jax.artifacts import atomic_folder, check_output
 from puma_jax.config import DType
-from puma_jax.errors import CheckpointError, ConfigError
 from puma_jax.evaluation.results import read_evaluation
 from puma_jax.export import sentence_transformers, stablehlo
 from puma_jax.export.card import model_card, training_of
@@ -48,34 +47,26 @@ def main(
         results: File results.json of `puma_jax.evaluate` for the card. By default the results of
             the training run whose workdir holds the model.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists: choose another folder, or remove it")
+    name = check_output(out).name
+    layers = None if keep_layers is None else parse_layers(keep_layers)
     evaluation = None if results is None else read_evaluation(results)
     training = training_of(Path(model))
     embedder = Embedder.load(model, dtype=dtype, ret_token=ret_token)
-    if keep_layers is not None:
-        embedder = embedder.keep_layers(parse_layers(keep_layers))
-    if keep_layers is not None and evaluation is None:
+    if layers is not None:
+        embedder = embedder.keep_layers(layers)
+    if layers is not None and evaluation is None:
         training = None  # the run's results are not those of a model pruned again
-    unfinished = out.with_name(f"{out.name}.unfinished")
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        write = {
-            "huggingface": embedder.save,
-            "stablehlo": lambda folder: stablehlo.write(embedder, folder),
-            "sentence-transformers": lambda folder: sentence_transformers.write(embedder, folder),
-        }
-        write[kind](unfinished)
+    write = {
+        "huggingface": embedder.save,
+        "stablehlo": lambda folder: stablehlo.write(embedder, folder),
+        "sentence-transformers": lambda folder: sentence_transformers.write(embedder, folder),
+    }
+    with atomic_folder(out) as partial:
+        write[kind](partial)
         card = model_card(
-            embedder, kind, out.name, license_name=license, training=training, evaluation=evaluation
+            embedder, kind, name, license_name=license, training=training, evaluation=evaluation
         )
-        (unfinished / "README.md").write_text(card, "utf-8")
-        unfinished.replace(out)
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        (partial / "README.md").write_text(card, "utf-8")
     print(f"{kind}: {embedder.config.decoder.layers} layers in {out}")
 
 

@@ -35,11 +35,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from puma_jax.artifacts import write_json
+from puma_jax.artifacts import write_json, write_text
 from puma_jax.config import require
 from puma_jax.data.prompts import PROMPT_TEMPLATES
 from puma_jax.embedder import Embedder
-from puma_jax.files import read_json
+from puma_jax.files import as_json, read_json
 
 _STATES = {"method": "forward", "method_output_name": "last_hidden_state"}
 _TRANSFORMER = {
@@ -167,7 +167,7 @@ def _write_modules(folder: Path, width: int) -> None:
         write_json(folder / path / name, config)
         kind = f"sentence_transformers.{kind}"
         listed.append({"idx": number, "name": str(number), "path": path, "type": kind})
-    (folder / "modules.json").write_text(json.dumps(listed, indent=2) + "\n", "utf-8")
+    write_text(folder / "modules.json", as_json(listed))
     write_json(
         folder / "config_sentence_transformers.json",
         {

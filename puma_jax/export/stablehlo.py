@@ -15,6 +15,7 @@ positions, places of image tokens), so that loaders stay small.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import shutil
@@ -38,7 +39,7 @@ from puma_jax.model.tree import assemble, named_leaves
 from puma_jax.rows import PackedBatch
 from puma_jax.typing import Array, Int, UInt8
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 # Texts and images are padded to one of these numbers of tokens, or to the limits. More numbers mean
@@ -74,7 +75,11 @@ def write(embedder: Embedder, folder: Path) -> None:
     shutil.copyfile(decode.__file__, folder / "decode.py")
     manifest = _manifest(embedder, template, exported)
     digests = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-    write_json(folder / "manifest.json", manifest | {"sha256": digests})
+    # Read back, for lists where JSON has no tuples.
+    manifest = json.loads(json.dumps(manifest | {"sha256": digests}))
+    content = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    write_json(folder / "manifest.json", manifest | {"content_sha256": digest})
 
 
 def one_item_rows(

@@ -25,7 +25,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from puma_jax.artifacts import atomic_file, claim
 from puma_jax.config import ComputeConfig, ModelConfig
@@ -38,6 +37,7 @@ from puma_jax.errors import CheckpointError
 from puma_jax.forward import map_chunks
 from puma_jax.parallel import multihost
 from puma_jax.parallel.mesh import replicated
+from puma_jax.progress import Progress
 from puma_jax.rows import PackedBatch, PackedShape
 from puma_jax.training.step import FrozenParams, PairStates
 from puma_jax.training.teacher import TeacherFn
@@ -172,7 +172,9 @@ def _compute(
 
     total = len(windows.lengths)
     before = total - sum(len(windows.items(number)) for number in missing)
-    with tqdm(total=total, initial=before, desc="teacher", unit="item", disable=not first) as bar:
+    with Progress(
+        total=total, initial=before, desc="teacher", unit="item", disable=not first
+    ) as bar:
         read = batches(_Chosen(windows, missing), 0, len(missing), workers=workers)
         numbered = zip(missing, prefetch_to_device(read, start), strict=True)
         for number, (window, chunks) in numbered:

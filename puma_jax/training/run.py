@@ -30,8 +30,9 @@ import jax
 from puma_jax.artifacts import lock, write_json
 from puma_jax.data.mbeir import discover
 from puma_jax.data.pipeline import Loader
-from puma_jax.data.prompts import Processor, load_tokenizer, prompt_fingerprint
+from puma_jax.data.prompts import Processor, prompt_fingerprint
 from puma_jax.data.store import Store
+from puma_jax.data.tokenizer import load_tokenizer
 from puma_jax.embedder import Embedder
 from puma_jax.evaluation.encoding import ItemEncoder
 from puma_jax.evaluation.evaluation import Subset, evaluate_selection

@@ -431,6 +431,7 @@ import multiprocessing, os, signal, sys
 from pathlib import Path
 from puma_jax.data.builder import Settings, build
 from puma_jax.data.builder.__main__ import main
+from puma_jax.progress import Progress
 
 def kill_when_working(*_):
     if workers := multiprocessing.active_children():
@@ -438,8 +439,7 @@ def kill_when_working(*_):
         os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
-    import tqdm
-    tqdm.tqdm.update = kill_when_working
+    Progress.update = kill_when_working
     root, out, model = map(Path, sys.argv[1:4])
     main(model, Settings(root, out, shard_items=2, workers=2))
 """

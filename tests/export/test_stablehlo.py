@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from puma_jax.data import decode
 from puma_jax.data.prompts import Processor, TextTruncationWarning
 from puma_jax.errors import ConfigError
 from puma_jax.export import loader, stablehlo
+from tests.fuzz import Target, check_only_declared_errors
 from tests.reference import SPECIAL, random_image
 
 VARIANTS = {"as_released": PromptConfig(), "bare": PromptConfig(template="bare", positions="1d")}
@@ -166,6 +168,10 @@ def test_items_are_read_as_the_embedder_reads_them(written, instruction):
     ("item", "message"),
     [
         ({}, "item 1 has neither text nor image"),
+        ("a cat", "item 1 has str, expected a dict of text, image or both"),
+        ({"txt": "a"}, "item 1 has 'txt', expected a dict of text, image or both"),
+        ({"text": 3}, "item 1: int is not a text"),
+        ({"text": "ä\ud800"}, r"item 1: '\\ud800' in its text is half a character: remove it"),
         ({"text": ' "" ', "image": None}, "item 1 has neither text nor image"),
         ({"text": "x" * 460}, r"item 1: text of 46\d tokens, over 450: shorten it"),
         ({"image": random_image(402, 2)}, r"item 1: image \(2, 402\) is over 200 : 1, crop it"),
@@ -174,6 +180,29 @@ def test_items_are_read_as_the_embedder_reads_them(written, instruction):
 def test_what_does_not_fit_is_refused(written, item, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
         loader.Embedder(written[1]).encode([{"text": "good"}, item])
+
+
+def test_a_call_that_means_something_else_is_refused(written):
+    small = loader.Embedder(written[1])
+    for items, batch_size in (("a cat", 8), ({"text": "a cat"}, 8), ([{"text": "a cat"}], -1)):
+        with pytest.raises(ValueError, match="expected a list and at least 1"):
+            small.encode(items, batch_size=batch_size)
+    with pytest.raises(ValueError, match=r"item 0: .* is half a character"):
+        small.encode([{"text": "a cat"}], instruction="\ud800")
+
+
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "embed.jax", "tokenizer.json", "weights.safetensors", "decode.py"]
+)
+def test_a_damaged_folder_is_refused_in_one_line(written, name, tmp_path):
+    folder = shutil.copytree(written[1], tmp_path / "model")
+    target = Target(folder / name, lambda: loader.Embedder(folder), ValueError)
+    outcome = check_only_declared_errors(target, count=100 if name == "manifest.json" else 20)
+    # What is left has other spaces, or is what it was.
+    assert outcome.accepted < outcome.count // 10
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=f"{name} cannot be read: No such file"):
+        loader.Embedder(folder)
 
 
 def test_a_text_is_refused_where_the_embedder_would_cut_it(written):

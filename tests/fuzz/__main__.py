@@ -31,7 +31,7 @@ _BYTES = 2 << 30
 
 def main() -> None:
     """Run the command."""
-    os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     from tests.fuzz.formats import FORMATS
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from puma_jax.data.images import open_image
 from puma_jax.data.openmoji.packages import demo_package
 from puma_jax.data.openmoji.split import connected
+from puma_jax.progress import Progress
 from puma_jax.typing import UInt8, ndarray
 
 _LINES = ("line", "line-supplement")  # the other groups of a drawing are its colors
@@ -121,7 +121,12 @@ def in_threads(
     """Return the results of a function in the order of its arguments, and show a progress bar."""
     with ThreadPoolExecutor(workers) as pool:
         results = pool.map(function, *arguments)
-        return list(tqdm(results, desc=label, total=len(arguments[0]), unit="drawing"))
+        collected = []
+        with Progress(total=len(arguments[0]), desc=label, unit="drawing") as bar:
+            for result in results:
+                collected.append(result)
+                bar.update()
+        return collected
 
 
 def _folder() -> Traversable:
