@@ -80,7 +80,7 @@ def parse_json(content: bytes) -> Any:
     if len(content) > MAX_JSON_BYTES:
         raise ValueError(f"longer than {MAX_JSON_BYTES:,} bytes")
     try:
-        return _DECODER.decode(content.decode("utf-8-sig").rstrip())
+        return DECODER.decode(content.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
         position, value = error.start, content[error.start]
         raise ValueError(f"byte {position + 1}, 0x{value:02x}, is not UTF-8") from None
@@ -148,6 +148,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
-_DECODER = json.JSONDecoder(
+DECODER = json.JSONDecoder(
     object_pairs_hook=_object_of_unique_keys, parse_constant=_refuse_constant
 )
+"""Reads the JSON that all readers agree on; errors are ValueError."""

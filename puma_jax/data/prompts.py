@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from puma_jax.config import ModelConfig, PromptStyle
 from puma_jax.data.items import Item, TokenizedTemplate, TokenizedText
+from puma_jax.data.texts import normalize_text
 from puma_jax.errors import CheckpointError, ItemError
 from puma_jax.typing import UInt8, ndarray
 
@@ -61,19 +62,6 @@ PROMPT_TEMPLATES: Mapping[PromptStyle, PromptTemplate] = {
 
 class TextTruncationWarning(UserWarning):
     """A text was longer than `PromptConfig.max_text_tokens` and is truncated."""
-
-
-def normalize_text(text: str | None) -> str:
-    """Return a text trimmed and capitalized, with a full stop at its end.
-
-    >>> normalize_text(' "a red bicycle" ')
-    'A red bicycle.'
-    """
-    text = (text or "").replace("\r", "").strip().strip('"')
-    if not text:
-        return ""
-    text = text[0].upper() + text[1:]
-    return text if text.endswith((".", "?", "!")) else text + "."
 
 
 def query_text(instruction: str | None, text: str | None) -> str:

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from puma_jax.data.decode import image_suffixes, is_image
-from puma_jax.data.lines import FilePath, RowIndex, json_object, shown
+from puma_jax.data.lines import FilePath, RowIndex, json_object
 from puma_jax.data.mbeir import parse_candidate
 from puma_jax.embedder import RawItem
 from puma_jax.errors import DataError
 from puma_jax.files import sha256
+from puma_jax.schema import shown
 
 Named = tuple[str, RawItem]
 """An id and its item."""
