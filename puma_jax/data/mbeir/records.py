@@ -177,6 +177,14 @@ def content_key(text: str | None, image: str | None) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
 
 
+def negatives_note(queries: int, negatives: int) -> str:
+    """Return what to tell a user whose training queries have hard negatives."""
+    return (
+        f"neg_cand_list of {queries:,} training queries, {negatives:,} ids, is not used: "
+        "training takes all negatives from the batch"
+    )
+
+
 def instruction_key(query: Query) -> InstructionKey:
     """Return the key of the instruction of a query in the result of `read_instructions`.
 
