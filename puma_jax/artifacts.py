@@ -85,8 +85,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 for file in files:
                     _sync(Path(path, file))
                 _sync(Path(path))
+            check_output(target)  # nothing of another process may have come meanwhile
             if within:
-                check_output(target)  # nothing of another process may have come meanwhile
                 for child in sorted(partial.iterdir()):
                     os.replace(child, target / child.name)
             else:
