@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerFast
 
 from puma_jax.config import require
 from puma_jax.data.builder.sources import (
-    Ids,
     Reading,
     find_candidates,
     find_queries,
@@ -25,6 +24,7 @@ from puma_jax.data.builder.sources import (
 )
 from puma_jax.data.mbeir import (
     BadRecords,
+    Documents,
     discover,
     instruction_key,
     parse_candidate,
@@ -115,10 +115,10 @@ def _lines(root: Path) -> Iterator[str]:
     """
     benchmark = discover(root)
     rows = read_instructions(benchmark.instructions) if benchmark.instructions else {}
-    reading = Reading("error", BadRecords())
-    ids: Ids = {}
-    queries = find_queries(query_files(benchmark), rows, (), ids, reading)
-    candidates, _ = find_candidates(pool_files(benchmark), ids, reading, only_named=False)
+    reading = Reading(root, "error", BadRecords())
+    documents = Documents()
+    queries = find_queries(query_files(benchmark), rows, (), documents, reading)
+    candidates, _ = find_candidates(pool_files(benchmark), documents, reading, only_named=False)
     for _, line in queries.lines.read():
         query = parse_query(line.content)
         row = rows.get(instruction_key(query))
