@@ -49,6 +49,7 @@ def table(queries: int, candidates: int, seed: int = 0) -> LengthTable:
         query_key=zeros,
         query_set=zeros,
         query_task=zeros,
+        candidate_content=np.arange(len(sides["candidate_modality"])),
         positive_start=np.arange(queries + 1),
         positive_row=rng.integers(0, candidates, queries),
         negative_start=np.zeros(queries + 1, int),

@@ -131,6 +131,7 @@ def pack(batches: Sequence[Sequence[Item]], chunks: int, model: ModelConfig) -> 
                 modality=np.ones(pairs, np.int32),
                 query=np.arange(pairs),
                 candidate=np.arange(pairs),
+                document=np.arange(pairs, dtype=np.int32),
                 prompt=np.full(pairs, -1),
                 valid=np.ones(pairs, bool),
             )

@@ -275,7 +275,7 @@ def abstract_batch(
     unit = data_shards(mesh) * (stage.loss.chunk_size or 1)
     column = _array((-(-pairs // unit) * unit,), "int32", everywhere)
     valid = _array(column.shape, "bool", everywhere)
-    return Batch(rows, *[column] * 6, valid=valid)
+    return Batch(rows, *[column] * 7, valid=valid)
 
 
 def report_memory(compiled: jax.stages.Compiled, chip: Chip) -> bool:

@@ -82,8 +82,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             _try_lock(held)
             yield partial
             sync(partial)
+            check_output(target)  # nothing of another process may have come meanwhile
             if within:
-                check_output(target)  # nothing of another process may have come meanwhile
                 for child in sorted(partial.iterdir()):
                     os.replace(child, target / child.name)
             else:

@@ -12,10 +12,10 @@ from jax import Array
 from numpy import ndarray
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int, PRNGKeyArray, UInt8
+    from jaxtyping import Bool, Float, Int, PRNGKeyArray, UInt8, UInt64
 else:
     try:
-        from jaxtyping import Bool, Float, Int, PRNGKeyArray, UInt8
+        from jaxtyping import Bool, Float, Int, PRNGKeyArray, UInt8, UInt64
     except ImportError:
 
         class _Unchecked:
@@ -24,7 +24,7 @@ else:
             def __class_getitem__(cls, item: tuple[type, str]) -> Any:
                 return item[0]
 
-        Bool = Float = Int = UInt8 = _Unchecked
+        Bool = Float = Int = UInt8 = UInt64 = _Unchecked
         PRNGKeyArray = Array
 
 AnyArray = Any
@@ -38,5 +38,6 @@ __all__ = [
     "Int",
     "PRNGKeyArray",
     "UInt8",
+    "UInt64",
     "ndarray",
 ]

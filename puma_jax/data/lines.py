@@ -174,7 +174,10 @@ def resolve_inside(root: FilePath, path: str) -> Path:
     folder = os.path.realpath(root)
     target = os.path.realpath(os.path.join(folder, path))
     if os.path.isabs(path) or not target.startswith(os.path.join(folder, "")):
-        raise DataError(f"{shown(path)} is not a path of a file in {root}, links followed")
+        raise DataError(
+            f"{shown(path)} leads out of the root, expected the path of a file below it, "
+            "links followed"
+        )
     return Path(target)
 
 

@@ -51,6 +51,8 @@ class Batch:
     """Rows of the table of queries."""
     candidate: Int[AnyArray, "pairs"]
     """Rows of the table of candidates."""
+    document: Int[AnyArray, "pairs"]
+    """Number of the content of each candidate: equal for candidates of equal text and image."""
     prompt: Int[AnyArray, "pairs"]
     """Index among the prompts of the query's key; -1 for none."""
     valid: Bool[AnyArray, "pairs"]
@@ -147,6 +149,7 @@ class Loader:
             modality=np.asarray(self.plan.table.candidate_modality[candidate], np.int32),
             query=query,
             candidate=candidate,
+            document=np.asarray(self.plan.table.candidate_content[candidate], np.int32),
             prompt=prompt,
             valid=valid,
         )

@@ -2,7 +2,7 @@
 
 `puma_jax.data.builder` writes it:
 ```
-build.json          settings, inputs and tokenizer of the build
+build.json          settings, inputs and tokenizer of the build; digests of what it wrote
 instructions.json   instruction keys, their prompts as tokens, names of the sets
 table/              lengths and positives, see `LengthTable`
 queries/            array_record shards in row order, readable by TFDS too
@@ -13,22 +13,27 @@ parts/              needed only to resume a build; copies may leave it out
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 from etils import epath
 from PIL import Image
 
 from puma_jax.data.examples import Record, from_example
 from puma_jax.data.images import open_image
-from puma_jax.data.lines import FilePath
+from puma_jax.data.lines import FilePath, resolve_inside
 from puma_jax.data.mbeir.records import InstructionKey
 from puma_jax.data.table import LengthTable
-from puma_jax.errors import CheckpointError, DataError, ImageError
+from puma_jax.errors import CheckpointError, ConfigError, DataError, ImageError
+from puma_jax.files import Digest, as_json, parse_json, sha256_of
+from puma_jax.schema import Count, CountOrZero, from_json
+
+BUILD_VERSION = 2
+"""Version of the format; builds of other versions are neither read nor resumed."""
 
 BUILD_FILE = "build.json"
 INSTRUCTIONS_FILE = "instructions.json"
@@ -38,12 +43,13 @@ PARTS_FOLDER = "parts"
 TableName = Literal["queries", "candidates"]
 
 
-class Prompt(NamedTuple):
+@dataclass(frozen=True)
+class Prompt:
     """One wording of an instruction."""
 
     text: str
     """The text in the table of instructions."""
-    tokens: tuple[int, ...]
+    tokens: tuple[CountOrZero, ...]
     """The result of `Processor.tokenize_instruction`; it comes before the tokens of a query."""
 
 
@@ -60,24 +66,69 @@ class Instructions:
     def to_json(self) -> str:
         """Return the content of `instructions.json`."""
         rows = [
-            {"key": key, "prompts": [prompt._asdict() for prompt in prompts]}
+            {"key": key, "prompts": [vars(prompt) for prompt in prompts]}
             for key, prompts in zip(self.keys, self.prompts, strict=True)
         ]
         return as_json({"sets": self.sets, "instructions": rows})
 
     @classmethod
-    def from_json(cls, content: str) -> Instructions:
-        """Return the instructions that `to_json` wrote."""
-        fields = json.loads(content)
-        rows = fields["instructions"]
-        return cls(
-            keys=tuple(tuple(row["key"]) for row in rows),
-            prompts=tuple(
-                tuple(Prompt(prompt["text"], tuple(prompt["tokens"])) for prompt in row["prompts"])
-                for row in rows
-            ),
-            sets=tuple(fields["sets"]),
-        )
+    def from_json(cls, value: Any) -> Instructions:
+        """Return the instructions that `to_json` wrote.
+
+        Raises:
+            ConfigError: A field is not as `to_json` writes it.
+        """
+        file = from_json(_InstructionsFile, value)
+        rows = file.instructions
+        return cls(tuple(row.key for row in rows), tuple(row.prompts for row in rows), file.sets)
+
+
+@dataclass(frozen=True)
+class _InstructionRow:
+    key: InstructionKey
+    prompts: tuple[Prompt, ...]
+
+
+@dataclass(frozen=True)
+class _InstructionsFile:
+    sets: tuple[str, ...]
+    instructions: tuple[_InstructionRow, ...]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a finished build has read and written."""
+
+    inputs: dict[str, Digest]
+    """The state of each file that was read, by its path below the root."""
+    shards: dict[str, tuple[CountOrZero, ...]]
+    """Number of records in each shard of each table."""
+    files: dict[str, str]
+    """SHA-256 of the instructions and of each column of the table, by path."""
+    sha256: str
+    """Digest of all other fields of build.json, so that no damage to it goes unseen."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """The content of build.json."""
+
+    version: Literal[2]
+    root: str
+    """Folder of the benchmark that was built."""
+    sets: tuple[str, ...]
+    images: Literal["inline", "path"]
+    shard_items: Count
+    prompt: dict[str, Any]
+    """What decides the tokens of a text; see `prompts.prompt_fingerprint`."""
+    finished: Finished | None = None
+    """None until everything is written."""
+
+
+def build_digest(job: Mapping[str, Any], finished: Mapping[str, Any]) -> str:
+    """Return the digest of a build; both arguments are as build.json has them."""
+    others = {name: value for name, value in finished.items() if name != "sha256"}
+    return sha256_of([{**job, "finished": None}, others])
 
 
 class Store:
@@ -87,11 +138,12 @@ class Store:
     forked and shared by threads.
     """
 
-    def __init__(self, path: str, root: str, build: dict[str, Any]):
+    def __init__(self, path: str, root: str, prompt: dict[str, Any], finished: Finished):
         """Wrap a folder; use `Store.open` instead."""
         self.path = path
         self.root = root
-        self._build = build
+        self._prompt = prompt
+        self._finished = finished
         self._sources: dict[tuple[int, TableName], Any] = {}
 
     @classmethod
@@ -104,27 +156,55 @@ class Store:
                 inline; None takes the one that the data was built from.
 
         Raises:
-            DataError: There is no finished build.
+            DataError: There is no finished build, or it is damaged or of another version.
         """
-        folder = epath.Path(path)
-        if not (folder / INSTRUCTIONS_FILE).exists():
+        build = _read_build(epath.Path(path) / BUILD_FILE)
+        if build is None or build.finished is None:
             raise DataError(
                 f"{path} holds no finished build: run python -m puma_jax.data.builder --out {path}"
             )
-        # Builds without a template name were made when "chat" was the only one.
-        build = {"template": "chat"} | _read(folder / BUILD_FILE, json.loads)
-        root = build["root"] if root is None else epath.Path(root)
-        return cls(os.fspath(folder), os.fspath(root), build)
+        folder = os.fspath(epath.Path(path))
+        root = build.root if root is None else epath.Path(root)
+        return cls(folder, os.fspath(root), build.prompt, build.finished)
 
     @cached_property
     def table(self) -> LengthTable:
-        """The lengths and positives of every row."""
-        return LengthTable.load(epath.Path(self.path) / TABLE_FOLDER)
+        """The lengths and positives of every row.
+
+        Raises:
+            DataError: A column is missing or damaged.
+        """
+        folder = epath.Path(self.path) / TABLE_FOLDER
+        digests = {
+            name.removeprefix(f"{TABLE_FOLDER}/"): digest
+            for name, digest in self._finished.files.items()
+        }
+        table = LengthTable.load(folder, digests)
+        counts = {"queries": len(table.query_tokens), "candidates": len(table.candidate_tokens)}
+        for name, rows in counts.items():
+            if sum(self._finished.shards.get(name, ())) != rows:
+                raise DataError(f"{folder} has {rows} {name}, its shards have not: build it again")
+        limits = {
+            "query_key": len(self.instructions.keys),
+            "query_set": len(self.instructions.sets),
+        }
+        for name, limit in limits.items():
+            if getattr(table, name).max(initial=-1) >= limit:
+                raise DataError(f"{folder}: {name} is beyond {INSTRUCTIONS_FILE}: build it again")
+        return table
 
     @cached_property
     def instructions(self) -> Instructions:
-        """The instructions and the names of sets that the table refers to."""
-        return _read(epath.Path(self.path) / INSTRUCTIONS_FILE, Instructions.from_json)
+        """The instructions and the names of sets that the table refers to.
+
+        Raises:
+            DataError: Their file is missing or damaged.
+        """
+        path = epath.Path(self.path) / INSTRUCTIONS_FILE
+        content = _read_file(path)
+        if hashlib.sha256(content).hexdigest() != self._finished.files.get(INSTRUCTIONS_FILE):
+            raise DataError(f"{path} is damaged, it is not what was built: build the data again")
+        return Instructions.from_json(parse_json(content))
 
     def query(self, row: SupportsIndex) -> Record:
         """Return the query of a row.
@@ -150,10 +230,10 @@ class Store:
                 return open_image(record.image)
             if record.image is None:
                 raise ImageError("there is no image")
-            path = epath.Path(self.root) / record.image
-            in_bucket = "://" in self.root
-            return open_image(_bytes_of(path) if in_bucket else path)
-        except ImageError as error:
+            if "://" in self.root:
+                return open_image(_bytes_of(epath.Path(self.root) / record.image))
+            return open_image(resolve_inside(self.root, record.image))
+        except (DataError, ImageError) as error:
             name = f"{record.id} ({record.image})" if isinstance(record.image, str) else record.id
             raise ImageError(f"{name}: {error}") from error
 
@@ -167,7 +247,7 @@ class Store:
             CheckpointError: The tokenizer, the template or the truncation of texts differs.
         """
         for name, expected in fingerprint.items():
-            found = self._build.get(name)
+            found = self._prompt.get(name)
             if found != expected:
                 raise CheckpointError(
                     f"{self.path} was built with {name} {found}, the model has {expected}: "
@@ -186,23 +266,17 @@ class Store:
         # A forked process must not share readers: they hold locks and threads of the parent.
         key = (os.getpid(), name)
         if key not in self._sources:
-            self._sources[key] = _open_shards(epath.Path(self.path) / name)
+            folder = epath.Path(self.path) / name
+            self._sources[key] = _open_shards(folder, self._finished.shards.get(name, ()))
         return self._sources[key]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Store, (self.path, self.root, self._build)
+        return Store, (self.path, self.root, self._prompt, self._finished)
 
 
-def as_json(value: object) -> str:
-    """Return indented JSON that ends with a newline."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def _open_shards(folder: epath.Path) -> Any:
+def _open_shards(folder: epath.Path, lengths: tuple[int, ...]) -> Any:
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-    info = _read(folder / "dataset_info.json", json.loads)
-    lengths = [int(length) for length in info["splits"][0]["shardLengths"]]
     # With known lengths, a shard is opened when one of its rows is first read.
     return ArrayRecordDataSource(
         [
@@ -217,12 +291,34 @@ def shard_name(table: str, number: int, shards: int) -> str:
     return f"{table}-train.array_record-{number:05}-of-{shards:05}"
 
 
-def _read(path: epath.Path, parse: Callable[[str], Any]) -> Any:
-    """Return the parsed content of a JSON file."""
+def _read_build(path: epath.Path) -> Build | None:
+    """Return what a build.json holds, None if there is none."""
+    if not path.exists():
+        return None
     try:
-        return parse(path.read_text())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        value = parse_json(_read_file(path))
+        version = value.get("version") if isinstance(value, dict) else None
+        if version != BUILD_VERSION:
+            raise DataError(
+                f"{path} is of version {version} of the format, expected {BUILD_VERSION}: "
+                "build the data again, in another folder"
+            )
+        build = from_json(Build, value)
+    except (ValueError, ConfigError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    finished = value.get("finished")
+    if finished is not None and finished["sha256"] != build_digest(value, finished):
+        raise DataError(f"{path} is damaged: build the data again")
+    return build
+
+
+def _read_file(path: epath.Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: build the data again") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _bytes_of(path: epath.Path) -> bytes:

@@ -1,16 +1,15 @@
 """The length table: lengths, sizes, modalities and positives of all training items.
 
 Plans are made from it. It has a few numbers for each query and candidate and is made once when the
-data is built. Each column is a `.npy` file that is mapped, not read, so millions of rows open
-instantly.
+data is built. Each column is a `.npy` file, which is checked once and then mapped.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
-import os
-import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,11 @@ from etils import epath
 
 from puma_jax.data.lines import FilePath
 from puma_jax.errors import DataError
+from puma_jax.files import sha256
 from puma_jax.typing import Bool, Int, ndarray
+
+_RANGES = {"query_key": (-1, None), "query_task": (0, 8), "candidate_modality": (0, 2)}
+"""The lowest and the highest number in a column; in others, the lowest is 0."""
 
 
 @dataclass(frozen=True)
@@ -54,35 +57,40 @@ class LengthTable:
     """Width of the image file, in pixels; 0 without image."""
     candidate_modality: Int[ndarray, "candidates"]
     """Image 0, text 1, image with text 2."""
+    candidate_content: Int[ndarray, "candidates"]
+    """Number of the content of each candidate: equal for candidates of equal text and image."""
     positive_start: Int[ndarray, "queries+1"]
     positive_row: Int[ndarray, "positives"]
     negative_start: Int[ndarray, "queries+1"]
     negative_row: Int[ndarray, "negatives"]
 
-    def save(self, folder: FilePath) -> None:
-        """Write the columns to a local folder, which appears complete and replaces an older one."""
-        folder = Path(folder)
-        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    def files(self) -> Iterator[tuple[str, bytes]]:
+        """Yield the name and the content of the file of each column."""
         for column in dataclasses.fields(self):
-            np.save(partial / f"{column.name}.npy", getattr(self, column.name))
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.replace(folder)
+            content = io.BytesIO()
+            np.save(content, getattr(self, column.name))
+            yield f"{column.name}.npy", content.getvalue()
 
     @classmethod
-    def load(cls, folder: FilePath) -> LengthTable:
+    def load(cls, folder: FilePath, digests: Mapping[str, str]) -> LengthTable:
         """Open the columns in a folder: mapped from a local folder, read from a bucket.
 
+        Args:
+            folder: The folder.
+            digests: SHA-256 of each file, by its name.
+
         Raises:
-            DataError: A column is missing or damaged.
+            DataError: A column is missing or damaged, or columns contradict each other.
         """
-        return cls(
-            **{
-                column.name: _open_column(epath.Path(folder) / f"{column.name}.npy")
-                for column in dataclasses.fields(cls)
-            }
-        )
+        columns = {}
+        for column in dataclasses.fields(cls):
+            file = f"{column.name}.npy"
+            columns[column.name] = _open_column(epath.Path(folder) / file, digests.get(file))
+        try:
+            _check_columns(columns)
+        except DataError as error:
+            raise DataError(f"{folder}: {error}: build the data again") from None
+        return cls(**columns)
 
 
 @dataclass(frozen=True)
@@ -119,11 +127,48 @@ def _starts(lengths: ndarray) -> Int[ndarray, "lists_and_end"]:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
-def _open_column(path: epath.Path) -> ndarray:
+def _check_columns(columns: Mapping[str, ndarray]) -> None:
+    """Check that columns hold whole numbers in range, and as many as belong together.
+
+    Raises:
+        DataError: They do not.
+    """
+    rows = {"query": len(columns["query_tokens"]), "candidate": len(columns["candidate_tokens"])}
+    for name, column in columns.items():
+        kind = name.partition("_")[0]
+        low, high = _RANGES.get(name, (0, None))
+        if column.ndim != 1 or column.dtype.kind not in "iu":
+            raise DataError(f"{name} is {column.dtype} {list(column.shape)}, expected integers")
+        if kind in rows and len(column) != rows[kind]:
+            raise DataError(f"{name} has {len(column)} rows, expected {rows[kind]}")
+        if len(column) and (column.min() < low or (high is not None and column.max() > high)):
+            raise DataError(
+                f"{name} holds {column.min()} to {column.max()}, "
+                f"expected {low} to {'any' if high is None else high}"
+            )
+    for kind in ("positive", "negative"):
+        start, row = columns[f"{kind}_start"], columns[f"{kind}_row"]
+        if len(start) != rows["query"] + 1 or start[0] != 0 or start[-1] != len(row):
+            raise DataError(f"{kind}_start does not divide the {len(row)} of {kind}_row")
+        if (start[1:] < start[:-1] + (kind == "positive")).any():
+            raise DataError(f"{kind}_start leaves a query without its {kind}s")
+        if len(row) and row.max() >= rows["candidate"]:
+            raise DataError(f"{kind}_row names row {row.max()} of {rows['candidate']}")
+    for kind in ("query", "candidate"):
+        if ((columns[f"{kind}_height"] == 0) != (columns[f"{kind}_width"] == 0)).any():
+            raise DataError(f"{kind}_height and {kind}_width disagree on what has an image")
+    if (columns["query_text_length"] > columns["query_tokens"]).any():
+        raise DataError("query_text_length is more than query_tokens")
+
+
+def _open_column(path: epath.Path, digest: str | None) -> ndarray:
+    """Return a column; its file is read once, to be held against its digest."""
     try:
-        if "://" in str(path):
-            return np.load(io.BytesIO(path.read_bytes()))
-        return np.load(path, mmap_mode="r")
+        content = path.read_bytes() if "://" in str(path) else None
+        found = sha256(Path(path)) if content is None else hashlib.sha256(content).hexdigest()
+        if found != digest:
+            raise DataError(f"{path} is damaged, it is not what was built: build the data again")
+        return np.load(path, mmap_mode="r") if content is None else np.load(io.BytesIO(content))
     except FileNotFoundError:
         raise DataError(f"{path} is missing: build the data again") from None
     except (OSError, ValueError, EOFError) as error:

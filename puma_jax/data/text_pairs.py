@@ -7,10 +7,12 @@ layout (task 1, text to text), which is trained on like any other.
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from puma_jax import cli
+from puma_jax import artifacts, cli
 from puma_jax.data.lines import (
     MAX_LINE_BYTES,
     BadRecords,
@@ -19,14 +21,31 @@ from puma_jax.data.lines import (
     decode_line,
     located,
     numbered_lines,
+    reading,
     reject,
 )
 from puma_jax.data.mbeir.files import write_candidates, write_queries
 from puma_jax.data.mbeir.records import Candidate, Query
-from puma_jax.errors import DataError
-from puma_jax.schema import shown
+from puma_jax.data.texts import is_blank
+from puma_jax.errors import ConfigError, DataError
+from puma_jax.files import Digest, read_object
+from puma_jax.schema import CountOrZero, shown
 
 _COLUMNS = ("sent0", "sent1")
+_MANIFEST = "text_pairs.json"
+"""Says that a folder was written from a table of pairs, and which."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    name: str
+    table: str
+    """SHA-256 of the table."""
+    on_bad_record: OnBadRecord
+    pairs: CountOrZero
+    skipped: CountOrZero
+    messages: list[str]
 
 
 def read_text_pairs(
@@ -54,8 +73,8 @@ def read_text_pairs(
         pair = [row[place].strip() for place in places if place < len(row)]
         if len(row) != len(header):
             problem = f"{len(row)} columns, but the first row names {len(header)}"
-        elif not all(pair):
-            problem = f"{_COLUMNS[pair.index('')]} is empty"
+        elif any(map(is_blank, pair)):
+            problem = f"{_COLUMNS[[*map(is_blank, pair)].index(True)]} is empty"
         else:
             yield pair[0], pair[1]
             continue
@@ -73,35 +92,61 @@ def write_benchmark(
     """Write the pairs of a table as training data in M-BEIR layout; return their number.
 
     The first text of a pair is a query without instruction, the second its positive. The table is
-    read twice, so that memory does not grow with it.
+    read twice, so that memory does not grow with it. A folder that was written from the same table
+    is left as it is.
 
     Args:
         table: A CSV file; see `read_text_pairs`.
-        out: Folder to write.
+        out: Folder to write: empty, missing, or written by this function with the same arguments.
         name: Name of the set, and of the dataset in all ids.
         on_bad_record: "error" stops at a bad row, "skip" leaves it out.
         skipped: Counts the bad rows that were skipped.
 
     Raises:
-        DataError: As for `read_text_pairs`, or a file cannot be written.
+        ConfigError: The name cannot be part of a file name and of an id.
+        ArtifactError: The folder holds something else, or cannot be written.
+        DataError: As for `read_text_pairs`.
     """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"name {shown(name)} must be letters, digits, _, . and -, at most 100, "
+            "the first of them a letter or digit"
+        )
+    skipped = skipped if skipped is not None else BadRecords()
+    out, table = Path(out), Path(table)
+    with reading(table):
+        digest = Digest.of(table)
+    job = {"name": name, "table": digest.sha256, "on_bad_record": on_bad_record}
+    if (out / _MANIFEST).exists():
+        results = ("pairs", "skipped", "messages")
+        artifacts.claim(out, _MANIFEST, job, what="text pairs", may_differ=results)
+        found = read_object(out / _MANIFEST, _Manifest)
+        skipped.count, skipped.messages = found.skipped, found.messages
+        return found.pairs
 
     def numbered(skipped: BadRecords | None) -> Iterator[tuple[str, str, str]]:
         pairs = read_text_pairs(table, on_bad_record=on_bad_record, skipped=skipped)
         for number, (first, second) in enumerate(pairs, 1):
             yield f"{name}:{number}", first, second
 
-    write_candidates(
-        Path(out) / "cand_pool/global/mbeir_union_train_cand_pool.jsonl",
-        (Candidate(did, second, None, "text") for did, _, second in numbered(None)),
-    )
-    return write_queries(
-        Path(out) / f"query/train/mbeir_{name}_train.jsonl",
-        (
-            Query(qid, first, None, "text", positives=(qid,), task=1)
-            for qid, first, _ in numbered(skipped)
-        ),
-    )
+    with artifacts.atomic_folder(out) as partial:
+        write_candidates(
+            partial / "cand_pool/global/mbeir_union_train_cand_pool.jsonl",
+            (Candidate(did, second, None, "text") for did, _, second in numbered(None)),
+        )
+        pairs = write_queries(
+            partial / f"query/train/mbeir_{name}_train.jsonl",
+            (
+                Query(qid, first, None, "text", positives=(qid,), task=1)
+                for qid, first, _ in numbered(skipped)
+            ),
+        )
+        with reading(table):
+            if Digest.of(table, digest) != digest:
+                raise DataError(f"{table} changed while it was read: run the same command again")
+        result = {"pairs": pairs, "skipped": skipped.count, "messages": skipped.messages}
+        artifacts.write_json(partial / _MANIFEST, {**job, **result})
+    return pairs
 
 
 def main(table: Path, out: Path, name: str = "pairs", on_bad_record: OnBadRecord = "error") -> None:
@@ -109,7 +154,7 @@ def main(table: Path, out: Path, name: str = "pairs", on_bad_record: OnBadRecord
 
     Args:
         table: A CSV file whose first row names sent0 and sent1 among its columns.
-        out: Folder to write.
+        out: Folder to write: empty, missing, or written from the same table before.
         name: Name of the set, and of the dataset in all ids.
         on_bad_record: "error" stops at a bad row, "skip" leaves it out and counts it.
     """

@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerFast
 
 from puma_jax.config import require
 from puma_jax.data.builder.sources import (
-    Ids,
     Reading,
     find_candidates,
     find_queries,
@@ -25,6 +24,7 @@ from puma_jax.data.builder.sources import (
 )
 from puma_jax.data.mbeir import (
     BadRecords,
+    Documents,
     OnBadRecord,
     discover,
     instruction_key,
@@ -119,10 +119,10 @@ def _lines(root: Path, on_bad_record: OnBadRecord) -> Iterator[str]:
     """
     benchmark = discover(root)
     rows = read_instructions(benchmark.instructions) if benchmark.instructions else {}
-    reading = Reading(on_bad_record, BadRecords())
-    ids: Ids = {}
-    queries = find_queries(query_files(benchmark), rows, (), ids, reading)
-    candidates, _ = find_candidates(pool_files(benchmark), ids, reading, only_named=False)
+    reading = Reading(root, on_bad_record, BadRecords())
+    documents = Documents()
+    queries = find_queries(query_files(benchmark), rows, (), documents, reading)
+    candidates, _ = find_candidates(pool_files(benchmark), documents, reading, only_named=False)
     for _, line in queries.lines.read():
         query = parse_query(line.content)
         row = rows.get(instruction_key(query))

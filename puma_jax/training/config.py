@@ -52,7 +52,8 @@ class LossConfig:
     learn_temperature: bool = False
     """Train the temperature, starting from `temperature`."""
     mask_same_document: bool = False
-    """Leave another query's positive out of the negatives if it is the query's own document."""
+    """Leave another query's positive out of the negatives if it is the query's own document, told
+    by text and image, not by id."""
     chunk_size: Count | None = None
     """Queries whose scores a device holds at a time; None holds those of all its queries. In a
     ring it is the edge of a tile, and 256 to 512 is a good size."""

@@ -202,9 +202,15 @@ def open_store(config: TrainConfig, root: Path, processor: Processor, workdir: P
     else:
         out = data_folder(workdir, root, prompt_fingerprint(processor))
         settings = Settings(root=root, out=out, on_bad_record=config.data.on_bad_record)
-        multihost.on_process_zero(lambda: build(settings, processor))
+        multihost.on_process_zero(lambda: _build(settings, processor))
         store = Store.open(out)
     return store
+
+
+def _build(settings: Settings, processor: Processor) -> None:
+    """Build the training data, and say what is left out of them."""
+    for note in build(settings, processor).notes():
+        print(f"{settings.root}: {note}", flush=True)
 
 
 def build_student(

@@ -255,7 +255,7 @@ def _contrastive(
     queries, candidates = l2_normalize(states.query), l2_normalize(states.candidate)
     shared: dict[str, Any] = {
         "valid": batch.valid,
-        "document": batch.candidate if config.mask_same_document else None,
+        "document": batch.document if config.mask_same_document else None,
         "layout": layout,
     }
     if config.kind == "info_nce":

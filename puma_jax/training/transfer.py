@@ -33,6 +33,7 @@ def shard_batch(batch: Batch, config: LossConfig, mesh: jax.sharding.Mesh) -> Ba
         "modality": padded(batch.modality, 0),
         "query": padded(batch.query.astype(np.int32), 0),
         "candidate": padded(batch.candidate.astype(np.int32), 0),
+        "document": padded(batch.document, 0),
         "prompt": padded(batch.prompt.astype(np.int32), -1),
     }
     by_rows = batch_sharding(mesh, axis=1)

@@ -13,13 +13,13 @@ import pytest
 from puma_jax.data import mbeir
 from puma_jax.data.builder import Settings, build
 from puma_jax.data.builder.__main__ import main
-from puma_jax.data.examples import Record
 from puma_jax.data.mbeir import Candidate, Query
 from puma_jax.data.mbeir.records import modality_code
 from puma_jax.data.prompts import normalize_text, query_text
 from puma_jax.data.store import Store
-from puma_jax.errors import ConfigError, DataError
+from puma_jax.errors import ArtifactError, ConfigError, DataError
 from tests.data import fake_mbeir
+from tests.data.builds import candidates_of, files, ids, negatives, positives, queries_of
 
 
 @pytest.fixture(scope="module")
@@ -41,37 +41,6 @@ def built(root, processor, tmp_path):
         return Store.open(out)
 
     return run
-
-
-def queries_of(store: Store) -> list[Record]:
-    return [store.query(row) for row in range(len(store.table.query_tokens))]
-
-
-def candidates_of(store: Store) -> list[Record]:
-    return [store.candidate(row) for row in range(len(store.table.candidate_tokens))]
-
-
-def ids(records: list[Record]) -> list[str]:
-    return [record.id for record in records]
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
-def positives(store: Store, row: int) -> list[int]:
-    table = store.table
-    return table.positive_row[table.positive_start[row] : table.positive_start[row + 1]].tolist()
-
-
-def negatives(store: Store, row: int) -> list[int]:
-    table = store.table
-    return table.negative_row[table.negative_start[row] : table.negative_start[row + 1]].tolist()
 
 
 def image_fields(root: Path, item: Query | Candidate) -> tuple[bytes | None, int, int]:
@@ -233,7 +202,8 @@ def test_a_build_goes_on_where_it_was_stopped(built):
     ]
     for name in lost:
         (Path(store.path) / name).unlink()
-    (Path(store.path) / "queries/.queries-train.array_record-0.1.partial").write_bytes(b"half")
+    half = ".queries-train.array_record-0.0123456789abcdef.partial"
+    (Path(store.path) / "queries" / half).write_bytes(b"half")
     kept = Path(store.path) / "candidates/candidates-train.array_record-00000-of-00003"
     before = kept.stat().st_mtime_ns
     built()
@@ -293,9 +263,11 @@ def with_bad_records(root: Path) -> Path:
         Query("9:60", "for nothing", None, "text", (), 0),
         Query("9:61", "for what nobody has", None, "text", ("9:999",), 0),
         Query("9:62", "for what is bad", None, "text", ("9:50", "9:0"), 0),
-        Query("9:63", '"', None, "text", ("9:1",), 0),
+        Query("9:63", "QUOTES", None, "text", ("9:1",), 0),
     ]
-    mbeir.write_queries(root / fake_mbeir.UNION_QUERIES, [*lonely, *rows])
+    file_of_queries = root / fake_mbeir.UNION_QUERIES
+    mbeir.write_queries(file_of_queries, [*lonely, *rows])
+    file_of_queries.write_text(file_of_queries.read_text().replace('"QUOTES"', r'"\"\""'))
     return root
 
 
@@ -314,7 +286,8 @@ def test_bad_records_are_skipped_and_counted(built, processor, tmp_path):
         assert [expected[positive] for positive in positives(store, row)] == named
     messages = "\n".join(summary.skipped.messages)
     assert "train.jsonl:1: pos_cand_list is empty, but training needs a positive" in messages
-    assert 'cand_pool.jsonl:14: did "9:1" is given twice' in messages
+    twice = 'did "9:1" is another document in mbeir_union_train_cand_pool.jsonl:2: give every'
+    assert f"cand_pool.jsonl:14: {twice}" in messages
     assert "cand_pool.jsonl:15: not JSON" in messages
     assert f"cand_pool.jsonl:1: img_path {fake_mbeir.image_path(0)} cannot be decoded" in messages
     assert f"img_path {fake_mbeir.image_path(3)} does not exist" in messages
@@ -391,19 +364,20 @@ def test_queries_none_of_which_can_be_answered_are_no_data(built, tmp_path):
 
 def test_another_build_is_not_overwritten(built, tmp_path):
     store = built()
-    with pytest.raises(ConfigError, match="was built with images inline, expected path: choose"):
+    with pytest.raises(ArtifactError, match='differs in images \\("inline" there, "path" here'):
         built(images="path")
     (tmp_path / "own").mkdir()
     (tmp_path / "own/thesis.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="own exists and is not a build of training data"):
+    with pytest.raises(ArtifactError, match="own is not empty and holds no training data: choose"):
         built(out=tmp_path / "own")
+    assert [path.name for path in (tmp_path / "own").iterdir()] == ["thesis.txt"]
     (Path(store.path) / "build.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"build.json cannot be read"):
+    with pytest.raises(ArtifactError, match=r"holds training data of another job, which differs"):
         built()
 
 
 def test_settings_that_cannot_be_built_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="shard_items 0 must be at least 1"):
+    with pytest.raises(ConfigError, match="shard_items 0 must be "):
         Settings(tmp_path, tmp_path, shard_items=0)
     with pytest.raises(ConfigError, match="out gs:/bucket/data is not a local folder"):
         Settings(tmp_path, Path("gs://bucket/data"))
@@ -421,9 +395,13 @@ def test_the_command_says_what_it_has_built_and_where(root, tiny, tmp_path, caps
         "1 bad records were skipped, the first of them:\n"
         "  mbeir_union_train_cand_pool.jsonl:13: did is missing, expected an id\n"
         "1 texts fill the limit of 450 tokens at which text is truncated\n"
+        "neg_cand_list of 4 training queries, 8 ids, is not used: "
+        "training takes all negatives from the batch\n"
         "13 queries of mscoco_task0, mscoco_task3, oven_task8, mine_task4\n"
         f"and 12 candidates are in {tmp_path / 'out'}\n"
     )
+    main(tiny.folder, Settings(long, tmp_path / "out", on_bad_record="skip"))
+    assert "\nNothing to do: it is already built.\n13 queries of " in capsys.readouterr().out
 
 
 KILLED_WITH_WORKERS = """

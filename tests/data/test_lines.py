@@ -142,5 +142,5 @@ def test_a_path_leads_to_a_file_below_its_root_whatever_links_it_takes(tmp_path)
         ".",
         "",
     ):
-        with pytest.raises(DataError, match=r"is not a path of a file in .*, links followed"):
+        with pytest.raises(DataError, match="leads out of the root, expected the path"):
             resolve_inside(root, path)

@@ -16,7 +16,7 @@ from PIL import Image
 from puma_jax.data import mbeir
 from puma_jax.data.openmoji import Settings, build, drawings, emoji_codes, names, packages
 from puma_jax.data.openmoji.countries import load_countries
-from puma_jax.errors import ConfigError, DataError
+from puma_jax.errors import ArtifactError, ConfigError
 
 HELD_OUT = ("val", "test")
 # Flags, some animals, hands in all skin tones.
@@ -407,9 +407,9 @@ def test_a_finished_build_is_left_alone_and_others_are_refused(tmp_path):
         assert image.size == (28, 28)
     assert not build(settings)
     assert contents(settings.out) == before
-    with pytest.raises(ConfigError, match="was built with seed 0, wanted 1"):
+    with pytest.raises(ArtifactError, match=r"differs in seed \(0 there, 1 here\)"):
         build(Settings(settings.out, seed=1, size=28))
-    with pytest.raises(ConfigError, match="is not a build of this benchmark"):
+    with pytest.raises(ArtifactError, match="is not empty"):
         build(Settings(tmp_path))
 
 
@@ -424,20 +424,45 @@ def test_an_interrupted_build_leaves_nothing_under_the_name_and_can_be_repeated(
             raise OSError(28, "No space left on device")
 
         patch.setattr(module, "contact_sheet", full)
-        with pytest.raises(DataError, match="bench cannot be written: No space left on device"):
+        with pytest.raises(ArtifactError, match="bench cannot be written: No space left on device"):
             build(Settings(out, size=28), stems(*FEW))
     assert not out.exists()
     assert build(Settings(out, size=28), stems(*FEW))
     assert [path.name for path in tmp_path.iterdir()] == ["bench"]
 
 
-def test_a_folder_of_others_is_not_taken_for_the_rest_of_a_build(tmp_path):
+def test_what_lies_beside_a_build_is_left_alone(tmp_path):
     kept = tmp_path / "bench.partial/letter.txt"
     kept.parent.mkdir()
     kept.write_text("dear")
-    with pytest.raises(ConfigError, match="was not left by a build"):
-        build(Settings(tmp_path / "bench"), stems(*FEW))
+    (kept.parent / "ATTRIBUTION.txt").write_text("mine")
+    build(Settings(tmp_path / "bench", size=28), stems(*FEW))
     assert kept.read_text() == "dear"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench", "bench.partial"]
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.delattr(importlib.import_module("puma_jax.data.openmoji.build"), "render")
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(ArtifactError, match="file"):
+            build(Settings(out, size=28), stems(*FEW))
+
+
+def test_of_two_builds_at_once_the_first_stays(tmp_path, monkeypatch):
+    module = importlib.import_module("puma_jax.data.openmoji.build")
+    out, sheet = tmp_path / "bench", module.contact_sheet
+
+    def with_another(*arguments):
+        monkeypatch.undo()
+        assert build(Settings(out, size=28), stems(*FEW))
+        return sheet(*arguments)
+
+    monkeypatch.setattr(module, "contact_sheet", with_another)
+    with pytest.raises(ArtifactError, match="bench is not empty"):
+        build(Settings(out, size=28, seed=1), stems(*FEW))
+    assert json.loads((out / "manifest.json").read_text())["seed"] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["bench"]
 
 
 def test_missing_packages_are_named_with_the_extra_that_has_them(monkeypatch):

@@ -39,6 +39,7 @@ def table():
         query_key=np.where(np.arange(QUERIES) % 5 == 0, -1, np.arange(QUERIES) % 2),
         query_set=np.repeat([0, 1, 2], [800, 180, 23]),
         query_task=np.zeros(QUERIES, int),
+        candidate_content=np.arange(len(sides["candidate_modality"])),
         positive_start=start,
         positive_row=rng.integers(0, CANDIDATES, start[-1]),
         negative_start=np.zeros(QUERIES + 1, int),

@@ -3,7 +3,9 @@ import json
 import multiprocessing
 import os
 import pickle
+import random
 import re
+import shutil
 import threading
 import urllib.parse
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -20,7 +22,7 @@ from puma_jax.data.builder import Settings, build
 from puma_jax.data.images import open_image
 from puma_jax.data.prompts import Processor, prompt_fingerprint
 from puma_jax.data.store import Store
-from puma_jax.errors import CheckpointError, DataError, ImageError
+from puma_jax.errors import CheckpointError, DataError, ImageError, PumaError
 from tests.data import fake_mbeir
 from tests.reference import byte_tokenizer
 
@@ -89,7 +91,7 @@ def test_threads_may_share_a_store(store):
 def test_other_processes_read_a_pickled_store(store):
     expected = [fields(store.candidate(row)) for row in range(CANDIDATES)]
     assert len(store.table.query_task) == QUERIES
-    assert len(pickle.dumps(store)) < 2000  # neither table nor readers travel
+    assert len(pickle.dumps(store)) < 5000  # neither table nor readers travel
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         read = pool.map(store.candidate, range(CANDIDATES), chunksize=1)
         assert [fields(record) for record in read] == expected
@@ -126,12 +128,11 @@ def test_the_tokenizer_and_the_cut_must_be_those_of_the_model(store, tiny, tmp_p
         store.check(prompt_fingerprint(Processor(byte_tokenizer(), config)))
 
 
-def test_a_build_that_names_no_template_is_of_chat(folder, tiny, tmp_path):
-    content = json.loads((folder / "build.json").read_text())
-    del content["template"]
+def test_a_build_of_another_version_is_not_read(folder, tmp_path):
+    content = json.loads((folder / "build.json").read_text()) | {"version": 1}
     (tmp_path / "build.json").write_text(json.dumps(content))
-    (tmp_path / "instructions.json").touch()
-    Store.open(tmp_path).check(prompt_fingerprint(tiny.processor))
+    with pytest.raises(DataError, match=r"build.json is of version 1 of the format, expected 2: "):
+        Store.open(tmp_path)
 
 
 def test_bare_items_are_built_and_read(root, tiny, tmp_path):
@@ -158,12 +159,48 @@ def test_what_is_missing_or_damaged_is_named(root, tiny, tmp_path):
     assert store.query(0).id == "9:10"
     with pytest.raises(DataError, match="out: row 5 of queries cannot be read: Corrupted"):
         store.query(5)
-    (out / "candidates/dataset_info.json").write_text("{")
-    with pytest.raises(DataError, match=r"candidates/dataset_info.json cannot be read"):
-        store.candidate(0)
     (out / "instructions.json").write_text("{}")
-    with pytest.raises(DataError, match=r"instructions.json cannot be read"):
+    with pytest.raises(DataError, match=r"instructions.json is damaged, it is not what was built"):
         _ = Store.open(out).instructions
+
+
+@pytest.mark.parametrize("name", ["build.json", "instructions.json", "table/positive_start.npy"])
+def test_damage_to_what_is_read_is_noticed(folder, tmp_path, name):
+    """Two hundred mutations: an error of ours, or what was built."""
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    expected = Store.open(folder)
+    whole = (folder / name).read_bytes()
+    chance = random.Random(0)
+    for _ in range(200):
+        (copied / name).write_bytes(damaged(whole, chance))
+        try:
+            store = Store.open(copied)
+            assert store.instructions == expected.instructions
+            for column, values in vars(store.table).items():
+                np.testing.assert_array_equal(values, getattr(expected.table, column))
+            assert fields(store.query(3)) == fields(expected.query(3))
+        except PumaError:
+            continue
+
+
+def damaged(content, chance):
+    """Content with a byte changed, bytes lost, bytes doubled, or a number changed."""
+    at, size = chance.randrange(len(content)), chance.choice([1, 1, 2, 40])
+    return chance.choice(
+        [
+            content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1 :],
+            content[:at] + content[at + size :],
+            content[:at] + content[at : at + size] + content[at:],
+            content[:at],
+            re.sub(
+                rb"\d+",
+                chance.choice([b"-1", b"0", b"7", b"1e9", b"null", b"[]"]),
+                content,
+                count=1,
+            ),
+            content[:at] + re.sub(rb"[0-9]", b"3", content[at:], count=1),
+        ]
+    )
 
 
 class Bucket(DirFileSystem):

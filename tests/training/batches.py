@@ -40,6 +40,7 @@ def batch_of(pair: Pair, pairs: int, chunks: int, data_shards: int = 1) -> Batch
         modality=modality,
         query=np.arange(pairs),
         candidate=np.arange(pairs),
+        document=np.arange(pairs, dtype=np.int32),
         prompt=np.full(pairs, -1),
         valid=np.arange(pairs) != pairs - 2,
     )

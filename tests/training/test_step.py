@@ -6,7 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from puma_jax.config import LoraConfig
+from puma_jax.config import LoraConfig, PlanConfig
+from puma_jax.data.builder import Settings, build
+from puma_jax.data.pipeline import Loader
+from puma_jax.data.plan import Plan
+from puma_jax.data.store import Store
+from puma_jax.data.text_pairs import write_benchmark
 from puma_jax.model import encoder, lora
 from puma_jax.model.tree import assemble, named_leaves, partition
 from puma_jax.parallel import rules
@@ -167,3 +172,23 @@ def test_pairs_that_fill_up_a_batch_change_nothing(tiny):
     expected, _ = gradients(tiny, dataclasses.replace(ALL, loss=LossConfig()), one_device(), 1)
     found, _ = gradients(tiny, config, one_device(), 1)
     assert_same(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize(("mask", "expected"), [(True, 0.0), (False, np.log(2))])
+def test_a_document_under_two_ids_is_no_negative_of_its_own_query(tiny, tmp_path, mask, expected):
+    """Two queries of one text, which the table of pairs holds twice and spells in two ways."""
+    (tmp_path / "pairs.csv").write_text("sent0,sent1\na cat,a pet\na dog,A pet.\n")
+    write_benchmark(tmp_path / "pairs.csv", tmp_path / "pairs")
+    build(Settings(tmp_path / "pairs", tmp_path / "built", workers=1), tiny.processor)
+    store = Store.open(tmp_path / "built")
+    template = tiny.processor.template
+    plan = Plan(store.table, store.instructions, template, PlanConfig(batch_size=2))
+    batch = Loader(store, plan, plan.fitting_shape(1, 1), 1)(0)
+    assert len(set(batch.candidate.tolist())) == 2
+    mesh, loss_config = one_device(), LossConfig(kind="info_nce", mask_same_document=mask)
+    # Dropout would draw masks of their own for equal documents.
+    config = dataclasses.replace(ALL, loss=loss_config, lora=LoraConfig(rank=4, alpha=8.0))
+    state, frozen_params, loss = prepared(tiny, config, mesh)
+    batch = shard_batch(batch, loss_config, mesh)
+    _, metrics = jax.jit(loss)(state.trained, np.int32(0), frozen_params, batch, None)
+    np.testing.assert_allclose(metrics["contrastive"], expected, atol=1e-5)

@@ -31,14 +31,12 @@ def main(
         config = dataclasses.replace(config, prompt=prompt)
     processor = Processor(load_tokenizer(model), config)
     summary = build(settings, processor)
-    if summary.skipped.count:
-        print(f"{summary.skipped.count:,} bad records were skipped, the first of them:")
-        print("\n".join(f"  {message}" for message in summary.skipped.messages))
-    if summary.longest:
-        limit = processor.config.prompt.max_text_tokens
-        print(
-            f"{summary.longest:,} texts fill the limit of {limit} tokens at which text is truncated"
-        )
+    for note in summary.notes():
+        print(note)
+    if not summary.written:
+        print("Nothing to do: it is already built.")
+    elif summary.written < summary.shards:
+        print(f"{summary.written:,} of {summary.shards:,} shards were written, the others are kept")
     print(f"{summary.queries:,} queries of {', '.join(summary.sets)}")
     print(f"and {summary.candidates:,} candidates are in {settings.out}")
 

@@ -1,12 +1,14 @@
 """Writes lines of a benchmark to shards of records, in several processes.
 
-A shard is a function of its lines alone, whichever process builds it and whatever other shards
-there are. It appears under its name once it is complete, together with a part: the columns of its
-records for the length table. A build that was stopped resumes with the first missing shard.
+A shard is a function of its lines and their images alone, whichever process builds it and whatever
+other shards there are. It appears under its name once it is complete, followed by a part: the
+columns of its records for the length table, and what the shard was made of. A build that was
+stopped, or whose files were edited since, writes the shards that are missing or of other lines.
 """
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import threading
@@ -17,20 +19,22 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from puma_jax.data.builder.sources import Lines
+from puma_jax.artifacts import atomic_file
+from puma_jax.data.builder.sources import Lines, stamp_of
 from puma_jax.data.examples import Record, to_example
-from puma_jax.data.images import image_size, resized_sizes
-from puma_jax.data.lines import BadRecords, OnBadRecord, located, reject, shown
-from puma_jax.data.mbeir import parse_candidate, parse_query
-from puma_jax.data.mbeir.records import modality_code
-from puma_jax.data.prompts import Processor, TextTruncationWarning, normalize_text, query_text
+from puma_jax.data.images import resized_sizes
+from puma_jax.data.lines import BadRecords, OnBadRecord, located, reject
+from puma_jax.data.mbeir import parse_candidate, parse_query, read_image
+from puma_jax.data.mbeir.records import content_key, modality_code
+from puma_jax.data.prompts import Processor, TextTruncationWarning, query_text
 from puma_jax.data.store import TableName
-from puma_jax.errors import DataError, ImageError, ItemError
-from puma_jax.typing import Bool, Int, ndarray
+from puma_jax.data.texts import normalize_text
+from puma_jax.errors import ArtifactError, DataError, ImageError, ItemError
+from puma_jax.typing import Bool, Int, UInt64, ndarray
 
 COLUMNS = ("tokens", "plain_tokens", "text_length", "height", "width", "modality")
 
@@ -44,6 +48,16 @@ class Shard:
     part: Path
     lines: Lines
 
+    def is_written(self) -> bool:
+        """Return whether the shard is there, whole, and of these lines as they are now."""
+        if not (self.path.exists() and self.part.exists()):
+            return False
+        try:
+            part = ShardColumns.load(self.part)
+        except DataError:
+            return False
+        return part.made_of == (self.lines.fingerprint, self.path.stat().st_size)
+
 
 @dataclass(frozen=True)
 class ShardColumns:
@@ -53,8 +67,12 @@ class ShardColumns:
     """Which lines are good records."""
     columns: Int[ndarray, "records columns"]
     """`COLUMNS` of each record; token columns hold lengths."""
+    content: UInt64[ndarray, "records"]
+    """The `content_key` of each record, its image told by a digest."""
     bad: tuple[str, ...]
     """The error message of each bad record."""
+    made_of: tuple[str, int] = ("", 0)
+    """Fingerprint of the lines of a shard, and the size of its file in bytes."""
 
     def column(self, name: str) -> Int[ndarray, "records"]:
         """Return one of `COLUMNS`."""
@@ -62,10 +80,17 @@ class ShardColumns:
 
     def save(self, path: Path) -> None:
         """Write the columns to a file, which appears complete."""
-        partial = partial_path(path)
-        with open(partial, "wb") as file:
-            np.savez(file, kept=self.kept, columns=self.columns, bad=np.array(self.bad, str))
-        partial.replace(path)
+        fingerprint, size = self.made_of
+        with atomic_file(path) as partial, open(partial, "wb") as file:
+            np.savez(
+                file,
+                kept=self.kept,
+                columns=self.columns,
+                content=self.content,
+                bad=np.array(self.bad, str),
+                fingerprint=np.array(fingerprint),
+                size=np.array(size, np.int64),
+            )
 
     @classmethod
     def load(cls, path: Path) -> ShardColumns:
@@ -76,8 +101,14 @@ class ShardColumns:
         """
         try:
             with np.load(path) as part:
-                return cls(part["kept"], part["columns"], tuple(part["bad"].tolist()))
-        except Exception as error:  # zipfile and NumPy raise many kinds of errors
+                return cls(
+                    part["kept"],
+                    part["columns"],
+                    part["content"],
+                    tuple(part["bad"].tolist()),
+                    (str(part["fingerprint"]), int(part["size"])),
+                )
+        except Exception as error:  # zipfile, NumPy and zlib raise many kinds of errors
             raise DataError(f"{path} cannot be read, delete it: {error}") from error
 
     @classmethod
@@ -86,6 +117,7 @@ class ShardColumns:
         return cls(
             np.concatenate([part.kept for part in parts]),
             np.concatenate([part.columns for part in parts]),
+            np.concatenate([part.content for part in parts]),
             tuple(message for part in parts for message in part.bad),
         )
 
@@ -105,80 +137,111 @@ class ShardWriter:
         """Write a shard and its part; return the number of lines read.
 
         Raises:
-            DataError: A file cannot be read or written, or a record is bad and `on_bad_record`
-                is "error".
+            DataError: A file cannot be read, or has changed since its lines were found, or a
+                record is bad and `on_bad_record` is "error".
+            ArtifactError: A file cannot be written.
         """
         make = self._query if shard.table == "queries" else self._candidate
         lines = len(shard.lines)
         kept = np.zeros(lines, bool)
-        columns = []
+        columns, content = [], []
         bad = BadRecords(keep=lines)
-        with _replacing(shard.path) as partial, _array_record(partial) as write:
+        with atomic_file(shard.path) as partial, _array_record(partial) as write:
             for at, (path, line) in enumerate(shard.lines.read()):
                 try:
-                    record = make(line.content)
+                    record, key = make(line.content, int(shard.lines.stamp[at]))
+                except _ChangedError as error:
+                    raise located(error, path, line.number) from None
                 except (DataError, ItemError) as error:
                     reject(located(error, path, line.number), self.on_bad_record, bad)
                     continue
                 write(to_example(record))
                 kept[at] = True
                 columns.append([_length(getattr(record, name)) for name in COLUMNS])
-            table = np.array(columns, np.int32).reshape(-1, len(COLUMNS))
-            ShardColumns(kept, table, tuple(bad.messages)).save(shard.part)
+                content.append(key)
+        # Last: a part says that its shard is finished.
+        ShardColumns(
+            kept,
+            np.array(columns, np.int32).reshape(-1, len(COLUMNS)),
+            np.array(content, np.uint64),
+            tuple(bad.messages),
+            (shard.lines.fingerprint, shard.path.stat().st_size),
+        ).save(shard.part)
         return lines
 
-    def _candidate(self, line: bytes) -> Record:
+    def _candidate(self, line: bytes, stamp: int) -> tuple[Record, int]:
+        """Return the record of a candidate, and the key of its content."""
         candidate = parse_candidate(line)
-        text = normalize_text(candidate.text)
-        _check_text("txt", candidate.text, text, candidate.image)
-        tokenized = self.processor.tokenize_text(text, image=candidate.image is not None)
-        image, height, width = self._image("img_path", candidate.image)
-        return Record(
+        self._check_unchanged(line, candidate.image, stamp)
+        tokenized = self.processor.tokenize_text(
+            normalize_text(candidate.text), image=candidate.image is not None
+        )
+        image = self._image("img_path", candidate.image)
+        record = Record(
             id=candidate.did,
             modality=modality_code(candidate.modality),
-            image=image,
-            height=height,
-            width=width,
+            image=image.stored,
+            height=image.height,
+            width=image.width,
             tokens=np.array(tokenized.tokens, np.int32),
             text_length=tokenized.text_length,
             plain_tokens=np.zeros(0, np.int32),
         )
+        return record, content_key(candidate.text, image.digest)
 
-    def _query(self, line: bytes) -> Record:
+    def _query(self, line: bytes, stamp: int) -> tuple[Record, int]:
+        """Return the record of a query, and the key of its content."""
         query = parse_query(line)
-        plain = query_text(None, query.text)
-        _check_text("query_txt", query.text, plain, query.image)
+        self._check_unchanged(line, query.image, stamp)
         with_image = query.image is not None
         tokenized = self.processor.tokenize_text(
             instructed_text(query.text), image=with_image, instructed=True
         )
-        image, height, width = self._image("query_img_path", query.image)
-        return Record(
+        image = self._image("query_img_path", query.image)
+        plain = self.processor.tokenize_text(query_text(None, query.text), image=with_image)
+        record = Record(
             id=query.qid,
             modality=modality_code(query.modality),
-            image=image,
-            height=height,
-            width=width,
+            image=image.stored,
+            height=image.height,
+            width=image.width,
             tokens=np.array(tokenized.tokens, np.int32),
             text_length=tokenized.text_length,
-            plain_tokens=np.array(
-                self.processor.tokenize_text(plain, image=with_image).tokens, np.int32
-            ),
+            plain_tokens=np.array(plain.tokens, np.int32),
         )
+        return record, content_key(query.text, image.digest)
 
-    def _image(self, name: str, path: str | None) -> tuple[bytes | str | None, int, int]:
-        """Return the bytes or path of an image, its height and its width in pixels."""
+    def _check_unchanged(self, line: bytes, image: str | None, stamp: int) -> None:
+        if stamp_of(line, self.root, image) != stamp:
+            raise _ChangedError("changed while the data were built: run the same command again")
+
+    def _image(self, name: str, path: str | None) -> _StoredImage:
+        """Return what is stored of an image."""
         if path is None:
-            return None, 0, 0
+            return _StoredImage(None, 0, 0, None)
         config = self.processor.config
+        content, image = read_image(self.root, name, path)
         try:
-            height, width = image_size(self.root / path)
             # Raises for images that are too elongated for the model, before they are planned with.
-            resized_sizes(np.array([height]), np.array([width]), config.vision, config.images)
-            return (self.root / path).read_bytes() if self.inline else path, height, width
-        except (ImageError, OSError) as error:
-            # Messages are stored: they name the path in the record, not the root of the benchmark.
-            raise ImageError(f"{name} {str(error).replace(f'{self.root}/', '')}") from error
+            resized_sizes(
+                np.array([image.height]), np.array([image.width]), config.vision, config.images
+            )
+        except ImageError as error:
+            raise ImageError(f"{name} {path}: {error}") from error
+        stored = content if self.inline else path
+        digest = hashlib.sha256(content).hexdigest()
+        return _StoredImage(stored, image.height, image.width, digest)
+
+
+class _ChangedError(DataError):
+    """A line or an image is not what it was when the lines were found."""
+
+
+class _StoredImage(NamedTuple):
+    stored: bytes | str | None
+    height: int
+    width: int
+    digest: str | None
 
 
 @contextmanager
@@ -217,32 +280,8 @@ def instructed_text(text: str | None) -> str:
     return query_text("X.", text).removeprefix("X.").removeprefix("\n")
 
 
-def partial_path(path: Path) -> Path:
-    """Return the path at which this process writes a file before renaming it."""
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")
-
-
-def _check_text(name: str, given: str | None, text: str, image: str | None) -> None:
-    """Refuse an item without image whose text has only quotes and white space."""
-    if not text and image is None:
-        raise DataError(f"{name} is {shown(given)}, which leaves no text")
-
-
 def _length(value: int | ndarray) -> int:
     return value if isinstance(value, int) else len(value)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yield the path to write; it is renamed on success and removed otherwise."""
-    partial = partial_path(path)
-    try:
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -259,7 +298,7 @@ def _array_record(path: Path) -> Iterator[Callable[[bytes], Any]]:
             yield writer.write
         writer.close()
     except RuntimeError as error:
-        raise DataError(f"{path} cannot be written: {error}") from error
+        raise ArtifactError(f"{path.parent} cannot be written: {error}") from error
 
 
 _writer: ShardWriter

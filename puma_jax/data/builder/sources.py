@@ -7,6 +7,8 @@ its own, so that any process can build shards in any order.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import os
 from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from puma_jax.data.lines import (
     reject,
 )
 from puma_jax.data.mbeir import parse_candidate, parse_query
+from puma_jax.data.mbeir.documents import Documents
 from puma_jax.data.mbeir.layout import Benchmark
 from puma_jax.data.mbeir.records import (
     Instruction,
@@ -35,11 +38,7 @@ from puma_jax.data.mbeir.records import (
 )
 from puma_jax.data.table import Ragged
 from puma_jax.errors import DataError
-from puma_jax.progress import Progress
-from puma_jax.typing import Int, ndarray
-
-Ids = dict[str, int]
-"""Number of each document id. The 5.6 million documents of M-BEIR take about 1 GB."""
+from puma_jax.typing import Int, UInt64, ndarray
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,21 @@ class Lines:
     """Offset of the line in its file, in bytes."""
     number: Int[ndarray, "records"]
     """Line number in the file, from 1."""
+    stamp: UInt64[ndarray, "records"]
+    """What `stamp_of` gives for each line."""
 
     def __len__(self) -> int:
         return len(self.file)
 
     def take(self, records: Int[ndarray, "taken"] | slice) -> Lines:
         """Return the places of some records."""
-        return Lines(self.files, self.file[records], self.start[records], self.number[records])
+        columns = self.file, self.start, self.number, self.stamp
+        return Lines(self.files, *(column[records] for column in columns))
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all lines and of the state of their images."""
+        return hashlib.sha256(self.stamp.astype("<u8").tobytes()).hexdigest()
 
     def read(self) -> Iterator[tuple[Path, Line]]:
         """Yield every line with its file.
@@ -86,17 +93,20 @@ class Lines:
 class _Places:
     """Collects `Lines`."""
 
-    def __init__(self, files: Sequence[Path]):
+    def __init__(self, files: Sequence[Path], root: Path):
         self.files = tuple(files)
+        self.root = root
         self.file, self.start, self.number = array("i"), array("q"), array("q")
+        self.stamp = array("Q")
 
     def __len__(self) -> int:
         return len(self.file)
 
-    def add(self, file: int, line: Line) -> None:
+    def add(self, file: int, line: Line, image: str | None) -> None:
         self.file.append(file)
         self.start.append(line.start)
         self.number.append(line.number)
+        self.stamp.append(stamp_of(line.content, self.root, image))
 
     def lines(self) -> Lines:
         return Lines(
@@ -104,6 +114,7 @@ class _Places:
             np.array(self.file, np.int32),
             np.array(self.start, np.int64),
             np.array(self.number, np.int64),
+            np.array(self.stamp, np.uint64),
         )
 
 
@@ -113,8 +124,8 @@ class _Lists:
     def __init__(self) -> None:
         self.start, self.values = array("q", [0]), array("i")
 
-    def add(self, dids: Sequence[str], ids: Ids) -> None:
-        self.values.extend(ids.setdefault(did, len(ids)) for did in dids)
+    def add(self, dids: Sequence[str], documents: Documents) -> None:
+        self.values.extend(map(documents.number, dids))
         self.start.append(len(self.values))
 
     def ragged(self) -> Ragged:
@@ -123,8 +134,10 @@ class _Lists:
 
 @dataclass(frozen=True)
 class Reading:
-    """The treatment of bad records, and the count of skipped ones."""
+    """Where images are, the treatment of bad records, and the count of skipped ones."""
 
+    root: Path
+    """Root of the benchmark."""
     on_bad_record: OnBadRecord
     skipped: BadRecords
 
@@ -151,7 +164,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Queries:
-    """Training queries; documents are given by their numbers in `Ids`."""
+    """Training queries; documents are given by their numbers in `Documents`."""
 
     lines: Lines
     key: Int[ndarray, "queries"]
@@ -185,6 +198,24 @@ class Queries:
 
         positives, negatives = renumber(self.positives), renumber(self.negatives)
         return dataclasses.replace(self, positives=positives, negatives=negatives)
+
+
+def stamp_of(content: bytes, root: Path, image: str | None) -> int:
+    """Return 64 bits that tell one state of a line and its image file from another.
+
+    Image files are told by size and time, as `make` does: they are not read again to find out
+    whether they have changed.
+    """
+    state = "none"
+    if image is not None:
+        try:
+            status = os.stat(root / image)
+            state = f"{status.st_size} {status.st_mtime_ns}"
+        except OSError:
+            state = "missing"
+    digest = hashlib.blake2b(f"{state}\0".encode(), digest_size=8)
+    digest.update(content.rstrip())
+    return int.from_bytes(digest.digest())
 
 
 def query_files(benchmark: Benchmark) -> dict[Path, str]:
@@ -223,7 +254,7 @@ def find_queries(
     files: Mapping[Path, str],
     instructions: Mapping[InstructionKey, Instruction],
     chosen: Collection[str],
-    ids: Ids,
+    documents: Documents,
     reading: Reading,
 ) -> Queries:
     """Return the queries of the chosen sets, and number the documents that they refer to.
@@ -233,8 +264,9 @@ def find_queries(
         instructions: From `read_instructions`; their dataset names become the set names of a file
             with several datasets.
         chosen: Names of datasets ("nights") or sets ("nights_task4"); empty chooses all.
-        ids: Document numbers; new documents are added.
-        reading: How to treat records that readers refuse and records without positives.
+        documents: Gives ids their numbers.
+        reading: Where images are, and how to treat records that readers refuse and records without
+            positives.
 
     Raises:
         DataError: A file cannot be read, a chosen set has no queries, there are no queries at all,
@@ -242,7 +274,7 @@ def find_queries(
     """
     names = {dataset: row.dataset_name.lower() for (dataset, *_), row in instructions.items()}
     key_numbers = {key: number for number, key in enumerate(instructions)}
-    places, positives, negatives = _Places(tuple(files)), _Lists(), _Lists()
+    places, positives, negatives = _Places(tuple(files), reading.root), _Lists(), _Lists()
     keys, sets, tasks = array("i"), array("i"), array("b")
     set_numbers: dict[str, int] = {}
     unseen, known = set(chosen), set()
@@ -257,12 +289,12 @@ def find_queries(
         if chosen and not {dataset, name} & set(chosen):
             return
         unseen.difference_update((dataset, name))
-        places.add(file, line)
+        places.add(file, line, query.image)
         keys.append(key_numbers.get(instruction_key(query), -1))
         sets.append(set_numbers.setdefault(name, len(set_numbers)))
         tasks.append(query.task)
-        positives.add(query.positives, ids)
-        negatives.add(query.negatives, ids)
+        positives.add(query.positives, documents)
+        negatives.add(query.negatives, documents)
 
     reading.each_line(places.files, take, "queries")
     if unseen:
@@ -283,47 +315,42 @@ def find_queries(
 
 
 def find_candidates(
-    files: Sequence[Path], ids: Ids, reading: Reading, *, only_named: bool
+    files: Sequence[Path], documents: Documents, reading: Reading, *, only_named: bool
 ) -> tuple[Lines, Int[ndarray, "documents"]]:
     """Return the places of the documents in pools, in the order of the files.
 
-    Of several pools, only those with a document of `ids` are used; a document in several pools is
-    taken from the first.
+    Of several pools, only those with a document of `documents` are used; a document of several
+    lines is taken from the first.
 
     Args:
         files: From `pool_files`.
-        ids: From `find_queries`; numbers of other documents are added.
-        reading: How to treat records that readers refuse and ids given twice in one file.
-        only_named: Whether to leave out the documents that were not in `ids`.
+        documents: From `find_queries`; other documents are added.
+        reading: How to treat records that readers refuse and ids given to two documents.
+        only_named: Whether to leave out the documents that no query names.
 
     Returns:
-        The documents, and for every number in `ids` its index among them, -1 for none.
+        The documents, and for every number in `documents` its index among them, -1 for none.
 
     Raises:
         DataError: A file cannot be read, or a record is bad and `on_bad_record` is "error".
     """
     if len(files) > 1:
-        files = [path for path in files if _holds_one_of(path, ids)]
-    places = _Places(files)
-    place_of_id = array("i", [-1]) * len(ids)
-    first_of_file: dict[int, int] = {}
+        files = [path for path in files if _holds_one_of(path, documents)]
+    places = _Places(files, reading.root)
+    place_of_number = array("i", [-1]) * len(documents)
 
     def take(file: int, line: Line) -> None:
-        did = parse_candidate(line.content).did
-        first = first_of_file.setdefault(file, len(places))
-        if only_named and did not in ids:
+        candidate = parse_candidate(line.content)
+        if only_named and candidate.did not in documents.numbers:
             return
-        number = ids.setdefault(did, len(ids))
-        if number == len(place_of_id):
-            place_of_id.append(-1)
-        if place_of_id[number] >= first:
-            raise DataError(f'did "{did}" is given twice')
-        if place_of_id[number] < 0:
-            place_of_id[number] = len(places)
-            places.add(file, line)
+        if documents.add(candidate, places.files[file], line.number):
+            number = documents.number(candidate.did)
+            place_of_number.extend([-1] * (number + 1 - len(place_of_number)))
+            place_of_number[number] = len(places)
+            places.add(file, line, candidate.image)
 
     reading.each_line(files, take, "candidates")
-    return places.lines(), np.array(place_of_id, np.int32)
+    return places.lines(), np.array(place_of_number, np.int32)
 
 
 def drop_unanswerable(queries: Queries, reading: Reading) -> Queries:
@@ -347,6 +374,6 @@ def _dataset(query: Query, names: Mapping[str, str]) -> str:
     return names.get(dataset, dataset)
 
 
-def _holds_one_of(path: Path, ids: Ids) -> bool:
+def _holds_one_of(path: Path, documents: Documents) -> bool:
     candidates = read_records(path, parse_candidate, on_bad_record="skip")
-    return any(candidate.did in ids for candidate in candidates)
+    return any(candidate.did in documents.numbers for candidate in candidates)

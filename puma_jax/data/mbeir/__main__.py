@@ -9,11 +9,15 @@ from typing import Literal
 from tyro.conf import Positional
 
 from puma_jax import cli
+from puma_jax.data.lines import OnBadRecord
 from puma_jax.data.mbeir.validation import validate
 
 
 def main(
-    command: Positional[Literal["validate"]], root: Positional[Path], check_images: bool = True
+    command: Positional[Literal["validate"]],
+    root: Positional[Path],
+    check_images: bool = True,
+    on_bad_record: OnBadRecord = "skip",
 ) -> None:
     """Read every record, image and reference of a benchmark, and print what is wrong with them.
 
@@ -23,8 +27,9 @@ def main(
         command: What to do.
         root: Folder in M-BEIR layout.
         check_images: Decode every image once; without, images may be missing.
+        on_bad_record: Report all bad records ("skip"), or stop at the first ("error").
     """
-    report = validate(root, check_images=check_images)
+    report = validate(root, on_bad_record=on_bad_record, check_images=check_images)
     print(report)
     if not report.sound:
         sys.exit(1)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Annotated
 
+from puma_jax import artifacts
 from puma_jax.data.mbeir import (
     TASKS,
     Qrel,
@@ -40,11 +40,11 @@ from puma_jax.data.openmoji.packages import LICENSES, demo_versions
 from puma_jax.data.openmoji.picturing import edit_task, line_task
 from puma_jax.data.openmoji.samples import contact_sheet
 from puma_jax.data.openmoji.split import SPLITS, Split
-from puma_jax.errors import ConfigError, DataError
+from puma_jax.errors import ConfigError
+from puma_jax.schema import Count, Range, check
 
 _MANIFEST = "manifest.json"
 _SIZE_UNIT = 28  # 2 × 2 patches of 14 pixels, one visual token
-_ATTRIBUTION = "ATTRIBUTION.txt"
 _CREDIT = """\
 The drawings under mbeir_images/ and in samples.png are by OpenMoji, the open-source emoji and icon
 project (https://openmoji.org). License: CC BY-SA 4.0
@@ -61,9 +61,9 @@ class Settings:
     """Folder to write; it must be missing, empty, or a finished build with these settings."""
     seed: int = 0
     """Seed of every random choice: which names are used, which combinations are held out."""
-    size: int = 56
+    size: Annotated[int, Range(_SIZE_UNIT, 64 * _SIZE_UNIT)] = 56
     """Width and height of the drawings in pixels, a multiple of 28; 56 gives 4 visual tokens."""
-    workers: int = os.cpu_count() or 1
+    workers: Count = os.cpu_count() or 1
     """Number of rendering threads; the result does not depend on it."""
 
     def __post_init__(self) -> None:
@@ -72,63 +72,40 @@ class Settings:
         Raises:
             ConfigError: The size is not a multiple of 28, or the number of workers is below 1.
         """
-        if self.size < _SIZE_UNIT or self.size % _SIZE_UNIT:
+        check(self)
+        if self.size % _SIZE_UNIT:
             raise ConfigError(f"size {self.size} is not a multiple of {_SIZE_UNIT}, such as 56")
-        if self.workers < 1:
-            raise ConfigError(f"workers {self.workers} is not a number of threads, 1 or more")
 
 
 def build(settings: Settings, stems: Sequence[str] | None = None) -> bool:
     """Build the benchmark in `settings.out`; return False if it is there already.
 
-    Files are written to "{out}.partial" beside it, which is renamed once it is complete.
+    The folder appears whole; an empty one that is there already is filled at the end.
 
     Args:
         settings: What to build, and where.
         stems: Names of the drawings to use; None uses all that have a Unicode name.
 
     Raises:
-        ConfigError: A demo package is not installed, or the folder holds something else.
-        DataError: The folder cannot be written.
+        ConfigError: A demo package is not installed.
+        ArtifactError: The folder holds something else, or cannot be written.
     """
-    key = {"seed": settings.seed, "size": settings.size, "packages": demo_versions()}
-    out = settings.out.resolve()
-    if _is_built(out, key):
+    job = {
+        "name": DATASET,
+        "seed": settings.seed,
+        "size": settings.size,
+        "packages": demo_versions(),
+        "licenses": LICENSES,
+    }
+    if (settings.out / _MANIFEST).exists():
+        artifacts.claim(
+            settings.out, _MANIFEST, job, what="a benchmark", may_differ=("queries", "pools")
+        )
         return False
-    partial = out.with_name(out.name + ".partial")
-    try:
-        if (partial / _ATTRIBUTION).is_file():
-            shutil.rmtree(partial)  # left by an interrupted build
-        partial.mkdir(parents=True)
-        (partial / _ATTRIBUTION).write_text(_CREDIT, encoding="utf-8")
+    with artifacts.atomic_folder(settings.out) as partial:
+        (partial / "ATTRIBUTION.txt").write_text(_CREDIT, encoding="utf-8")
         counts = _write(partial, settings, stems)
-        manifest = {"name": DATASET, **key, "licenses": LICENSES, **counts}
-        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        partial.replace(out)
-    except FileExistsError:
-        raise ConfigError(f"{partial} exists and was not left by a build: remove it") from None
-    except OSError as error:
-        raise DataError(f"{out} cannot be written: {error.strerror or error}") from error
-    return True
-
-
-def _is_built(out: Path, key: dict[str, object]) -> bool:
-    """Return whether a finished build is there; refuse a folder that holds anything else."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    try:
-        manifest = json.loads((out / _MANIFEST).read_text(encoding="utf-8"))
-        found = {name: manifest[name] for name in key}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(
-            f"{out} exists and is not a build of this benchmark: choose another folder"
-        ) from None
-    for name, wanted in key.items():
-        if found[name] != wanted:
-            raise ConfigError(
-                f"{out} was built with {name} {found[name]}, wanted {wanted}: "
-                "choose another folder, or delete this one"
-            )
+        artifacts.write_json(partial / _MANIFEST, {**job, **counts})
     return True
 
 

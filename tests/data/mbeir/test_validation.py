@@ -135,7 +135,7 @@ QUERY = (
         (
             POOL,
             '{"did": "1:x", "img_path": "up/a.jpg", "modality": "image"}',
-            'img_path "up/a.jpg" is not a path of a file in ',
+            'img_path "up/a.jpg" leads out of the root, ',
         ),
         (POOL, '{"did": "1:x", "modality": "text"}', 'txt is missing, but modality is "text"'),
         (POOL, '{"did": "x", "img_path": "images/no.jpg", "modality": "image"}', "img_path "),
