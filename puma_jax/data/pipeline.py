@@ -92,7 +92,7 @@ class Loader:
             store: The built data.
             plan: Which pairs make up a step.
             shape: Of a chunk, for all hosts together.
-            chunks: Into how many chunks a batch is cut.
+            chunks: Into how many chunks a batch is cut; one that does not fit takes more.
             host: Number of this host, from 0.
             hosts: How many there are; groups are split evenly between them, in order.
             on_bad_record: Whether an image that cannot be decoded stops the run, or is left blank
@@ -116,7 +116,7 @@ class Loader:
 
         Raises:
             DataError: An image cannot be decoded, or a record is not what was planned with.
-            PackingError: The batch does not fit into the rows.
+            PackingError: See `Plan.step`.
         """
         shape = self.shape
         step = self.plan.step(number, shape, self.chunks)

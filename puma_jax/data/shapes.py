@@ -8,8 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from puma_jax.data.packing import place, rows_needed
-from puma_jax.errors import PackingError
+from puma_jax.data.packing import place, place_in, rows_filled, rows_needed
 from puma_jax.rows import RowShape
 from puma_jax.typing import Int, ndarray
 
@@ -19,6 +18,11 @@ _WIDEST_IN_TRAINING = 2048
 # Steps that were not looked at may be a little larger; slots, which cost nothing, a good deal.
 _HEADROOM = 1.005
 _SLOT_HEADROOM = 1.5
+# How far above the mean a step may lie, in standard deviations, that still has room. A step without
+# costs more than twice as much, and a compilation: it should be rare.
+_DEVIATIONS = 4
+# The most steps that a shape is tried on, the fullest.
+_TRIED = 32
 
 
 def fitting_shape(
@@ -94,53 +98,84 @@ def batch_shape(
     chunks: int,
     groups: int,
     largest: tuple[int, int],
+    *,
+    sampled: bool = False,
 ) -> RowShape:
     """Return the smallest shape of a chunk in which the batches of all these steps fit.
 
     Row lengths are whole numbers of tiles, rows a whole number for each group. Of the shapes that
     leave least room unused, the one with the shortest rows is taken, for attention grows with them.
+    There always is one: with a row for every slot, an item that finds a slot finds a row.
 
     Args:
         steps: Tokens and patches of all items of some steps of a plan.
         chunks: Into how many chunks a batch is cut.
         groups: Data-parallel devices.
         largest: Tokens and patches that a row has to hold, also if no item of the steps does.
-
-    Raises:
-        PackingError: No shape holds the steps.
+        sampled: Whether there are many steps like these, for whose differences room is left.
     """
     cells = chunks * groups
     most_items = max(len(lengths) for lengths, _ in steps)
     slots = groups * int(np.ceil(_SLOT_HEADROOM * most_items / cells) + 1)
-    token_rows = _row_choices([lengths for lengths, _ in steps], cells, largest[0])
-    patch_rows = _row_choices([patches for _, patches in steps], cells, largest[1])
-    choices = sorted(
-        itertools.product(token_rows, patch_rows),
-        key=lambda choice: sum(
-            rows * length / (least[0] * least[1] or 1)
-            for (rows, length), least in zip(choice, (token_rows[0], patch_rows[0]), strict=True)
-        ),
-    )
-    reason = None
-    for (rows, length), (patch_rows_of, patch_length) in choices:
-        shape = RowShape(rows * groups, length, patch_rows_of * groups, patch_length, slots, groups)
-        try:
-            for lengths, patches in steps:
-                place(lengths, patches, shape, chunks)
-        except PackingError as error:
-            reason = error
-        else:
-            return shape
-    raise PackingError(f"no shape of {chunks} chunks holds the batch: {reason}")
+    fullest = _fullest(steps)
+    seen = steps if sampled else fullest
+    for tries in itertools.count():
+        token_rows, patch_rows = (
+            _row_choices([step[i] for step in seen], cells, largest[i], sampled, tries)
+            for i in (0, 1)
+        )
+        for (rows, length), (rows_of_patches, patch_length) in _tightest_first(
+            token_rows, patch_rows
+        ):
+            shape = RowShape(
+                rows * groups, length, rows_of_patches * groups, patch_length, slots, groups
+            )
+            if all(place_in(*sizes, shape, chunks) is not None for sizes in fullest):
+                return shape
+    raise AssertionError("unreachable")
 
 
-def _row_choices(sizes: list[ndarray], cells: int, longest: int) -> list[tuple[int, int]]:
-    """Return rows per cell and row lengths that could hold all sizes, the tightest first."""
-    total = _HEADROOM * max(int(of_step.sum()) for of_step in sizes)
-    if not total:
+def _tightest_first(
+    token_rows: list[tuple[int, int]], patch_rows: list[tuple[int, int]]
+) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Return all pairs of choices, each list sorted by its room: those with the least room first.
+
+    Tokens and patches count alike, each as a share of the tightest choice.
+    """
+    least = [rows * length or 1 for rows, length in (token_rows[0], patch_rows[0])]
+
+    def room(choice: tuple[tuple[int, int], tuple[int, int]]) -> float:
+        return sum(
+            rows * length / tightest for (rows, length), tightest in zip(choice, least, strict=True)
+        )
+
+    return sorted(itertools.product(token_rows, patch_rows), key=room)
+
+
+def _fullest(steps: Sequence[tuple[ndarray, ndarray]]) -> list[tuple[ndarray, ndarray]]:
+    """Return the steps with the most tokens or patches, the fullest first."""
+    totals = np.array([(lengths.sum(), patches.sum()) for lengths, patches in steps])
+    fullness = (totals / np.maximum(totals.max(0), 1)).max(1)
+    return [steps[i] for i in np.argsort(-fullness, kind="stable")[:_TRIED]]
+
+
+def _row_choices(
+    sizes: list[ndarray], cells: int, longest: int, sampled: bool, tries: int
+) -> list[tuple[int, int]]:
+    """Return rows per cell and row lengths that could hold all sizes, the tightest first.
+
+    Those of the first try are bounds; should no shape of theirs do, there are more rows each time.
+    """
+    longest = max(longest, *(int(of_step.max(initial=0)) for of_step in sizes))
+    if not longest:
         return [(0, _STEP)]
     shortest = -(-longest // _STEP) * _STEP
-    lengths = range(shortest, max(shortest, _WIDEST_IN_TRAINING) + _STEP, _STEP)
-    fewest = [(int(np.ceil(total / (cells * length))), length) for length in lengths]
-    with_one_more = [*fewest, *((rows + 1, length) for rows, length in fewest)]
-    return sorted(with_one_more, key=lambda choice: (choice[0] * choice[1], choice[1]))
+    choices = []
+    for length in range(shortest, max(shortest, _WIDEST_IN_TRAINING) + _STEP, _STEP):
+        filled = np.array([rows_filled(of_step, length) for of_step in sizes])
+        total = _HEADROOM * filled.max()
+        if sampled:
+            total = max(total, filled.mean() + _DEVIATIONS * filled.std())
+        rows = max(1, int(np.ceil(total * (16 + tries) / (16 * cells))))
+        choices += [(rows, length), (rows + 1, length)]
+    return sorted(choices, key=lambda choice: (choice[0] * choice[1], choice[1]))
