@@ -96,7 +96,8 @@ class StageConfig:
     plan: PlanConfig = PlanConfig()
     chunks: int = 1
     """Parts of a batch that go through the model one after the other (GradCache,
-    arXiv 2101.06983). Memory is that of one part; with more than one, each is computed twice."""
+    arXiv 2101.06983). Memory is that of one part; with more than one, each is computed twice. A
+    batch that does not fit into the rows of so many takes more of them, and the log says so."""
     loss: LossConfig = LossConfig()
     distill: DistillConfig = DistillConfig()
     train: Literal["lora", "full"] = "lora"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import signal
 import time
@@ -78,17 +79,12 @@ def run_stage(
     agreed = multihost.agreement(stage.mesh)
     trace = Trace(folder.parent.parent / "profile" / stage.name, config.log.profile)
     with bar, contextlib.closing(trace), _stop_requests() as stop_requested:
-        compiled: Any = None
+        compiled_steps = _CompiledSteps(stage, bar)
         watched: _Watch = _Watch(stage, config, journal, bar, start)
         for (batch, on_devices), counters in _fed(stage, config, start):
-            arguments = stage.state, stage.fixed, *on_devices
-            if compiled is None:
-                bar.set_postfix_str("compiling")
-                # Ahead of time: whatever is not of the first step's shapes is an error, and
-                # compiles nothing anew.
-                compiled = stage.step.lower(*arguments).compile()
+            compiled = compiled_steps.get(watched.step + 1, *on_devices)
             trace.before(watched.step + 1)
-            stage.state, metrics = compiled(*arguments)
+            stage.state, metrics = compiled(stage.state, stage.fixed, *on_devices)
             watched.after(batch, metrics, counters)
             done = watched.step
             trace.after(done, metrics)
@@ -124,6 +120,48 @@ def _fed(
     return counted(on_device(made, transfer), lambda both: both[0])
 
 
+class _CompiledSteps:
+    """The step of a stage, compiled ahead of time once for every number of chunks.
+
+    Most batches have the chunks that the stage asks for; one that does not fit has more. Whatever
+    else is not of the first batch's shapes is an error, and compiles nothing anew.
+    """
+
+    def __init__(self, stage: Stage, bar: tqdm):
+        self._stage = stage
+        self._bar = bar
+        self._compiled: dict[int, jax.stages.Compiled] = {}
+        self._first: tuple[Batch, Targets | None] | None = None
+        """Shapes and shardings of the first batch and its targets."""
+
+    def get(self, number: int, batch: Batch, targets: Targets | None) -> jax.stages.Compiled:
+        """Return the compiled step for a batch on the devices, that of step `number`."""
+        chunks = batch.rows.tokens.shape[0]
+        if chunks in self._compiled:
+            return self._compiled[chunks]
+        wanted, name = self._stage.loader.chunks, self._stage.name
+        if chunks != wanted:
+            self._bar.write(
+                f"{name}, step {number}: its batch needs {chunks} chunks instead of {wanted}; "
+                f"compiling the step for {chunks} chunks"
+            )
+        self._bar.set_postfix_str("compiling")
+        if self._first is None:
+            self._first = jax.tree.map(_abstract, (batch, targets))
+        like, like_targets = self._first
+        rows = jax.tree.map(lambda leaf: _abstract(leaf, chunks), like.rows)
+        like = dataclasses.replace(like, rows=rows)
+        lowered = self._stage.step.lower(self._stage.state, self._stage.fixed, like, like_targets)
+        self._compiled[chunks] = lowered.compile()
+        return self._compiled[chunks]
+
+
+def _abstract(leaf: Any, chunks: int | None = None) -> jax.ShapeDtypeStruct:
+    """Return the shape and sharding of an array; with a leading axis of so many chunks if given."""
+    shape = leaf.shape if chunks is None else (chunks, *leaf.shape[1:])
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
+
+
 class _Watch:
     """Looks at the metrics of a step while the device works on the next one."""
 
@@ -135,6 +173,8 @@ class _Watch:
         self.step = start
         self.seconds_saving = 0.0
         """Since the last line of metrics, in which training stood still for a checkpoint."""
+        self.steps_with_more_chunks = 0
+        """Since the last line of metrics, whose batch did not fit into the chunks asked for."""
         self._waiting: tuple[int, Batch, Metrics, Counters] | None = None
 
     def after(self, batch: Batch, metrics: Metrics, counters: Counters) -> None:
@@ -153,6 +193,7 @@ class _Watch:
             return
         step, batch, metrics, counters = self._waiting
         self._waiting = None
+        self.steps_with_more_chunks += len(batch.rows.tokens) > self.stage.loader.chunks
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         bad = [name for name in ("loss", "gradient_norm") if not math.isfinite(values[name])]
         if bad:
@@ -164,9 +205,13 @@ class _Watch:
             refresh=False,
         )
         if step % self.config.log.every == 0 or step == self.stage.steps:
-            costs = {"seconds_saving": self.seconds_saving, "most_memory": most_memory()}
+            costs = {
+                "seconds_saving": self.seconds_saving,
+                "steps_with_more_chunks": self.steps_with_more_chunks,
+                "most_memory": most_memory(),
+            }
             self.journal.write(self.stage.name, step, {**values, **vars(counters), **costs})
-            self.seconds_saving = 0.0
+            self.seconds_saving, self.steps_with_more_chunks = 0.0, 0
 
     def _what_happened(self, step: int, batch: Batch, name: str, value: float) -> str:
         store = self.stage.loader.store
