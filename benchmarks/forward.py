@@ -1,11 +1,11 @@
-"""Forward speed of the decoder and the tower at Qwen2-VL-2B's widths, beside transformers on torch.
+"""Compare forward speed at Qwen2-VL-2B's widths with transformers on torch: decoder and tower.
 
     python benchmarks/forward.py
     python benchmarks/forward.py --dtype bfloat16 --layers 12 --length 2048 --rows 8    # on a GPU
 
-Both run the same weights' shapes on the same tokens, in turns in one process, so that whatever else
-the machine does falls on both, and on the large matrix product that says what the machine could do
-meanwhile. torch computes where jax does. Printed: median time, FLOP/s, and fraction of that peak.
+Both run weights of the same shapes on the same tokens, in turns in one process, so that other load
+on the machine affects both alike, and also the large matrix product that measures the machine's
+peak. torch uses the same kind of device as jax. Printed: median time, FLOP/s, fraction of peak.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 )
 
 from puma_jax.config import ComputeConfig
-from puma_jax.data.positions import counted_positions, patch_positions
+from puma_jax.data.positions import patch_positions, sequential_positions
 from puma_jax.model.encoder import init
 
 
 def in_turns(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Return the median seconds of each, run one after the other so that noise hits all alike."""
+    """Return the median seconds of each run; runs alternate, so that noise affects all alike."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name, run in runs.items():
@@ -41,16 +41,16 @@ def in_turns(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
             run()
             if turn:  # the first turn compiles
                 times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(of) for name, of in times.items()}
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def device_of_torch() -> str:
-    """Return where torch shall compute: where jax does."""
+    """Return the torch device of the kind that jax uses."""
     return "cuda" if jax.default_backend() == "gpu" else "cpu"
 
 
 def wait_for_torch() -> None:
-    """Wait until all that torch was asked for is computed."""
+    """Wait until torch has finished all computations."""
     if device_of_torch() == "cuda":
         torch.cuda.synchronize()
 
@@ -58,7 +58,7 @@ def wait_for_torch() -> None:
 def report(
     what: str, flops: float, runs: dict[str, Callable[[], object]], repeats: int, dtype: str
 ) -> None:
-    """Time the contenders and the peak in turns; print a line for each, and the ratio."""
+    """Time the runs and the matrix-product peak; print a line for each run, and the ratio."""
     product, product_flops = square_product(dtype)
     seconds = in_turns({**runs, "peak": product}, repeats)
     peak = product_flops / seconds.pop("peak")
@@ -72,8 +72,10 @@ def report(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=2, help="of decoder and of tower")
-    parser.add_argument("--length", type=int, default=512, help="tokens in a row, patches in a row")
+    parser.add_argument(
+        "--layers", type=int, default=2, help="layers of the decoder and of the tower"
+    )
+    parser.add_argument("--length", type=int, default=512, help="tokens or patches in a row")
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -82,30 +84,38 @@ def main() -> None:
     on = {"device": device_of_torch(), "dtype": getattr(torch, dtype)}
     layers, length, rows = arguments.layers, arguments.length, arguments.rows
     config = qwen2_vl_2b.config(layers, layers)
+    width = config.decoder.width
     params = init(config, jax.random.key(0), dtype)
     theirs = Qwen2VLConfig(
         text_config={
             "vocab_size": 1000,
-            "hidden_size": 1536,
-            "intermediate_size": 8960,
+            "hidden_size": width,
+            "intermediate_size": config.decoder.mlp_width,
             "num_hidden_layers": layers,
-            "num_attention_heads": 12,
-            "num_key_value_heads": 2,
-            "rope_parameters": {"rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+            "num_attention_heads": config.decoder.heads,
+            "num_key_value_heads": config.decoder.kv_heads,
+            "rope_parameters": {
+                "rope_theta": config.decoder.rope_base,
+                "mrope_section": list(config.decoder.mrope_section),
+            },
             "bos_token_id": None,
             "eos_token_id": None,
         },
-        vision_config={"depth": layers, "embed_dim": 1280, "hidden_size": 1536},
+        vision_config={
+            "depth": layers,
+            "embed_dim": config.vision.width,
+            "hidden_size": width,
+        },
     )
     theirs._attn_implementation = "sdpa"
     print(f"{describe()}, torch {torch.__version__}, {torch.get_num_threads()} torch threads")
     print(f"{layers} layers, {rows} rows of {length}, {dtype}, medians of {arguments.repeats}")
 
-    x = np.random.default_rng(0).normal(size=(rows, length, 1536)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(rows, length, width)).astype(np.float32)
     x_jax, x_torch = jnp.asarray(x, dtype), torch.tensor(x, **on)
-    segments = jnp.ones((rows, length), jnp.int32)
-    positions = jnp.asarray(np.tile(counted_positions(length), (rows, 1, 1)))
-    decode = jax.jit(lambda p, x: p.norm(p(x, segments, positions, compute)))
+    segment_ids = jnp.ones((rows, length), jnp.int32)
+    positions = jnp.asarray(np.tile(sequential_positions(length), (rows, 1, 1)))
+    decode = jax.jit(lambda p, x: p.norm(p(x, segment_ids, positions, compute)))
     decoder = Qwen2VLTextModel(theirs.text_config).eval().to(**on)
 
     def torch_decoder() -> None:

@@ -1,9 +1,9 @@
-"""Load a checkpoint of Qwen2-VL-2B's true size, cut to 12 layers, and embed 16 mixed items.
+"""Load a checkpoint of Qwen2-VL-2B's full size, pruned to 12 layers, and embed 16 mixed items.
 
     python benchmarks/load_model.py --tokenizer DIR
 
-Weights are random, written once (bf16, several shards, 4.4 GB) to --checkpoint. Loading runs in a
-process of its own, so that the peak memory it prints is that of loading alone.
+Random weights are written once (bf16, several shards, 4.4 GB) to --checkpoint. Loading runs in a
+separate process, so that the peak memory it prints is that of loading alone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SHARD_BYTES = 2**30
 
 
 def make_checkpoint(folder: Path, tokenizer: Path) -> None:
-    """Write random weights shard by shard, under the names and shapes of the real ones."""
+    """Write random weights shard by shard, with the names and shapes of the published ones."""
     folder.mkdir(parents=True)
     config = qwen2_vl_2b.config()
     rng = np.random.default_rng(0)
@@ -61,7 +61,7 @@ def make_checkpoint(folder: Path, tokenizer: Path) -> None:
 
 
 def items() -> list[dict[str, object]]:
-    """Sixteen items of all three kinds, images of 256 pixels on the short side."""
+    """Return sixteen items of all three kinds; images have 256 pixels on the short side."""
     rng = np.random.default_rng(0)
     mixed: list[dict[str, object]] = []
     for i in range(16):
@@ -76,7 +76,7 @@ def items() -> list[dict[str, object]]:
 
 
 def load_and_embed(checkpoint: Path, dtype: str) -> None:
-    """Print what it takes to load the cut model and to embed with it."""
+    """Print the time and memory to load the pruned model and to embed with it."""
     config = qwen2_vl_2b.config(layers=12)
     kept = sum(leaf.size for leaf in named_leaves(abstract(config)).values())
     kept_bytes = kept * (2 if dtype == "bfloat16" else 4)
@@ -106,7 +106,9 @@ def load_and_embed(checkpoint: Path, dtype: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokenizer", type=Path, required=True, help="a Qwen2-VL tokenizer")
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, help="folder of a Qwen2-VL tokenizer"
+    )
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/random-qwen2-vl-2b"))
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     arguments = parser.parse_args()

@@ -1,9 +1,9 @@
-"""InfoNCE against MAC-Loss against relative MAC-Loss, on the demo, over several seeds.
+"""Compare InfoNCE, MAC-Loss and relative MAC-Loss on the demo over several seeds.
 
-    python benchmarks/losses.py --root runs/openmoji --out runs/losses
+    python benchmarks/losses.py --data.root runs/openmoji --out runs/losses
 
-For each seed one model is trained, cut and distilled; from there the last stage is run with each
-loss, all else equal. Run it again after a stop, and it goes on.
+For each seed, one model is trained, pruned and distilled; the last stage then runs with each loss,
+all else equal. Rerun the same command to resume after a kill.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from puma_jax.retrieval.report import POOLS, Evaluation, markdown
+from puma_jax.evaluation.report import POOLS, Evaluation, markdown
 from puma_jax.train import load_config
 from puma_jax.training.config import LossConfig, TrainConfig
 from puma_jax.training.run import run
@@ -29,7 +29,9 @@ LOSSES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, required=True, help="the demo benchmark")
+    parser.add_argument(
+        "--data.root", dest="root", type=Path, required=True, help="folder of the demo benchmark"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
     parser.add_argument("--preset", default="quick")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -40,7 +42,7 @@ def main() -> None:
     for seed in given.seeds:
         shared = given.out / f"seed-{seed}"
         demo = load_config(DEMO)(given.preset)
-        # The vocabulary does not depend on the seed: all runs read what the first one has built.
+        # The vocabulary does not depend on the seed: all runs read the data of the first one.
         data = dataclasses.replace(
             demo.data, root=given.root, built=None if built.is_relative_to(shared) else built
         )
@@ -59,13 +61,13 @@ def main() -> None:
 
 
 def with_stages(config: TrainConfig, stages: dict) -> TrainConfig:
-    """Return the config with other stages, the last of which is measured."""
+    """Return the config with other stages, of which only the last is evaluated."""
     evaluation = dataclasses.replace(config.evaluation, final_stages=())
     return dataclasses.replace(config, stages=stages, evaluation=evaluation)
 
 
 def table(found: dict[str, list[Evaluation]]) -> str:
-    """Return mean and deviation over seeds, in per cent."""
+    """Return a table of means and standard deviations over seeds, in percent."""
     rows = []
     for name, evaluations in found.items():
         if not evaluations:
@@ -77,11 +79,11 @@ def table(found: dict[str, list[Evaluation]]) -> str:
         wrong = [np.mean([one.wrong_modality[1] for one in e.sets]) for e in evaluations]
         rows.append([*cells, spread(wrong)])
     columns = [f"{pool} hit@{k}" for pool in POOLS for k in (1, 5)]
-    return markdown(["loss", "seeds", *columns, "wrong kind first"], rows)
+    return markdown(["loss", "seeds", *columns, "wrong modality first"], rows)
 
 
 def spread(rates: list) -> str:
-    """Return mean ± standard deviation, in per cent."""
+    """Return mean ± standard deviation, in percent."""
     deviation = 100 * np.std(rates, ddof=1) if len(rates) > 1 else 0.0
     return f"{100 * np.mean(rates):.1f} ± {deviation:.1f}"
 

@@ -1,4 +1,4 @@
-"""What this machine can do: its matrix-product peak and its memory."""
+"""Measure this machine: its matrix-product peak and the memory of this process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 def square_product(
     dtype: str = "float32", size: int | None = None
 ) -> tuple[Callable[[], object], int]:
-    """Return a large matrix product, to be timed as the machine's peak, and its FLOPs."""
+    """Return a large matrix product, whose speed is the machine's peak, and its FLOPs."""
     size = size or (3072 if jax.default_backend() == "cpu" else 8192)
     a = jnp.ones((size, size), dtype)
     product = jax.jit(lambda a: a @ a)
@@ -21,10 +21,10 @@ def square_product(
 
 
 def peak_memory() -> int:
-    """Return the most bytes this process has had in memory."""
+    """Return the peak memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def describe() -> str:
-    """Return a line that says what the numbers were measured on."""
+    """Return a line that names the device, the cores and the jax version."""
     return f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}"

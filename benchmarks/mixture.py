@@ -1,7 +1,7 @@
-"""A mixture of lengths like M-BEIR's, as built data without data, to plan and to pack.
+"""Make a plan over synthetic lengths with a mixture like M-BEIR's.
 
-One third each of texts, images, and images with text. Text is log-normal between 8 and 450 tokens,
-images have 4 to 300 visual tokens. Queries carry one of four instructions.
+Items are one third each of texts, images, and images with text. Texts have 8 to 450 tokens,
+log-normal; images have 4 to 300 visual tokens. Queries carry one of four instructions.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ import numpy as np
 import qwen2_vl_2b
 
 from puma_jax.config import PlanConfig
-from puma_jax.data.items import Template
+from puma_jax.data.items import TokenizedTemplate
 from puma_jax.data.plan import Plan
 from puma_jax.data.store import Instructions, Prompt
 from puma_jax.data.table import LengthTable
 
-# The published tokenizer's counts: what stands before and behind, what asks for one word.
-TEMPLATE = Template(
+# Lengths with the published tokenizer: start and end of an item, and the one-word suffixes.
+TEMPLATE = TokenizedTemplate(
     config=qwen2_vl_2b.config(),
     start=tuple(range(14)),
     end=tuple(range(6)),
-    ask_text=tuple(range(8)),
-    ask_both=tuple(range(10)),
+    suffix_text=tuple(range(8)),
+    suffix_both=tuple(range(10)),
 )
 
 
 def table(queries: int, candidates: int, seed: int = 0) -> LengthTable:
-    """Return a table of so many rows, one positive for each query."""
+    """Return a length table with one positive for each query."""
     rng = np.random.default_rng(seed)
     sides = {}
     for side, n in (("query", queries), ("candidate", candidates)):
@@ -39,7 +39,7 @@ def table(queries: int, candidates: int, seed: int = 0) -> LengthTable:
             f"{side}_width": visual // 2 * 28,
         }
         if side == "query":
-            sides["query_text"] = text
+            sides["query_text_length"] = text
         else:
             sides["candidate_modality"] = kind
     zeros = np.zeros(queries, int)
@@ -56,8 +56,10 @@ def table(queries: int, candidates: int, seed: int = 0) -> LengthTable:
     )
 
 
-def plan(queries: int, candidates: int, batch: int = 600) -> Plan:
-    """Return a plan over such a table."""
+def plan(queries: int, candidates: int, batch_size: int = 600) -> Plan:
+    """Return a plan over a table of `table`."""
     prompts = tuple(Prompt("", tuple(range(length))) for length in (8, 9, 10, 12))
     instructions = Instructions((("0", "image,text", "image,text"),), (prompts,), ("mixture",))
-    return Plan(table(queries, candidates), instructions, TEMPLATE, PlanConfig(batch=batch))
+    return Plan(
+        table(queries, candidates), instructions, TEMPLATE, PlanConfig(batch_size=batch_size)
+    )

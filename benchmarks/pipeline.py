@@ -1,9 +1,9 @@
-"""How fast a core makes items: JPEGs to patches, beside transformers' processor, and whole batches.
+"""Measure how fast one core turns JPEGs into patches, compared with transformers' processor.
 
     python benchmarks/pipeline.py
 
-Both preprocess the same JPEGs of 256 pixels on the short side, in turns, on one core. Ours hands
-uint8 to the device, which normalises there; the normalised values are compared, too.
+Both preprocess the same JPEGs of 256 pixels on the short side, in turns, on one core. Ours gives
+uint8 patches, which the device normalizes; the normalized values are compared, too.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from transformers import Qwen2VLImageProcessorPil
 
 from puma_jax.config import ImageConfig
 from puma_jax.data.images import open_image, patchify
-from puma_jax.model.vision import normalise
+from puma_jax.model.vision import normalize
 
 LIMITS = ImageConfig()
 VISION = qwen2_vl_2b.config().vision
 
 
 def jpegs(count: int) -> list[bytes]:
-    """Return JPEG files with structure at several scales, 256 × 256 to 384 pixels."""
+    """Return JPEG files of 256 × 256 to 256 × 384 pixels, with structure at several scales."""
     rng = np.random.default_rng(0)
     files = []
     for number in range(count):
@@ -69,23 +69,23 @@ def main() -> None:
             start = time.perf_counter()
             run()
             times.setdefault(run.__name__, []).append(time.perf_counter() - start)
-    speed = {name: arguments.images / statistics.median(of) for name, of in times.items()}
+    speed = {name: arguments.images / statistics.median(seconds) for name, seconds in times.items()}
     print(f"{arguments.images} JPEGs, 256 pixels on the short side, one core, medians")
     print(
         f"puma_jax      {speed['ours']:7.0f} items/s   (uint8, {ours()[0][0].nbytes} bytes a patch)"
     )
     print(f"transformers  {speed['theirs']:7.0f} items/s   ({theirs()[0][0].nbytes} bytes a patch)")
     print(f"ratio         {speed['ours'] / speed['theirs']:7.2f} ×")
-    print(f"decoding JPEG alone, the floor of both: {speed['decode_alone']:.0f} items/s")
+    print(f"decoding JPEG alone, an upper bound for both: {speed['decode_alone']:.0f} items/s")
 
     worst = 0.0
     for patches, values in zip(ours(), theirs(), strict=True):
         mine = np.asarray(
-            normalise(jnp.asarray(patches[None]), VISION.image_mean, VISION.image_std)
+            normalize(jnp.asarray(patches[None]), VISION.image_mean, VISION.image_std)
         )[0]
         frame = values.reshape(len(patches), VISION.channels, 2, -1)[:, :, 0]
         worst = max(worst, float(np.abs(mine - frame.reshape(mine.shape)).max()))
-    print(f"largest difference of normalised pixels: {worst:.1e} (one grey level is 1.5e-02)")
+    print(f"largest difference of normalized pixels: {worst:.1e} (one gray level is 1.5e-02)")
 
 
 if __name__ == "__main__":

@@ -1,32 +1,25 @@
-"""The shapes of Qwen2-VL-2B, whole or cut, for benchmarks that need no download."""
+"""Qwen2-VL-2B, with all of its layers or fewer, for benchmarks that need no download; its FLOPs."""
 
-from puma_jax.config import DecoderConfig, ModelConfig, VisionConfig
+import dataclasses
+
+from puma_jax.config import ModelConfig
+from puma_jax.model.qwen2_vl import PUBLISHED
+
+MODEL = PUBLISHED["Qwen/Qwen2-VL-2B-Instruct"]
 
 
-def config(layers: int = 28, vision_layers: int = 32) -> ModelConfig:
-    """Return the published configuration with so many layers in each half."""
-    return ModelConfig(
-        family="qwen2_vl",
-        vision=VisionConfig(
-            layers=vision_layers, width=1280, heads=16, mlp_width=5120, out_width=1536
-        ),
-        decoder=DecoderConfig(
-            vocab_size=151936,
-            width=1536,
-            layers=layers,
-            heads=12,
-            kv_heads=2,
-            head_dim=128,
-            mlp_width=8960,
-        ),
-        image_token_id=151655,
-        vision_start_token_id=151652,
-        vision_end_token_id=151653,
+def config(
+    layers: int = MODEL.decoder.layers, vision_layers: int = MODEL.vision.layers
+) -> ModelConfig:
+    """Return the published config with this many layers in the decoder and in the vision tower."""
+    return dataclasses.replace(
+        MODEL.with_layers(tuple(range(layers))),
+        vision=dataclasses.replace(MODEL.vision, layers=vision_layers),
     )
 
 
 def decoder_flops(model: ModelConfig, tokens: int, length: int) -> float:
-    """FLOPs of a forward pass of the decoder over rows of `length` tokens, attention included."""
+    """Return the forward FLOPs of the decoder over rows of `length` tokens, with attention."""
     decoder = model.decoder
     inner, kv = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
     linear = decoder.width * (2 * inner + 2 * kv + 3 * decoder.mlp_width)
@@ -34,7 +27,7 @@ def decoder_flops(model: ModelConfig, tokens: int, length: int) -> float:
 
 
 def vision_flops(model: ModelConfig, patches: int, length: int) -> float:
-    """FLOPs of a forward pass of the tower over rows of `length` patches, attention included."""
+    """Return the forward FLOPs of the tower over rows of `length` patches, with attention."""
     vision = model.vision
     linear = vision.width * (4 * vision.width + 2 * vision.mlp_width)
     joined = vision.width * vision.merged

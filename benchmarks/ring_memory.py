@@ -1,10 +1,10 @@
-"""Memory of the contrastive loss on each of eight devices: dense, rows against all keys, ring.
+"""Report the memory of the contrastive loss on each of eight devices: dense, gathered, ring.
 
     python benchmarks/ring_memory.py
 
-Printed is what the compiled program of a loss and its gradients (MAC-Loss, same documents masked,
-temperature trained) needs on each device beside arguments and results. Nothing is run, so sizes
-beyond this machine's memory can be asked for.
+It prints the temporary memory of the compiled program on each device, without arguments and
+results, for MAC-Loss and its gradients, with equal documents masked and a trained temperature.
+Nothing runs, so sizes beyond this machine's memory work, too.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import jax
 import jax.numpy as jnp
 from machine import describe
 
+from puma_jax.axes import BATCH_AXES
+from puma_jax.evaluation.report import markdown
 from puma_jax.losses import DENSE, Layout, mac_loss
-from puma_jax.parallel.mesh import BATCH_AXES, MeshConfig, batch_sharding, make_mesh
-from puma_jax.retrieval.report import markdown
+from puma_jax.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 
 MIB = 2**20
 
 
 def temporary_bytes(pairs: int, width: int, layout: Layout, mesh: jax.sharding.Mesh) -> int:
-    """Return what a device needs for the loss and its gradients, beside what goes in and out."""
+    """Return the temporary bytes of the loss and its gradients on one device."""
     share = batch_sharding(mesh)
     vectors = jax.ShapeDtypeStruct((pairs, width), jnp.float32, sharding=share)
     number = jax.ShapeDtypeStruct((pairs,), jnp.int32, sharding=share)
@@ -51,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--width", type=int, nargs="+", default=[256, 1536])
-    parser.add_argument("--rows", type=int, nargs="+", default=[128, 256, 512])
+    parser.add_argument("--chunk-size", type=int, nargs="+", default=[128, 256, 512])
     given = parser.parse_args()
 
     jax.config.update("jax_platforms", "cpu")
@@ -59,8 +60,8 @@ def main() -> None:
     mesh = make_mesh(MeshConfig())
     forms = {"dense": DENSE}
     for kind in ("gather", "ring"):
-        for rows in given.rows:
-            forms[f"{kind}, rows {rows}"] = Layout(rows, mesh, BATCH_AXES, kind)
+        for chunk_size in given.chunk_size:
+            forms[f"{kind}, chunk_size {chunk_size}"] = Layout(chunk_size, mesh, BATCH_AXES, kind)
     print(f"{describe()}, {mesh.size} devices, MiB of temporary memory per device")
     columns = [(pairs, width) for width in given.width for pairs in given.pairs]
     lines = [

@@ -1,9 +1,9 @@
-"""How fast exact search is on this machine, beside faiss.
+"""Compare the speed of exact search with faiss.
 
     pip install faiss-cpu && python benchmarks/search.py
 
-Both search the same random unit vectors, in turns. The matrix product alone, of the same sizes, is
-the floor of any search that computes every score.
+Both search the same random unit vectors, in turns. The time of the matrix product alone is a lower
+bound for any search that computes every score.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import faiss
 import machine
 import numpy as np
 
-from puma_jax.retrieval.topk import top_k
+from puma_jax.search.topk import top_k
 
 
 def unit(rng: np.random.Generator, count: int, width: int) -> np.ndarray:
@@ -62,7 +62,7 @@ def main() -> None:
                 start = time.perf_counter()
                 found[run.__name__] = run()
                 times.setdefault(run.__name__, []).append(time.perf_counter() - start)
-        seconds = {name: statistics.median(of) for name, of in times.items()}
+        seconds = {name: statistics.median(taken) for name, taken in times.items()}
         equal = np.mean(found["ours"] == found["theirs"])
         print(
             f"{count:7,}  {seconds['ours']:8.3f} s  {seconds['theirs']:8.3f} s  "

@@ -1,21 +1,21 @@
-"""A whole training step in float32, beside sentence-transformers' gradient cache on torch.
+"""Compare a whole training step with sentence-transformers' gradient cache on torch.
 
     python benchmarks/train_step.py
     python benchmarks/train_step.py --dtype bfloat16 --layers 12 --width 1536 --pairs 1024 \
         --mini-batch 256 --longest 450    # on a GPU
 
-In bfloat16 both keep weights in float32 and round them for products; on a GPU both run there.
+In bfloat16, both keep weights in float32 and round them for products. Both run on the GPU if there
+is one.
 
-Both train all of the same Qwen2-VL decoder on the same pairs of texts: forward, backward, clipping,
-AdamW, with InfoNCE over the whole batch and as many items in memory at a time. Ours packs them
-into rows; theirs pads each mini-batch to its longest item, as its users do. That loss and gradient
-are the same is checked first; then they take steps in turns in one process, and with them the large
-matrix product that says what the machine could do meanwhile.
+Both train all weights of the same Qwen2-VL decoder on the same pairs of texts: forward, backward,
+clipping and AdamW, with InfoNCE over the whole batch and equally many items in memory at a time.
+Ours packs items into rows; theirs pads each mini-batch to its longest item, as its users do. Loss
+and gradient norm are compared first. Then both take steps in turns in one process, together with
+the large matrix product that measures the machine's peak.
 
-FLOPs are those of products with weights, for tokens that are not padding: 2 for each weight and
-token forward, 6 with the backward pass. Attention's own are not among them, nor is the second
-forward pass that both need to hold only some items in memory. The last column counts that pass and
-padding too: all products with weights.
+FLOPs are those of products with weights for tokens that are not padding: 2 for each weight and
+token forward, 6 with the backward pass. They exclude attention's own and the second forward pass
+of the gradient cache. The last column includes that pass and padding: all products with weights.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from puma_jax.config import ComputeConfig, DType, ModelConfig
-from puma_jax.data.items import Item, Template
+from puma_jax.data.items import Item, TokenizedTemplate
 from puma_jax.data.packing import fill, place
 from puma_jax.data.pipeline import Batch
 from puma_jax.data.shapes import batch_shape
@@ -51,18 +51,18 @@ from puma_jax.parallel.mesh import MeshConfig, make_mesh
 from puma_jax.training.config import LossConfig, StageConfig
 from puma_jax.training.optimizer import learning_rate
 from puma_jax.training.stages import is_trained
-from puma_jax.training.step import Fixed, init_state, make_loss, make_step
-from puma_jax.training.transfer import put
+from puma_jax.training.step import FrozenParams, init_state, make_loss, make_step
+from puma_jax.training.transfer import shard_batch
 
 BATCHES = 4
 HEAD_DIM = 64
 
 Step = Callable[[], tuple[float, float]]
-"""Takes one step; returns its loss and the norm of its gradient."""
+"""Takes one step and returns its loss and gradient norm."""
 
 
 def random_model(arguments: argparse.Namespace) -> Qwen2VLForConditionalGeneration:
-    """Return a decoder of random weights, and the smallest tower that a checkpoint can have."""
+    """Return a decoder with random weights, and the smallest tower that a checkpoint can have."""
     heads = arguments.width // HEAD_DIM
     torch.manual_seed(0)
     config = Qwen2VLConfig(
@@ -95,9 +95,9 @@ def random_model(arguments: argparse.Namespace) -> Qwen2VLForConditionalGenerati
 def random_items(
     rng: np.random.Generator, pairs: int, longest: int, model: ModelConfig
 ) -> list[Item]:
-    """Return the texts of a batch: queries, then their candidates. Lengths are log-normal."""
+    """Return the texts of a batch, queries before candidates, with log-normal lengths."""
     ret = model.decoder.vocab_size - 1
-    template = Template(model, start=(), end=(ret,), ask_text=(), ask_both=())
+    template = TokenizedTemplate(model, start=(), end=(ret,), suffix_text=(), suffix_both=())
     lengths = np.clip(np.exp(rng.normal(3.3, 0.7, 2 * pairs)), 8, longest).astype(int)
     return [template.assemble(rng.integers(4, ret, length - 1).tolist()) for length in lengths]
 
@@ -107,25 +107,25 @@ def lengths_of(items: Sequence[Item]) -> np.ndarray:
 
 
 def by_length(items: Sequence[Item]) -> list[Item]:
-    """Return the same pairs, those with the longest text last."""
+    """Return the same pairs in ascending order of their longest text."""
     lengths = lengths_of(items).reshape(2, -1)
     order = np.argsort(lengths.max(0))
     return [items[i] for i in (*order, *(order + lengths.shape[1]))]
 
 
 def pack(batches: Sequence[Sequence[Item]], chunks: int, model: ModelConfig) -> list[Batch]:
-    """Return the batches in rows of the one shape that all of them fit into."""
+    """Return the batches in packed rows of one shape that fits all of them."""
     sizes = [(lengths_of(items), np.zeros(len(items), int)) for items in batches]
     longest = max(int(lengths.max()) for lengths, _ in sizes)
     shape = batch_shape(sizes, chunks, 1, (longest, 0))
     packed = []
     for items, (lengths, patches) in zip(batches, sizes, strict=True):
-        placement = place(lengths, patches, shape, chunks)
-        slots = placement.chunk * shape.slots + placement.slot
+        packing = place(lengths, patches, shape, chunks)
+        slots = packing.chunk * shape.slots + packing.slot
         pairs = len(items) // 2
         packed.append(
             Batch(
-                rows=fill(items, placement, shape, model.vision),
+                rows=fill(items, packing, shape, model.vision),
                 query_slot=slots[:pairs],
                 candidate_slot=slots[pairs:],
                 modality=np.ones(pairs, np.int32),
@@ -141,35 +141,35 @@ def pack(batches: Sequence[Sequence[Item]], chunks: int, model: ModelConfig) -> 
 def puma_jax_step(
     params: Encoder, batches: Sequence[Batch], config: StageConfig, dtype: DType
 ) -> Step:
-    """Return our step, compiled, over the batches in turn."""
+    """Return our compiled step, which takes the batches in turn."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     trained, frozen = partition(params, lambda name: is_trained(name, config))
     structure = jax.eval_shape(lambda: params)
     compute = ComputeConfig(dtype=dtype)
     loss = make_loss(config, config.steps, structure, compute, mesh, jax.random.key(0))
     step = jax.jit(make_step(config, config.steps, loss), donate_argnums=0)
-    state, fixed = init_state(config, config.steps, trained), Fixed(frozen)
-    on_device = [put(batch, config.loss, mesh) for batch in batches]
-    compiled = step.lower(state, fixed, on_device[0], None).compile()
-    given = itertools.cycle(on_device)
+    state, frozen_params = init_state(config, config.steps, trained), FrozenParams(frozen)
+    on_devices = [shard_batch(batch, config.loss, mesh) for batch in batches]
+    compiled = step.lower(state, frozen_params, on_devices[0], None).compile()
+    given = itertools.cycle(on_devices)
 
     def take() -> tuple[float, float]:
         nonlocal state
-        state, metrics = jax.block_until_ready(compiled(state, fixed, next(given), None))
+        state, metrics = jax.block_until_ready(compiled(state, frozen_params, next(given), None))
         return float(metrics["loss"]), float(metrics["gradient_norm"])
 
     return take
 
 
 class Decoder(torch.nn.Module):
-    """Transformers' decoder as the first module of a SentenceTransformer."""
+    """A transformers decoder as the first module of a SentenceTransformer."""
 
     def __init__(self, decoder: torch.nn.Module):
         super().__init__()
         self.decoder = decoder
 
     def forward(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Add the state of every token."""
+        """Return the features with the state of every token."""
         output = self.decoder(
             input_ids=features["input_ids"],
             attention_mask=features["attention_mask"],
@@ -179,7 +179,7 @@ class Decoder(torch.nn.Module):
 
 
 def padded_features(items: Sequence[Item], device: str) -> dict[str, torch.Tensor]:
-    """Return a column of a batch as a data collator does; the loss trims it by mini-batch."""
+    """Return one side of a batch as a data collator does; the loss trims it by mini-batch."""
     tokens = [torch.tensor(item.tokens, dtype=torch.long, device=device) for item in items]
     ones = [torch.ones_like(of_item) for of_item in tokens]
     pad = torch.nn.utils.rnn.pad_sequence
@@ -196,7 +196,7 @@ def sentence_transformers_step(
     mini_batch: int,
     dtype: DType,
 ) -> Step:
-    """Return their step over the batches in turn, with the optimizer of transformers' trainer."""
+    """Return their step, which takes the batches in turn, with the optimizer of transformers."""
     pooling = Pooling(decoder.config.hidden_size, "lasttoken")
     modules = [Decoder(decoder), pooling, Normalize()]
     device = device_of_torch()
@@ -231,7 +231,7 @@ def sentence_transformers_step(
         with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
             value = loss(next(given), None)
             value.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip)
+        norm = torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         wait_for_torch()
@@ -243,12 +243,18 @@ def sentence_transformers_step(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--width", type=int, default=512, help=f"a multiple of {2 * HEAD_DIM}")
+    parser.add_argument(
+        "--width", type=int, default=512, help=f"decoder width, a multiple of {2 * HEAD_DIM}"
+    )
     parser.add_argument("--vocab-size", type=int, default=8192)
-    parser.add_argument("--pairs", type=int, default=128, help="in a batch")
+    parser.add_argument("--pairs", type=int, default=128, help="pairs in a batch")
     parser.add_argument("--mini-batch", type=int, default=64, help="items in memory at a time")
-    parser.add_argument("--longest", type=int, default=120, help="tokens of an item, from 8 on")
-    parser.add_argument("--sort", action="store_true", help="pairs by length, to pad less")
+    parser.add_argument(
+        "--longest", type=int, default=120, help="most tokens of an item, at least 8"
+    )
+    parser.add_argument(
+        "--sort", action="store_true", help="sort pairs by length, which reduces padding"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     arguments = parser.parse_args()
@@ -258,9 +264,9 @@ def main() -> None:
     chunks = 2 * pairs // mini_batch
     config = StageConfig(
         steps=arguments.repeats + 2,  # one to compare, one to warm up
-        chunks=chunks,
+        grad_cache_chunks=chunks,
         loss=LossConfig(kind="info_nce", temperature=0.05),
-        train="full",
+        trainable="full",
     )
     theirs = random_model(arguments)
     with TemporaryDirectory() as folder:
@@ -274,7 +280,7 @@ def main() -> None:
     packed = pack(batches, chunks, model)
     lengths = [lengths_of(items) for items in batches]
     useful = {
-        "puma_jax": np.mean([np.mean(batch.rows.segments > 0) for batch in packed]),
+        "puma_jax": np.mean([np.mean(batch.rows.segment_ids > 0) for batch in packed]),
         "sentence-transformers": np.mean([padded(of, chunks, by_length=False) for of in lengths]),
     }
     tokens = np.mean([of.sum() for of in lengths])

@@ -1,8 +1,8 @@
-"""The demo: a small Qwen2-VL from nothing, on a benchmark that any machine can build.
+"""The demo: a small Qwen2-VL from scratch, on a benchmark that any machine can build.
 
-A deep model learns to retrieve (InfoNCE), is cut to its first third, learns from what it was
-(self-distillation), and is trained with MAC-Loss. `quick` takes minutes on the two cores of a
-laptop, `full` well under an hour and a half.
+Three layers learn to retrieve (InfoNCE); the first of them is kept and learns from all three
+(layer pruning with self-distillation); then it is trained with MAC-Loss. `quick` takes minutes on
+the two cores of a laptop, `full` less than an hour and a half.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def get_config(preset: Literal["quick", "full"] = "quick") -> TrainConfig:
     """Return the config of the demo.
 
     Args:
-        preset: How long to train.
+        preset: Length of training: quick takes minutes, full gives the better model.
     """
     quick = preset == "quick"
-    plan = PlanConfig(batch=256)
+    plan = PlanConfig(batch_size=256)
     return TrainConfig(
         data=DataConfig(root=Path("runs/openmoji")),
-        # Wide and shallow: what is to be learnt are names in fourteen languages and the looks of
+        # Wide and shallow: the task is to learn names in fourteen languages and the looks of
         # things, and small matrix products leave a CPU idle.
         scratch=ScratchConfig(
             vocab_size=4096,
@@ -49,7 +49,7 @@ def get_config(preset: Literal["quick", "full"] = "quick") -> TrainConfig:
         ),
         # Each drawing is one image of 56 × 56 pixels, four visual tokens.
         images=ImageConfig(min_pixels=56 * 56, max_pixels=56 * 56),
-        # Chat turns mean nothing to a model that has never seen one.
+        # Chat turns mean nothing to a model that was never trained on them.
         prompt=PromptConfig(template="bare", max_text_tokens=64),
         compute=ComputeConfig(dtype="float32"),
         stages={
@@ -57,30 +57,30 @@ def get_config(preset: Literal["quick", "full"] = "quick") -> TrainConfig:
                 steps=50 if quick else 400,
                 plan=plan,
                 loss=LossConfig(kind="info_nce", temperature=0.05),
-                train="full",
-                vision=True,
-                optimizer=OptimizerConfig(learning_rate=2e-3, warmup=0.1),
+                trainable="full",
+                train_vision=True,
+                optimizer=OptimizerConfig(learning_rate=2e-3, warmup_ratio=0.1),
             ),
             "distil": StageConfig(
                 steps=20 if quick else 150,
                 keep_layers="1",
                 plan=plan,
                 loss=LossConfig(kind="info_nce", temperature=0.05),
-                # States of a model this small are of size 1, so their errors count in full.
+                # The states of a model this small are of order 1, so their errors count in full.
                 distill=DistillConfig(weight=(0.5, 0.1), scale=1.0),
-                train="full",
-                vision=True,
-                optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.1),
+                trainable="full",
+                train_vision=True,
+                optimizer=OptimizerConfig(learning_rate=1e-3, warmup_ratio=0.1),
             ),
             "mac": StageConfig(
                 steps=220 if quick else 900,
                 plan=plan,
                 loss=LossConfig(kind="mac", temperature=0.03, decay=0.5),
-                train="full",
-                vision=True,
-                optimizer=OptimizerConfig(learning_rate=2e-3, warmup=0.1),
+                trainable="full",
+                train_vision=True,
+                optimizer=OptimizerConfig(learning_rate=2e-3, warmup_ratio=0.1),
             ),
         },
-        evaluation=EvaluationConfig(every=0 if quick else 300, final_stages=("deep", "mac")),
-        checkpoint=CheckpointConfig(every=100),
+        evaluation=EvaluationConfig(every_steps=0 if quick else 300, final_stages=("deep", "mac")),
+        checkpoint=CheckpointConfig(every_steps=100),
     )

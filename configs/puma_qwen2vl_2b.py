@@ -1,4 +1,4 @@
-"""PUMA's recipe for Qwen2-VL-2B, which has 28 layers too: see `puma_qwen2vl_7b.py`."""
+"""PUMA's recipe for Qwen2-VL-2B, which has 28 layers as the 7B model has."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""PUMA as published (arXiv 2507.08064): Qwen2-VL-7B cut to 12 layers, trained in two stages.
+"""PUMA as published (arXiv 2507.08064): Qwen2-VL-7B pruned to 12 layers, trained in two stages.
 
-(paper) is the paper's text, (code) the released code where the text is silent.
+(paper) marks values of the paper's text, (code) those of the released code.
 
     python -m puma_jax.data.text_pairs --table nli_for_simcse.csv --out data/nli
     python -m puma_jax.train --config configs/puma_qwen2vl_7b.py --workdir runs/puma \
-        --data.root data/M-BEIR --stages.distil.root data/nli
+        --data.root data/M-BEIR --stages.distil.data-root data/nli
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def get_config(model: str = "Qwen/Qwen2-VL-7B-Instruct") -> TrainConfig:
         data=DataConfig(root=Path("data/M-BEIR"), workers=8),
         # 4 · 28² to 300 · 28² pixels: at most 300 visual tokens (paper).
         images=ImageConfig(min_pixels=4 * 28**2, max_pixels=300 * 28**2),
-        # Text is cut at 450 tokens (code). The released code counts positions in one dimension;
-        # M-RoPE is what serving engines compute.
+        # Text is truncated to 450 tokens (code). The released code numbers positions in one
+        # dimension; serving engines compute M-RoPE.
         prompt=PromptConfig(max_text_tokens=450, positions="mrope"),
         compute=ComputeConfig(dtype="bfloat16", remat="full"),
         stages={
@@ -43,29 +43,29 @@ def get_config(model: str = "Qwen/Qwen2-VL-7B-Instruct") -> TrainConfig:
                 model=model,
                 epochs=2.0,  # (paper)
                 keep_layers="12",  # the first 12 of 28 (code)
-                root=Path("data/nli"),  # nli_for_simcse.csv, sent0 and sent1 (code)
-                plan=PlanConfig(batch=288, instructions=False),  # (code)
-                chunks=4,
+                data_root=Path("data/nli"),  # nli_for_simcse.csv, sent0 and sent1 (code)
+                plan=PlanConfig(batch_size=288, instructions=False),  # (code)
+                grad_cache_chunks=4,
                 loss=LossConfig(kind="info_nce", temperature=0.05),  # (code)
                 # 0.9 · InfoNCE + 0.1 · 0.05 · (MSE of queries + MSE of candidates) (code).
                 # The code's other setting, InfoNCE at 0.5 + 0.4 · progress, is (0.5, 0.1).
                 distill=DistillConfig(weight=(0.1, 0.1), scale=0.05),
-                train="lora",
+                trainable="lora",
                 lora=LoraConfig(rank=128, alpha=256.0, dropout=0.05),  # (paper, dropout: code)
                 # Layer 0 learns at half the rate of the others (code).
-                optimizer=OptimizerConfig(learning_rate=2e-4, first_layer=0.5),
+                optimizer=OptimizerConfig(learning_rate=2e-4, first_layer_lr_scale=0.5),
             ),
             "mac": StageConfig(
                 epochs=2.0,  # (paper)
-                plan=PlanConfig(batch=600, instructions=True),  # (code)
-                chunks=10,
+                plan=PlanConfig(batch_size=600, instructions=True),  # (code)
+                grad_cache_chunks=10,
                 # Stays at 0.03 for other modalities, falls to 0.018 for the target's own (code).
                 loss=LossConfig(kind="mac", temperature=0.03, decay=0.5),
-                train="lora",
+                trainable="lora",
                 lora=LoraConfig(rank=128, alpha=256.0, dropout=0.1),  # (paper, dropout: code)
                 optimizer=OptimizerConfig(learning_rate=3e-4),  # (code)
             ),
         },
-        evaluation=EvaluationConfig(every=500, queries=200, documents=5000),
-        checkpoint=CheckpointConfig(every=200),
+        evaluation=EvaluationConfig(every_steps=500, max_queries=200, max_candidates=5000),
+        checkpoint=CheckpointConfig(every_steps=200),
     )

@@ -1,4 +1,4 @@
-"""What a compiled program does: its products, its collectives, counted as often as loops run them.
+"""FLOPs and collectives of a compiled program, loop bodies counted as often as they run.
 
 XLA's own `cost_analysis` counts the body of a loop once.
 """
@@ -14,14 +14,16 @@ import numpy as np
 
 @dataclass
 class Program:
-    """What one chip does in a step, read from XLA's own text of it."""
+    """The work of one chip in a step, read from XLA's text of the program."""
 
     flops: float
+    """FLOPs of all matrix products."""
     moved: Counter[str]
-    """Collective → bytes of its results."""
+    """Kind of collective → bytes of its results."""
     collectives: Counter[str]
-    """Collective → how often."""
+    """Kind of collective → number of runs."""
     kernels: int
+    """Runs of Pallas kernels."""
 
 
 Instructions = list[tuple[str, str, str, str]]
@@ -35,10 +37,7 @@ _COLLECTIVE = re.compile(
 
 
 def read_program(text: str) -> Program:
-    """Return the sums over a compiled program; what stands in a loop counts as often as it runs.
-
-    XLA's own sum (`cost_analysis`) takes every loop for one turn.
-    """
+    """Return the sums over a compiled program; the body of a loop counts as often as it runs."""
     bodies: dict[str, Instructions] = {}
     entry = ""
     for line in text.splitlines():
@@ -61,7 +60,7 @@ def read_program(text: str) -> Program:
                 program.collectives[found[1]] += times
             elif opcode == "while":
                 condition, body = re.findall(r"(?:condition|body)=%([^,\s]+)", rest)
-                add(body, times * _turns(bodies[condition], bodies[body]))
+                add(body, times * _trip_count(bodies[condition], bodies[body]))
             elif opcode in ("fusion", "call", "async-start"):
                 called = re.search(r"(?:calls|to_apply)=%([^,\s]+)", rest)
                 assert called is not None
@@ -71,8 +70,8 @@ def read_program(text: str) -> Program:
     return program
 
 
-def _turns(condition: Instructions, body: Instructions) -> int:
-    """Return how often a loop runs whose counter goes from 0 to a constant; 1 for any other."""
+def _trip_count(condition: Instructions, body: Instructions) -> int:
+    """Return the trip count of a loop whose counter goes from 0 to a constant; 1 for any other."""
     known = {result: (opcode, rest) for result, _, opcode, rest in [*condition, *body]}
     limit, step, counter = None, 0, None
     for _, _, opcode, rest in condition:
@@ -84,7 +83,7 @@ def _turns(condition: Instructions, body: Instructions) -> int:
                     counter = re.search(r"index=(\d+)", known[name][1])
     if limit is None or counter is None:
         return 1
-    # What the body makes of its counter is a chain of additions.
+    # The body updates its counter by a chain of additions.
     name = _operands(body[-1][3])[int(counter[1])]
     while known[name][0] == "add":
         one, other = _operands(known[name][1])
@@ -116,7 +115,7 @@ def _bytes(shape: str) -> int:
 
 
 def _product_flops(shape: str, rest: str, results: dict[str, str]) -> float:
-    """Return 2 for each multiplication of a convolution, as which TPUs compute products."""
+    """Return the FLOPs of a convolution, 2 per multiplication; TPUs compute matmuls as such."""
     left, right = (_dimensions(results[name]) for name in _operands(rest))
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest)
     assert labels is not None
@@ -139,6 +138,6 @@ def _product_flops(shape: str, rest: str, results: dict[str, str]) -> float:
         before = int(of("pad", axis, "0_0").split("_")[0])
         at = np.arange(sizes[2][str(axis)])[:, None] * stride - before
         at = at + np.arange(int(of("size", axis, "1"))) * apart
-        # Where the window lies on padding nothing is multiplied.
+        # Padding is not multiplied.
         flops *= ((at >= 0) & (at <= (sizes[0][str(axis)] - 1) * spread) & (at % spread == 0)).sum()
     return flops

@@ -1,7 +1,7 @@
 """Check all hosts before a long job: `python launch/preflight.py --bucket FOLDER`.
 
-Run it on every host, in the way the job will be run and with the same `--distributed.*` flags. The
-first host prints a line for each check; all exit with 1 if any check failed.
+Run it on every host like the job itself, with the same `--distributed.*` flags. The first host
+prints a line for each check; all hosts exit with 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -42,13 +42,15 @@ def main(
     json: bool = False,
     distributed: DistributedConfig = _ALONE,
 ) -> None:
-    """Check that all hosts are alike, reach each other, and can write where the job will.
+    """Check that all hosts are alike, reach each other, and can write to the output folder.
 
     Args:
-        bucket: Folder that the job will write to, gs://... too; all hosts must see it.
-        min_free_gib: Disk space that every host should have, here and for temporary files.
-        json: Print one JSON object in place of lines.
-        distributed: How the hosts find each other.
+        bucket: Output folder of the job, also gs://...; all hosts must see it. The default checks
+            none.
+        min_free_gib: Free disk space in GiB that every host needs, in the current folder and for
+            temporary files.
+        json: Print one JSON object instead of lines.
+        distributed: How the hosts connect to each other.
     """
     initialize(distributed)
     checks: list[Callable[[], str]] = [devices, versions, total, bandwidth, clock]
@@ -58,20 +60,20 @@ def main(
         name = getattr(check, "func", check).__name__
         try:
             results.append({"name": name, "ok": True, "found": check()})
-        except Exception as error:  # whatever goes wrong here is what was looked for
+        except Exception as error:  # any error is a finding
             results.append({"name": name, "ok": False, "found": _line(error)})
-            if check is devices:  # unless hosts are alike, the others cannot even gather results
+            if check is devices:  # hosts that differ cannot gather results
                 break
     ok = all(result["ok"] for result in results)
     lines = [f"{'ok  ' if r['ok'] else 'FAIL'} {r['name']}: {r['found']}" for r in results]
     print(dumps({"ok": ok, "checks": results}, indent=2) if json else "\n".join(lines), flush=True)
     if results[0]["ok"]:
-        gather("")  # a launcher may end all when one fails: not before the first has printed
+        gather("")  # a launcher may kill all hosts when one fails: wait until the first has printed
     sys.exit(0 if ok else 1)
 
 
 def devices() -> str:
-    """Find whether all hosts have the same devices, of the platform that was asked for."""
+    """Check that all hosts have the same devices, on the requested platform."""
     hosts = Counter(device.process_index for device in jax.devices())
     kinds = Counter(device.device_kind for device in jax.devices())
     found = f"hosts: {len(hosts)}, {', '.join(f'{kind}: {n}' for kind, n in kinds.items())}"
@@ -84,7 +86,7 @@ def devices() -> str:
 
 
 def versions() -> str:
-    """Find whether all hosts run the same code."""
+    """Check that all hosts run the same package versions."""
     installed = {found.name: found.version for found in metadata.distributions()}
     mine = {name: installed.get(name) for name in _PACKAGES.split()}
     hosts = [loads(text) for text in gather(dumps({"python": platform.python_version(), **mine}))]
@@ -100,7 +102,7 @@ def versions() -> str:
 
 
 def total() -> str:
-    """Find whether a sum over all devices is what it should be."""
+    """Check a sum over all devices."""
     count, (numbers, everywhere) = jax.device_count(), _numbers()
     add = jax.jit(lambda x: (x + 1).sum(), out_shardings=everywhere)
     found, right = int(add(numbers).addressable_data(0)), count * (count + 1) // 2
@@ -108,7 +110,7 @@ def total() -> str:
 
 
 def bandwidth() -> str:
-    """Find how fast devices gather what the others hold, and whether it arrives intact."""
+    """Measure an all-gather over all devices, and check that the data arrive intact."""
     count, (numbers, everywhere) = jax.device_count(), _numbers()
     length = _GATHERED_MIB * 2**20 // 4 // count
     parts = jax.jit(lambda x: jnp.repeat(x, length), out_shardings=numbers.sharding)(numbers)
@@ -121,14 +123,14 @@ def bandwidth() -> str:
         all_gather(parts).block_until_ready()
         seconds.append(time.perf_counter() - start)
     slowest = max(float(text) for text in gather(str(np.median(seconds))))
-    speed = 4 * length * (count - 1) / slowest / 1e9  # of what a device receives
+    speed = 4 * length * (count - 1) / slowest / 1e9  # the data that one device receives
     found = f"{_GATHERED_MIB} MiB gathered in {slowest * 1e3:.1f} ms, {speed:.2f} GB/s a device"
     return _all(intact, found if count > 1 else "one device alone", "all parts unchanged")
 
 
 def clock() -> str:
-    """Find whether the hosts' clocks agree: logs, file times and certificates count on it."""
-    gather("")  # all go on from here at once
+    """Check that the hosts' clocks agree: logs, file times and certificates rely on it."""
+    gather("")  # all hosts continue at the same time
     times = [float(text) for text in gather(f"{time.time():.3f}")]
     if max(times) - min(times) > _CLOCK_TOLERANCE_S:
         ahead = ", ".join(f"host {host} {t - times[0]:+.1f} s" for host, t in enumerate(times))
@@ -137,14 +139,14 @@ def clock() -> str:
 
 
 def disk(min_free_gib: float) -> str:
-    """Find whether every host has disk space in this folder and for temporary files."""
+    """Check that every host has disk space in this folder and for temporary files."""
     places = (os.getcwd(), tempfile.gettempdir())
     free, place = min((shutil.disk_usage(place).free / 2**30, place) for place in places)
     return _all(free >= min_free_gib, f"{free:.1f} GiB free in {place}", f"{min_free_gib:g} GiB")
 
 
 def folder(path: str) -> str:
-    """Find whether every host can write, read and delete there, and sees what host 0 wrote."""
+    """Check that every host can write, read and delete in a folder, and sees what host 0 wrote."""
     root, token = epath.Path(path), secrets.token_hex(8)
     mine, first = root / f"preflight-{token}", root / f"preflight-{gather(token)[0]}"
     steps: tuple[Callable[[], object], ...] = (
@@ -157,14 +159,14 @@ def folder(path: str) -> str:
     for step in steps:
         try:
             step()
-        except Exception as error:  # of a file system, or of a bucket's client: of any kind
+        except Exception as error:  # file systems and bucket clients raise errors of any kind
             wrong = wrong or _line(error)
-        gather("")  # no one reads before all have written, or deletes before all have read
+        gather("")  # read after all have written, delete after all have read
     return _all(not wrong, wrong or path, "a folder that all hosts share and may write to")
 
 
 def gather(text: str) -> list[str]:
-    """Return the texts of all hosts. All must come here before any goes on."""
+    """Return the texts of all hosts; every host must call this."""
     line = np.zeros(2048, np.uint8)
     data = text.encode()[: line.size]
     line[: len(data)] = np.frombuffer(data, np.uint8)
@@ -173,7 +175,11 @@ def gather(text: str) -> list[str]:
 
 
 def _all(ok: bool, found: str, expected: str) -> str:
-    """Return what was found if it is right on all hosts."""
+    """Return what was found if it is right on all hosts.
+
+    Raises:
+        PumaError: It is wrong on some host.
+    """
     hosts = gather(("+" if ok else "-") + found)
     bad = [f"host {host}: {text[1:]}" for host, text in enumerate(hosts) if text[0] == "-"]
     if bad:
@@ -187,7 +193,7 @@ def _line(error: Exception) -> str:
 
 
 def _numbers() -> tuple[jax.Array, NamedSharding]:
-    """Return 0, 1, ..., one on each device, and the sharding of what all devices hold."""
+    """Return 0, 1, ... with one number on each device, and the sharding of replicated arrays."""
     values = np.arange(jax.device_count(), dtype=np.int32)
     mesh = jax.make_mesh(values.shape, ("all",), axis_types=(AxisType.Auto,))
     spread = NamedSharding(mesh, PartitionSpec("all"))

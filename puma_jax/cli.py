@@ -1,4 +1,4 @@
-"""What every entry point shares: typed flags, and errors that take one line."""
+"""Shared by all entry points: typed flags, and errors printed as one line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def exit_on_error(main: Callable[[], None]) -> None:
 
 
 def _exit(code: int, *, together: bool) -> None:
-    """Exit; if other processes go on, without the usual farewell: they wait for this one."""
+    """Exit, at once if other processes still run: a clean exit would wait for them."""
     jax = sys.modules.get("jax")
     if jax is not None and jax.distributed.is_initialized() and not together:
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Every knob of a model: frozen dataclasses, hashable, so that they can be static to `jax.jit`."""
+"""The config of a model: frozen, hashable dataclasses, so that `jax.jit` takes them as static."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from puma_jax.errors import ConfigError
 DType = Literal["float32", "bfloat16"]
 Positions = Literal["mrope", "1d"]
 Remat = Literal["none", "dots", "full"]
-PromptTemplate = Literal["chat", "bare"]
+PromptStyle = Literal["chat", "bare"]
 
 # Mean and deviation of CLIP's training images, which the Qwen2-VL tower inherits.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -26,25 +26,34 @@ def require(holds: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower: a transformer over image patches and the merger behind it."""
+    """The vision tower: a transformer over image patches, then the merger of patches."""
 
     layers: int
+    """Transformer blocks."""
     width: int
+    """Hidden size."""
     heads: int
+    """Attention heads."""
     mlp_width: int
+    """Hidden size of the MLP."""
     out_width: int
-    """Width of the decoder that the merged patches are handed to."""
+    """Hidden size of the decoder, which the merger projects to."""
     channels: int = 3
+    """Color channels of an image."""
     patch_size: int = 14
     """Side of a square patch, in pixels."""
     temporal_patch_size: int = 2
     """Frames in a patch; a still image is repeated to fill them."""
     merge_size: int = 2
-    """`merge_size`² neighbouring patches become one visual token."""
+    """Side of the square of patches that becomes one visual token."""
     norm_eps: float = 1e-6
+    """Constant added to the variance in layer norms."""
     rope_base: float = 10_000.0
+    """Base of the rotary frequencies."""
     image_mean: tuple[float, ...] = CLIP_MEAN
+    """Mean of each channel, subtracted from pixels in [0, 1]."""
     image_std: tuple[float, ...] = CLIP_STD
+    """Standard deviation of each channel, which divides them."""
 
     @property
     def head_dim(self) -> int:
@@ -64,27 +73,38 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The language model: `layers` is the number kept, whatever the base model had."""
+    """The language model."""
 
     vocab_size: int
+    """Rows of the token embedding."""
     width: int
+    """Hidden size."""
     layers: int
+    """Layers kept, however many the base model has."""
     heads: int
+    """Attention heads."""
     kv_heads: int
+    """Heads of keys and values."""
     head_dim: int
+    """Size of one head."""
     mlp_width: int
+    """Hidden size of the MLP."""
     norm_eps: float = 1e-6
+    """Constant added to the mean square in RMS norms."""
     rope_base: float = 1_000_000.0
+    """Base of the rotary frequencies."""
     mrope_section: tuple[int, int, int] = (16, 24, 24)
-    """How many of the `head_dim / 2` frequencies turn with time, height and width."""
+    """Split of the `head_dim / 2` rotary frequencies into those of time, height and width."""
 
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """Limits on the size of a resized image, in pixels (arXiv 2507.08064: 4·28² to 300·28²)."""
+    """Limits on the size of a resized image (arXiv 2507.08064: 4·28² to 300·28² pixels)."""
 
     min_pixels: int = 4 * 28**2
+    """Area in pixels that smaller images are enlarged to."""
     max_pixels: int = 300 * 28**2
+    """Area in pixels that larger images are reduced to."""
 
 
 @dataclass(frozen=True)
@@ -92,17 +112,19 @@ class PromptConfig:
     """How an item becomes a sequence of tokens that ends at [RET]."""
 
     ret_token: str = "[RET]"
+    """Special token that ends every item; its last hidden state is the item's embedding."""
     max_text_tokens: int = 450
-    """Text is cut at this many tokens, before the sentence that asks for one word."""
+    """Tokens of text to keep; longer texts are truncated. The prompt's own tokens do not count."""
     positions: Positions = "mrope"
-    """"mrope" is what serving engines compute; "1d" is what the released PUMA code trained with."""
-    template: PromptTemplate = "chat"
-    """"chat" asks for one word in the turns that the base model was tuned on; "bare" reads the item
-    alone: for small models trained from nothing, to whom these turns are only more tokens."""
+    """Position ids: "mrope" in time, height and width, as serving engines compute them; "1d" in one
+    dimension, as the released PUMA code trained with."""
+    template: PromptStyle = "chat"
+    """Prompt around an item: "chat" asks for a summary in one word in the chat turns that the base
+    model was tuned on; "bare" adds nothing, for small models trained from scratch."""
 
     def __post_init__(self) -> None:
         """Check what would otherwise fail far from here."""
-        known = get_args(PromptTemplate)
+        known = get_args(PromptStyle)
         require(
             self.template in known,
             f'prompt.template "{self.template}" is not one of {", ".join(known)}',
@@ -111,21 +133,25 @@ class PromptConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole model: which family, its two halves, and how items are fed to it."""
+    """A whole model: its family, vision tower, decoder, and input format."""
 
     family: str
+    """Name of a family in `puma_jax.model.families`."""
     vision: VisionConfig
     decoder: DecoderConfig
     image_token_id: int
+    """Token that stands for one visual token."""
     vision_start_token_id: int
+    """Token before the visual tokens of an image."""
     vision_end_token_id: int
+    """Token after the visual tokens of an image."""
     images: ImageConfig = ImageConfig()
     prompt: PromptConfig = PromptConfig()
     kept_layers: tuple[int, ...] = ()
-    """Indices, in the uncut base model, of the decoder layers held here."""
+    """Indices, in the base model, of the decoder layers kept; empty means all of them."""
 
     def __post_init__(self) -> None:
-        """Fill `kept_layers` for an uncut model and check what the arithmetic relies on."""
+        """Fill in `kept_layers` if it is empty, and check what the arithmetic relies on."""
         if not self.kept_layers:
             object.__setattr__(self, "kept_layers", tuple(range(self.decoder.layers)))
         decoder, vision = self.decoder, self.vision
@@ -162,9 +188,13 @@ class LoraConfig:
     """Low-rank adapters on the linears of the decoder (arXiv 2106.09685)."""
 
     rank: int = 128
+    """Rank of the adapters."""
     alpha: float = 256.0
+    """Scale of the adapters, whose output is multiplied by alpha / rank."""
     dropout: float = 0.0
+    """Probability that an input of an adapter is dropped in training."""
     targets: tuple[str, ...] = ("query", "key", "value", "out", "gate", "up", "down")
+    """Linears of the decoder that get adapters."""
 
     def __post_init__(self) -> None:
         """Check the ranges that would otherwise fail far from here."""
@@ -174,39 +204,44 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """How a forward pass is run; never part of what a checkpoint means."""
+    """How a forward pass runs; it is not part of a saved model."""
 
     dtype: DType = "bfloat16"
-    """Of the activations. Norms, softmax, rope angles and the result are float32 always."""
+    """Dtype of the activations. Norms, softmax, rotary angles and the result are always float32."""
     attention: str = "auto"
-    """An implementation named in `puma_jax.model.attention.IMPLEMENTATIONS`, or "auto": "splash" on
-    TPUs for rows that it takes, "xla" for all others."""
+    """Attention implementation, a name in `puma_jax.model.attention.IMPLEMENTATIONS`; "auto" takes
+    "splash" on TPUs for the row lengths it supports, "xla" otherwise."""
     remat: Remat = "none"
-    """What the backward pass recomputes in each layer: nothing, all but matmuls, everything."""
+    """Recomputation of each layer in the backward pass: "none", "dots" (all but matrix products),
+    or "full"."""
 
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """Which pairs make up the batch of each step."""
+    """The pairs that make up the batch of each step."""
 
     seed: int = 0
-    batch: int = 600
+    """Seed of the order of pairs, and of the choice of positives and instructions."""
+    batch_size: int = 600
     """Pairs in the global batch (arXiv 2507.08064: 600 in stage 2)."""
-    weights: tuple[tuple[str, float], ...] = ()
-    """Name of a set and its share of all pairs; empty gives every pair the same chance."""
-    one_set_per_batch: bool = False
-    """Fill a batch from one set only, in place of mixing all of them."""
+    mixture_weights: tuple[tuple[str, float], ...] = ()
+    """Names of sets, each with its weight in the mixture; empty samples all pairs equally."""
+    homogeneous_batches: bool = False
+    """Fill each batch from one set, in place of a mixture of all sets."""
     instructions: bool = True
-    """Put one of the instructions of its kind before each query."""
-    window: int = 32
-    """Steps over which long and short items are dealt out evenly."""
+    """Put an instruction for the query's task before each query."""
+    balance_window: int = 32
+    """Steps over which long and short items are spread, so that all batches are of similar size."""
 
     def __post_init__(self) -> None:
         """Check the ranges that would otherwise fail far from here."""
-        require(self.batch >= 1, f"plan.batch {self.batch} must be at least 1")
-        require(self.window >= 1, f"plan.window {self.window} must be at least 1")
+        require(self.batch_size >= 1, f"plan.batch_size {self.batch_size} must be at least 1")
         require(
-            not (self.weights and self.one_set_per_batch),
-            "plan.weights and plan.one_set_per_batch exclude each other: batches of one set come "
-            "in proportion to the sizes of the sets",
+            self.balance_window >= 1,
+            f"plan.balance_window {self.balance_window} must be at least 1",
+        )
+        require(
+            not (self.mixture_weights and self.homogeneous_batches),
+            "plan.mixture_weights and plan.homogeneous_batches exclude each other: batches of one "
+            "set come in proportion to the sizes of the sets",
         )

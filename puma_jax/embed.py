@@ -1,4 +1,4 @@
-"""Embed a corpus: items in, numbered shards of vectors and ids out.
+"""Embed a corpus into numbered shards of vectors and ids.
 
 `python -m puma_jax.embed --model FOLDER --items photos/ --out vectors`
 """
@@ -12,15 +12,15 @@ import jax
 
 from puma_jax import Embedder, cli
 from puma_jax.config import DType
-from puma_jax.data.mbeir import OnBadRecord
+from puma_jax.data.lines import OnBadRecord
 from puma_jax.errors import ConfigError
 from puma_jax.model.attention import describe
 from puma_jax.parallel import multihost
 from puma_jax.parallel.mesh import MeshConfig, make_mesh
 from puma_jax.parallel.multihost import DistributedConfig
-from puma_jax.retrieval.corpus import open_corpus
-from puma_jax.retrieval.embedding import embed
-from puma_jax.retrieval.vectors import VectorDType
+from puma_jax.search.corpus import open_corpus
+from puma_jax.search.embedding import embed
+from puma_jax.search.shards import VectorDType
 
 _ALL_DEVICES = MeshConfig()
 _ALONE = DistributedConfig()
@@ -32,44 +32,45 @@ def main(
     out: Path,
     images: Path | None = None,
     instruction: str | None = None,
-    dtype: VectorDType = "float32",
+    vectors_dtype: VectorDType = "float32",
     items_per_shard: int = 16384,
-    on_bad_item: OnBadRecord = "error",
-    weights: DType | None = None,
+    on_bad_record: OnBadRecord = "error",
+    dtype: DType | None = None,
     mesh: MeshConfig = _ALL_DEVICES,
     part: str | None = None,
     distributed: DistributedConfig = _ALONE,
 ) -> None:
-    """Embed a corpus over all local devices. Run it again after a stop, and it goes on.
+    """Embed a corpus over all local devices. Rerun the same command to resume after a stop.
 
     Args:
-        model: A Hugging Face folder or hub id.
+        model: Hugging Face folder or hub id of the model.
         items: A pool in M-BEIR layout, JSON lines {"id", "text", "image"}, or a folder of images.
-        out: Folder of the vectors.
-        images: Folder that image paths in a file start from; by default the benchmark's root, or
-            the file's own folder.
-        instruction: What is looked for, put before the text of every item; for queries.
-        dtype: Of the vectors on disk.
-        items_per_shard: Vectors in a shard, which is what a stop loses at most.
-        on_bad_item: Stop at an item that cannot be read, or note it in skipped.txt and go on.
-        weights: Dtype of weights and activations; that of the model's files by default.
+        out: Folder to write the vectors to; a folder with shards of the same vectors is resumed.
+        images: Folder that relative image paths in a file start from; by default the benchmark's
+            root for a pool, and the file's own folder for JSON lines.
+        instruction: Instruction to put before the text of every item, for queries. None by default.
+        vectors_dtype: Dtype of the vectors on disk.
+        items_per_shard: Items in a shard; a stop loses the work on one shard at most.
+        on_bad_record: "error" stops at an item that cannot be read, "skip" notes it in the shard's
+            skipped.txt and continues.
+        dtype: Dtype of weights and activations. The dtype of the model's files by default.
         mesh: How the local devices share the work.
-        part: "2/8" embeds every eighth shard from number 2 on: for several machines with one
-            folder. By default this process's share, if there are others.
+        part: Share of the shards to embed: "2/8" takes every eighth shard from number 2 on, for
+            several machines that write one folder. The share of this process by default.
         distributed: How processes that share the work find each other.
     """
     multihost.initialize(distributed)
     corpus = open_corpus(items, images)
-    embedder = Embedder.load(model, dtype=weights, mesh=make_mesh(mesh, jax.local_devices()))
+    embedder = Embedder.load(model, dtype=dtype, mesh=make_mesh(mesh, jax.local_devices()))
     print(describe(embedder.compute), flush=True)
     complete = embed(
         corpus,
         embedder,
         out,
         instruction=instruction,
-        dtype=dtype,
+        vectors_dtype=vectors_dtype,
         items_per_shard=items_per_shard,
-        on_bad_item=on_bad_item,
+        on_bad_record=on_bad_record,
         part=parse_part(part),
     )
     if complete:
@@ -79,13 +80,13 @@ def main(
 
 
 def parse_part(text: str | None) -> tuple[int, int]:
-    """Return the number of a part and how many there are.
+    """Return the number of a part, from 0, and the number of parts; None gives this process's.
 
     >>> parse_part("2/8")
     (2, 8)
 
     Raises:
-        ConfigError: The text is something else.
+        ConfigError: The text is not of the form NUMBER/COUNT.
     """
     if text is None:
         return jax.process_index(), jax.process_count()

@@ -1,4 +1,4 @@
-"""Embedder: a model folder in, vectors out. The face most people will ever see."""
+"""Embedder: loads a model folder, prunes layers, encodes texts and images, saves."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from transformers import PreTrainedTokenizerFast
 from puma_jax.config import ComputeConfig, DType, ImageConfig, ModelConfig, PromptConfig
 from puma_jax.data.images import ImageSource, open_image, patchify
 from puma_jax.data.items import Item
-from puma_jax.data.prompts import Prompter, load_tokenizer, query_text
+from puma_jax.data.prompts import Processor, load_tokenizer, query_text
 from puma_jax.errors import CheckpointError, ImageError, ItemError
 from puma_jax.forward import Forward, Running, shape_for
 from puma_jax.model import encoder, hf
 from puma_jax.model.encoder import Encoder
 from puma_jax.model.tree import named_leaves
 from puma_jax.parallel import rules
-from puma_jax.parallel.mesh import groups
-from puma_jax.rows import RowShape
+from puma_jax.parallel.mesh import data_shards
+from puma_jax.rows import PackedShape
 from puma_jax.typing import Float, ndarray
 
 RawItem = Mapping[str, Any]
-"""{"text": str}, {"image": path, bytes, PIL image or uint8 array}, or both."""
+"""An item: {"text": str}, {"image": path, bytes, PIL image or uint8 array}, or both."""
 
-# Items are placed this many chunks at a time: the more, the tighter.
+# Items are packed this many chunks at a time: more chunks leave less padding.
 _CHUNKS_IN_WINDOW = 8
-_PREPARED_AT_ONCE = 64
+_PREPROCESSED_AT_ONCE = 64
 _SECONDS_UNTIL_BAR = 2.0
 
 
@@ -49,7 +49,7 @@ class Embedder:
     def __init__(
         self,
         config: ModelConfig,
-        params: Encoder | _Unread,
+        params: Encoder | LazyParams,
         tokenizer: PreTrainedTokenizerFast,
         *,
         compute: ComputeConfig | None = None,
@@ -59,18 +59,18 @@ class Embedder:
         """Wrap a model; most callers want `Embedder.load`.
 
         Args:
-            config: Of the model.
-            params: The model.
-            tokenizer: A fast tokenizer; [RET] is added to it.
-            compute: How to run; bfloat16 if not given.
-            mesh: Whose devices share the work, and hold the weights; None for one device.
-            source: The configs the model came with, whose other fields `save` keeps.
+            config: Config of the model.
+            params: Weights of the model, read or not yet read.
+            tokenizer: Fast tokenizer of the model; [RET] is added to it.
+            compute: How to run; bfloat16 by default.
+            mesh: Devices that hold the weights and share the work; None for a single device.
+            source: Configs that came with the model; `save` keeps their other fields.
         """
         self.config = config
         self.compute = compute or ComputeConfig()
         self.mesh = mesh
         self._params = params
-        self._prompter = Prompter(tokenizer, config)
+        self._processor = Processor(tokenizer, config)
         self._source = source or hf.HubConfigs()
 
     @classmethod
@@ -86,20 +86,20 @@ class Embedder:
     ) -> Embedder:
         """Open a model; its weights are read when they are first needed.
 
-        So `Embedder.load(...).keep_layers(12)` never reads the layers that are cut.
+        Thus `Embedder.load(...).keep_layers(12)` never reads the removed layers.
 
         Args:
-            source: A Hugging Face folder or hub id.
-            dtype: Of weights and activations; None keeps the dtype of the files.
+            source: Hugging Face folder or hub id.
+            dtype: Dtype of weights and activations; None keeps the dtype of the files.
             compute: How to run; the default takes its dtype from `dtype`.
             images: Limits on image sizes; None takes those saved with the model, or PUMA's.
-            prompt: How items are worded; None takes what was saved with the model, or PUMA's.
-            mesh: Whose devices share the work, from `parallel.mesh.make_mesh`; each reads its part
-                of the weights, by `parallel.rules`. None puts everything on the first device.
+            prompt: Prompt of the model; None takes the one saved with the model, or PUMA's.
+            mesh: Devices that share the work, from `parallel.mesh.make_mesh`; each reads its part
+                of the weights, by `parallel.rules`. None uses the first device.
 
         Raises:
-            CheckpointError: The folder is not a whole model; see `hf.open_checkpoint`.
-            UnknownModelError: No family answers to its model_type.
+            CheckpointError: The folder does not hold a whole model; see `hf.open_checkpoint`.
+            UnknownModelError: No family supports its model_type.
         """
         checkpoint = hf.open_checkpoint(source)
         config = dataclasses.replace(
@@ -111,7 +111,7 @@ class Embedder:
         layers = tuple(range(config.decoder.layers))
         return cls(
             config,
-            _Unread(checkpoint, layers, dtype, mesh),
+            LazyParams(checkpoint, layers, dtype, mesh),
             load_tokenizer(checkpoint.folder),
             compute=compute or ComputeConfig(dtype=dtype),
             mesh=mesh,
@@ -120,8 +120,8 @@ class Embedder:
 
     @property
     def params(self) -> Encoder:
-        """The weights, read now if they have not been."""
-        if isinstance(self._params, _Unread):
+        """The weights; the first access reads them."""
+        if isinstance(self._params, LazyParams):
             self._params = self._params.read()
         return self._params
 
@@ -132,16 +132,16 @@ class Embedder:
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer, with [RET]."""
-        return self._prompter.tokenizer
+        return self._processor.tokenizer
 
     @property
-    def width(self) -> int:
-        """Values in a vector."""
+    def embedding_dim(self) -> int:
+        """The number of values in a vector."""
         return self.config.decoder.width
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """What tells this model from every other: a digest of config, tokenizer and weights."""
+        """The SHA-256 digest of config, tokenizer and weights, which identifies the model."""
         digest = hashlib.sha256(repr(self.config).encode())
         digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
         for name, leaf in named_leaves(self.params).items():
@@ -155,8 +155,8 @@ class Embedder:
         Raises:
             LayerSelectionError: `keep` is empty, repeats a layer or names one the model lacks.
         """
-        params: Encoder | _Unread
-        if isinstance(self._params, _Unread):
+        params: Encoder | LazyParams
+        if isinstance(self._params, LazyParams):
             chosen = encoder.layer_indices(keep, self.config.decoder.layers)
             config = self.config.with_layers(tuple(self.config.kept_layers[i] for i in chosen))
             layers = tuple(self._params.layers[i] for i in chosen)
@@ -172,26 +172,26 @@ class Embedder:
             source=self._source,
         )
 
-    def prepare(self, item: RawItem, instruction: str | None = None) -> Item:
-        """Return an item as the model reads it: tokens, and the patches of its image.
+    def preprocess(self, item: RawItem, instruction: str | None = None) -> Item:
+        """Return the tokens of an item and the patches of its image.
 
         Args:
-            item: A text, an image or both.
-            instruction: See `encode`.
+            item: Text, image or both.
+            instruction: Instruction of a query; see `encode`.
 
         Raises:
-            ItemError: It has neither text nor image, or a field of the wrong kind.
-            ImageError: Its image cannot be read.
+            ItemError: The item has neither text nor image, or a field of the wrong kind.
+            ImageError: The image cannot be read.
         """
         text, image = _checked(item)
         full = query_text(instruction, text)
         if image is None:
-            return self._prompter.item(full)
+            return self._processor.item(full)
         patches, grid = patchify(open_image(image), self.config.vision, self.config.images)
-        return self._prompter.item(full, patches, grid)
+        return self._processor.item(full, patches, grid)
 
-    def shape_for(self, items: Sequence[Item], tokens_per_chunk: int | None = None) -> RowShape:
-        """Return the shape of rows that items like these fill well; see `encode`."""
+    def shape_for(self, items: Sequence[Item], tokens_per_chunk: int | None = None) -> PackedShape:
+        """Return the packed shape that items like these fill well; see `encode`."""
         return shape_for(items, tokens_per_chunk or _default_tokens(), self.mesh)
 
     def encode(
@@ -200,29 +200,30 @@ class Embedder:
         *,
         instruction: str | None = None,
         tokens_per_chunk: int | None = None,
-        shape: RowShape | None = None,
+        shape: PackedShape | None = None,
         progress: bool = True,
     ) -> Float[ndarray, "n width"]:
-        """Return one unit vector for each item, in their order.
+        """Return one unit vector per item, in the order of the items.
 
-        An item's vector does not depend on its neighbours (but for rounding).
+        The vector of an item does not depend on the other items, except for rounding.
 
         Args:
-            items: Any number of items; an iterable is read as it is needed. Those that `prepare`
-                returned have their instruction already.
-            instruction: What is looked for, put before the text of every item; for queries.
-            tokens_per_chunk: About how many tokens a device reads in one forward pass. The default
-                is small on a CPU and large on an accelerator.
-            shape: Of rows to use where items fit, so that several calls share one compilation, and
-                an item's rows do not depend on the calls before; see `shape_for`.
-            progress: Whether to show a bar when the work takes more than a few seconds.
+            items: Any number of items; an iterable is read as it is needed. Items from `preprocess`
+                have their instruction already.
+            instruction: Instruction of queries, put before the text of every item, such as "Find an
+                image that matches."; None for candidates.
+            tokens_per_chunk: About how many tokens a device reads in one forward pass; the default
+                is 2,048 on a CPU and 16,384 on an accelerator.
+            shape: Packed shape to use where items fit, so that several calls share one compilation
+                and pack items alike; see `shape_for`. By default the first items decide.
+            progress: Whether to show a progress bar if the work takes more than two seconds.
 
         Raises:
             ItemError: An item has neither text nor image, or a field of the wrong kind.
             ImageError: An image cannot be read.
         """
         tokens = tokens_per_chunk or _default_tokens()
-        window_tokens = tokens * _CHUNKS_IN_WINDOW * (groups(self.mesh) if self.mesh else 1)
+        window_tokens = tokens * _CHUNKS_IN_WINDOW * (data_shards(self.mesh) if self.mesh else 1)
         forward = Forward(self.params, self.config.vision, self.compute, self.mesh)
         bar = tqdm(
             total=len(items) if isinstance(items, Sequence) else None,
@@ -230,11 +231,11 @@ class Embedder:
             delay=_SECONDS_UNTIL_BAR,
             disable=not progress,
         )
-        vectors = [np.zeros((0, self.width), np.float32)]
+        vectors = [np.zeros((0, self.embedding_dim), np.float32)]
         with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
             running: Running | None = None
             for window in self._windows(items, instruction, window_tokens, pool):
-                # The device works on this window while the host prepares the next one.
+                # The device encodes this window while the host preprocesses the next one.
                 shape, started = forward.start(window, shape, tokens)
                 if running is not None:
                     vectors.append(running.finish(bar.update))
@@ -248,17 +249,17 @@ class Embedder:
         folder: str | os.PathLike[str],
         *,
         max_shard_bytes: int = 4 * 2**30,
-        headless: bool = False,
+        backbone: bool = False,
     ) -> None:
         """Write a Hugging Face folder that transformers and this class load.
 
-        The folder appears whole or not at all.
+        The folder is written atomically.
 
         Args:
-            folder: Must not exist, or be empty.
-            max_shard_bytes: Weights are split into files of at most this size.
-            headless: Whether to name weights as transformers' AutoModel does, which is for
-                encoders, rather than as models that write text do. This class loads both.
+            folder: Folder to write; it must not exist, or be empty.
+            max_shard_bytes: Maximum size of a file of weights, in bytes; 4 GiB by default.
+            backbone: Whether to name weights as transformers' AutoModel does, rather than its
+                model class for generation. This class loads both.
 
         Raises:
             CheckpointError: The folder exists and is not empty, or cannot be written.
@@ -276,9 +277,9 @@ class Embedder:
                 self.params,
                 self._source,
                 max_shard_bytes=max_shard_bytes,
-                headless=headless,
+                backbone=backbone,
             )
-            self._prompter.save_tokenizer(unfinished, self._source.tokenizer)
+            self._processor.save_tokenizer(unfinished, self._source.tokenizer)
             unfinished.replace(folder)
         except OSError as error:
             reason = error.strerror or error
@@ -291,12 +292,12 @@ class Embedder:
         tokens: int,
         pool: ThreadPoolExecutor,
     ) -> Iterator[list[Item]]:
-        """Yield prepared items, about so many tokens at a time."""
+        """Yield preprocessed items in windows of about `tokens` tokens."""
         numbered = enumerate(items)
-        prepare = functools.partial(self._prepare_numbered, instruction=instruction)
+        preprocess = functools.partial(self._preprocess_numbered, instruction=instruction)
         window: list[Item] = []
-        while batch := list(itertools.islice(numbered, _PREPARED_AT_ONCE)):
-            for item in pool.map(prepare, batch):
+        while batch := list(itertools.islice(numbered, _PREPROCESSED_AT_ONCE)):
+            for item in pool.map(preprocess, batch):
                 window.append(item)
             if sum(len(item.tokens) for item in window) >= tokens:
                 yield window
@@ -304,22 +305,22 @@ class Embedder:
         if window:
             yield window
 
-    def _prepare_numbered(
+    def _preprocess_numbered(
         self, numbered: tuple[int, RawItem | Item], instruction: str | None
     ) -> Item:
-        """Return a prepared item; an error says which one it is."""
+        """Return a preprocessed item; an error names the item by its number."""
         number, item = numbered
         if isinstance(item, Item):
             return item
         try:
-            return self.prepare(item, instruction)
+            return self.preprocess(item, instruction)
         except ItemError as error:
             raise type(error)(f"item {number}: {error}") from error
 
 
 @dataclass(frozen=True)
-class _Unread:
-    """Weights that have not been read yet, and how they shall be."""
+class LazyParams:
+    """Weights that are not read yet, and how to read them."""
 
     checkpoint: hf.Checkpoint
     layers: tuple[int, ...]
@@ -327,8 +328,9 @@ class _Unread:
     mesh: Mesh | None
 
     def read(self) -> Encoder:
-        where = rules.placement(self.mesh, self.checkpoint.config) if self.mesh else None
-        return self.checkpoint.read(self.layers, dtype=self.dtype, placement=where)
+        """Read the weights, each device its part, and return the model."""
+        shardings = rules.sharding_fn(self.mesh, self.checkpoint.config) if self.mesh else None
+        return self.checkpoint.read(self.layers, dtype=self.dtype, shardings=shardings)
 
 
 def _default_tokens() -> int:
@@ -336,7 +338,7 @@ def _default_tokens() -> int:
 
 
 def _checked(item: RawItem) -> tuple[str | None, ImageSource | None]:
-    """Return the text and the image of an item, which are what they should be."""
+    """Return the text and the image of an item, once their types are checked."""
     unknown = set(item) - {"text", "image"}
     if unknown:
         raise ItemError(f"unknown fields {sorted(unknown)}, expected text and image")

@@ -1,4 +1,4 @@
-"""The errors a user can meet: one line that names the thing, the value found, what to do."""
+"""Errors for users: one line with the thing, the value found, what was expected, what to do."""
 
 
 class PumaError(Exception):
@@ -12,12 +12,16 @@ class ConfigError(PumaError):
     """A setting, or a combination of settings, that cannot be run."""
 
 
+class ArtifactError(PumaError):
+    """A file or folder of ours that is another job's, cannot be written, or cannot be read."""
+
+
 class CheckpointError(PumaError):
     """A model folder that is missing, truncated, or does not hold what its config says."""
 
 
 class UnknownModelError(CheckpointError):
-    """A `model_type` that no family in `puma_jax.model.families` answers to."""
+    """A `model_type` that no family in `puma_jax.model.families` handles."""
 
 
 class LayerSelectionError(PumaError):
@@ -45,7 +49,7 @@ class DataError(PumaError):
 
 
 class TrainingError(PumaError):
-    """A run that cannot go on: its loss left the finite numbers."""
+    """A training run that cannot continue, such as one whose loss is not finite."""
 
 
 class EvaluationError(PumaError):

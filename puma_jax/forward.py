@@ -1,4 +1,4 @@
-"""Prepared items to unit vectors: packed into rows, chunk by chunk, over the devices of a mesh."""
+"""The forward pass: preprocessed items are packed into rows and encoded to unit vectors."""
 
 from __future__ import annotations
 
@@ -14,129 +14,140 @@ from jax.sharding import Mesh
 
 from puma_jax.config import ComputeConfig, VisionConfig
 from puma_jax.data.items import Item
-from puma_jax.data.packing import Placement, fill, place
+from puma_jax.data.packing import Packing, fill, place
 from puma_jax.data.shapes import fitting_shape
 from puma_jax.errors import PackingError
 from puma_jax.model import encoder
 from puma_jax.model.encoder import Encoder
 from puma_jax.parallel import multihost
-from puma_jax.parallel.mesh import batch_sharding, groups
-from puma_jax.rows import Rows, RowShape
+from puma_jax.parallel.mesh import batch_sharding, data_shards
+from puma_jax.rows import PackedBatch, PackedShape
 from puma_jax.typing import Array, Float, ndarray
 
 
 @functools.cache
-def vectors_of_rows() -> Callable[[Encoder, Rows, ComputeConfig, int], Array]:
+def vectors_of_rows() -> Callable[[Encoder, PackedBatch, ComputeConfig, int], Array]:
     """Return the compiled function from rows to the unit vectors of all slots."""
-    # XLA for CPUs multiplies bfloat16 in float32. Left to itself it widens the weights of all
-    # layers before the loop over them: twice their memory more, for every chunk anew.
+    # XLA multiplies bfloat16 in float32 on CPUs. By default it widens the weights of all layers
+    # ahead of the loop over them, in every chunk: two more times the memory of the weights.
     by_layer = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
     return jax.jit(
-        lambda params, rows, compute, groups: encoder.unit(
-            encoder.encode(params, rows, compute, groups=groups)
+        lambda params, rows, compute, data_shards: encoder.l2_normalize(
+            encoder.encode(params, rows, compute, data_shards=data_shards)
         ),
-        static_argnames=("compute", "groups"),
+        static_argnames=("compute", "data_shards"),
         compiler_options=by_layer if jax.default_backend() == "cpu" else None,
     )
 
 
-def shape_for(items: Sequence[Item], tokens: int, mesh: Mesh | None) -> RowShape:
+def map_chunks(
+    function: Callable[[PackedBatch], Array], batch: PackedBatch, mesh: Mesh | None
+) -> list[Array]:
+    """Start a compiled function on every chunk of a packed batch, and return its results.
+
+    The results may still be under computation when this returns.
+
+    Args:
+        function: Compiled function of one chunk.
+        batch: Packed items on the host, with a leading axis of chunks.
+        mesh: Devices over which the rows of a chunk are sharded; None for a single device.
+    """
+    sharding = None if mesh is None else batch_sharding(mesh)
+    results = []
+    for number in range(len(batch.pool_index)):
+        chunk = jax.tree.map(operator.itemgetter(number), batch)
+        if sharding is not None:
+            chunk = jax.tree.map(lambda part: multihost.put(part, sharding), chunk)
+        results.append(function(chunk))
+    return results
+
+
+def shape_for(items: Sequence[Item], tokens: int, mesh: Mesh | None) -> PackedShape:
     """Return the shape of a chunk that items like these fill well.
 
     Args:
-        items: Some of them.
-        tokens: About how many tokens a device shall read at a time.
-        mesh: Whose devices share a chunk; None for a single one.
+        items: Sample of the items to encode.
+        tokens: About how many tokens a device reads in one forward pass.
+        mesh: Devices that share a chunk; None for a single device.
     """
     shape = fitting_shape(*_sizes(items), tokens)
-    parts = 1 if mesh is None else groups(mesh)
-    return RowShape(
+    parts = 1 if mesh is None else data_shards(mesh)
+    return PackedShape(
         rows=shape.rows * parts,
         length=shape.length,
         patch_rows=shape.patch_rows * parts,
         patch_length=shape.patch_length,
         slots=shape.slots * parts,
-        groups=parts,
+        data_shards=parts,
     )
 
 
 @dataclass(frozen=True)
 class Running:
-    """Chunks that the devices are working on."""
+    """Chunks that the devices are encoding."""
 
-    placement: Placement
+    packing: Packing
     vectors: list[Array]
 
     def finish(self, done: Callable[[int], object]) -> Float[ndarray, "n width"]:
-        """Wait for the chunks and return their vectors in the order of the items.
+        """Wait for the chunks, and return their vectors in the order of the items.
 
         Args:
-            done: Is told of every chunk how many items it had.
+            done: Called after each chunk with its number of items.
         """
-        items = len(self.placement.chunk)
+        items = len(self.packing.chunk)
         out = np.empty((items, self.vectors[0].shape[-1]), np.float32)
         for chunk, vectors in enumerate(self.vectors):
-            here = np.flatnonzero(self.placement.chunk == chunk)
-            out[here] = np.asarray(multihost.on_host(vectors))[self.placement.slot[here]]
+            here = np.flatnonzero(self.packing.chunk == chunk)
+            out[here] = np.asarray(multihost.gather_to_host(vectors))[self.packing.slot[here]]
             done(len(here))
         return out
 
 
 @dataclass(frozen=True)
 class Forward:
-    """How items become vectors: the weights, and where and how the work is done."""
+    """The forward pass of one model: its weights, how to run, and on which devices."""
 
     params: Encoder
     vision: VisionConfig
     compute: ComputeConfig
     mesh: Mesh | None
-    """Whose devices share the rows of a chunk; None leaves everything where the weights are."""
+    """Devices that share the rows of a chunk; None runs on the device of the weights."""
 
     def start(
-        self, items: Sequence[Item], shape: RowShape | None, tokens: int
-    ) -> tuple[RowShape, Running]:
-        """Start on some items, in rows of a shape used before if they fit.
+        self, items: Sequence[Item], shape: PackedShape | None, tokens: int
+    ) -> tuple[PackedShape, Running]:
+        """Start to encode some items, in rows of a given shape if all of them fit into it.
 
         Args:
-            items: All of them go into as many chunks as they need.
-            shape: Used before; None if there is none.
-            tokens: See `shape_for`, which is asked for a shape if there is none that fits.
+            items: Items to encode, in as many chunks as they need.
+            shape: Shape of the call before; None for the first call.
+            tokens: About how many tokens a device reads at a time; used for a new shape.
 
         Returns:
-            The shape to use next, and the work that was started.
+            The shape to pass to the next call, and the running chunks.
         """
         lengths, patches = _sizes(items)
-        placement = None
+        packing = None
         if shape is not None:
-            # Items larger than those the shape was made for ask for another one.
+            # Items that are larger than the shape allows need a new one.
             with contextlib.suppress(PackingError):
-                placement = place(lengths, patches, shape)
-        if shape is None or placement is None:
+                packing = place(lengths, patches, shape)
+        if shape is None or packing is None:
             shape = shape_for(items, tokens, self.mesh)
-            placement = place(lengths, patches, shape)
-        # Texts alone need no tower: a second program, without it, reads them.
+            packing = place(lengths, patches, shape)
+        # Texts alone are encoded by a second program, without a vision tower.
         filled = shape if patches.any() else replace(shape, patch_rows=0)
-        rows = fill(items, placement, filled, self.vision)
-        chunks = [
-            vectors_of_rows()(
-                self.params,
-                self._put(jax.tree.map(operator.itemgetter(chunk), rows)),
-                self.compute,
-                shape.groups,
-            )
-            for chunk in range(placement.chunks)
-        ]
-        return shape, Running(placement, chunks)
-
-    def _put(self, rows: Rows) -> Rows:
-        if self.mesh is None:
-            return rows
-        where = batch_sharding(self.mesh)
-        return jax.tree.map(lambda part: multihost.put(part, where), rows)
+        batch = fill(items, packing, filled, self.vision)
+        encode, shards = vectors_of_rows(), shape.data_shards
+        vectors = map_chunks(
+            lambda chunk: encode(self.params, chunk, self.compute, shards), batch, self.mesh
+        )
+        return shape, Running(packing, vectors)
 
 
 def _sizes(items: Sequence[Item]) -> tuple[ndarray, ndarray]:
-    """Return how many tokens and how many patches each item has."""
+    """Return the number of tokens and the number of patches of each item."""
     return (
         np.array([len(item.tokens) for item in items]),
         np.array([len(item.patches) for item in items]),

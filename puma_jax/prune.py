@@ -1,4 +1,4 @@
-"""Cut a model to some of its layers.
+"""Prune a model to some of its decoder layers.
 
 `python -m puma_jax.prune --model Qwen/Qwen2-VL-2B-Instruct --keep-layers 12 --out pruned`
 """
@@ -12,11 +12,11 @@ from puma_jax.model.encoder import parse_layers
 
 
 def main(model: str, keep_layers: str, out: Path) -> None:
-    """Write a model that has only some of the decoder layers of another.
+    """Write a model with some of the decoder layers of another.
 
     Args:
-        model: A Hugging Face folder or hub id.
-        keep_layers: A number of first layers ("12"), or indices and ranges ("0-10,27").
+        model: Hugging Face folder or hub id of the model.
+        keep_layers: Layers to keep: "12" for the first twelve, or indices such as "0-10,27".
         out: Folder to write; must not exist.
     """
     embedder = Embedder.load(model, dtype=None).keep_layers(parse_layers(keep_layers))

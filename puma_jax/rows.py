@@ -1,4 +1,4 @@
-"""Rows of fixed shape that hold packed items: all that passes from the host to the model."""
+"""Packed batches: rows of fixed shape that hold the items the host passes to the model."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from puma_jax.typing import AnyArray, Int, UInt8
 
 
 @dataclass(frozen=True)
-class RowShape:
-    """The static shape of one chunk of rows, for all groups together.
+class PackedShape:
+    """The static shape of one chunk of rows, for all data shards together.
 
-    `groups` is the number of data-parallel devices. Rows, patch rows and slots divide by it, and
-    an item lies in one group with everything it has, so that nothing but finished vectors ever
-    crosses devices.
+    Rows, patch rows and slots are multiples of `data_shards`. The tokens, patches and slot of an
+    item lie in one shard, so only finished vectors cross devices.
     """
 
     rows: int
+    """Token rows."""
     length: int
     """Tokens in a row."""
     patch_rows: int
@@ -26,29 +26,30 @@ class RowShape:
     """Image patches in a patch row."""
     slots: int
     """The most items a chunk can hold."""
-    groups: int = 1
+    data_shards: int = 1
+    """Data-parallel devices that share the chunk."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Rows:
+class PackedBatch:
     """Items packed into rows. Token rows and patch rows are filled independently of each other.
 
-    The arrays are NumPy's on the host and jax's on devices.
+    The arrays are NumPy arrays on the host and jax arrays on devices.
     """
 
     tokens: Int[AnyArray, "*chunks rows length"]
-    segments: Int[AnyArray, "*chunks rows length"]
-    """Items of a row are told apart by these numbers; 0 is padding."""
+    segment_ids: Int[AnyArray, "*chunks rows length"]
+    """Which item of the row each token belongs to; 0 is padding."""
     positions: Int[AnyArray, "*chunks rows length 3"]
     """Time, height and width position of each token in its item."""
-    visual: Int[AnyArray, "*chunks rows length"]
-    """Index, within the group, of the visual token that stands here; −1 where text stands."""
+    image_token_index: Int[AnyArray, "*chunks rows length"]
+    """Index, within the data shard, of the visual token here; −1 for text and padding."""
     patches: UInt8[AnyArray, "*chunks patch_rows patch_length values"]
     """Pixel values of each patch, channel by channel."""
-    patch_segments: Int[AnyArray, "*chunks patch_rows patch_length"]
-    """Images of a row are told apart by these numbers; 0 is padding."""
+    patch_segment_ids: Int[AnyArray, "*chunks patch_rows patch_length"]
+    """Which image of the row each patch belongs to; 0 is padding."""
     patch_positions: Int[AnyArray, "*chunks patch_rows patch_length 2"]
     """Row and column of each patch in its image."""
-    ret: Int[AnyArray, "*chunks slots"]
-    """Index, within the group, of the token each item ends with. Unused slots hold 0."""
+    pool_index: Int[AnyArray, "*chunks slots"]
+    """Index, within the data shard, of the last token of the item in each slot; 0 if unused."""

@@ -1,7 +1,7 @@
-"""Train: `python -m puma_jax.train --config configs/openmoji.py --workdir DIR`.
+"""Train a model: `python -m puma_jax.train --config configs/openmoji.py --workdir DIR`.
 
-Every field of the config is a flag: add `--help` to see them. Run the same command again after a
-stop, a crash or a kill, and it goes on where it was.
+Every field of the config is a flag; `--help` lists them. Rerun the same command to resume after a
+stop, a crash or a kill.
 """
 
 from __future__ import annotations
@@ -20,55 +20,55 @@ from puma_jax import cli
 from puma_jax.errors import ConfigError
 from puma_jax.parallel.multihost import initialize
 from puma_jax.training.config import TrainConfig
-from puma_jax.training.loop import Stopped
+from puma_jax.training.loop import Preempted
 from puma_jax.training.run import run
 
 
 @dataclass(frozen=True)
-class _Where:
-    """Train what a config file describes."""
+class _Run:
+    """Train the model that a config file describes."""
 
     config: Path
     """Python file with a function `get_config()` that returns a `TrainConfig`."""
     workdir: Path
-    """Folder of the run: checkpoints, metrics, models, results."""
+    """Folder of the run: checkpoints, metrics, models and results. The same one resumes the run."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse flags and run.
 
-    The config file is named first, its function's own arguments (such as `--preset`) are flags,
-    and so are all fields of what it returns.
+    Flags are `--config` and `--workdir`, the arguments of the file's `get_config` (such as
+    `--preset`), and all fields of the config that it returns.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not any(flag.split("=")[0] == "--config" for flag in given):
-        tyro.cli(_Where, args=given, prog=_PROG)
+        tyro.cli(_Run, args=given, prog=_PROG)
     wants_help = bool({"-h", "--help"} & set(given))
     known = [flag for flag in given if flag not in ("-h", "--help")]
     if wants_help and "--workdir" not in known:
         known += ["--workdir", "DIR"]
-    where, rest = tyro.cli(_Where, args=known, return_unknown_args=True, prog=_PROG)
+    chosen, rest = tyro.cli(_Run, args=known, return_unknown_args=True, prog=_PROG)
     config, rest = tyro.cli(
-        load_config(where.config), args=rest, return_unknown_args=True, prog=_PROG
+        load_config(chosen.config), args=rest, return_unknown_args=True, prog=_PROG
     )
     config = tyro.cli(
         Annotated[TrainConfig, tyro.conf.AvoidSubcommands],
         default=config,
         args=[*rest, *(["--help"] if wants_help else [])],
-        prog=f"{_PROG} --config {where.config} --workdir {where.workdir}",
+        prog=f"{_PROG} --config {chosen.config} --workdir {chosen.workdir}",
     )
     initialize(config.distributed)
     try:
-        run(config, where.workdir)
-    except Stopped:
-        print("Stopped, all is saved: resume with the same command")
+        run(config, chosen.workdir)
+    except Preempted:
+        print("Stopped, all is saved: rerun the same command to resume")
 
 
 _PROG = "python -m puma_jax.train"
 
 
 def load_config(path: Path) -> Callable[..., TrainConfig]:
-    """Return the function `get_config` of a file.
+    """Return the function `get_config` of a config file.
 
     Raises:
         ConfigError: There is no such file, or it has no such function.

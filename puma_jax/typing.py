@@ -1,7 +1,7 @@
 """Array types that carry shapes: `Float[Array, "rows length width"]`.
 
-jaxtyping is a test dependency: tests check every shape at run time. Without it the names below
-mean "an array" and cost nothing.
+jaxtyping is a test dependency: tests check every shape at run time. Without it, each name below
+is the array type itself and costs nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ else:
     except ImportError:
 
         class _Unchecked:
-            """Stands for any array; `_Unchecked[Array, "shape"]` is the array type itself."""
+            """Replaces a jaxtyping type; `_Unchecked[Array, "shape"]` is the array type itself."""
 
             def __class_getitem__(cls, item: tuple[type, str]) -> Any:
                 return item[0]
@@ -28,7 +28,7 @@ else:
         PRNGKeyArray = Array
 
 AnyArray = Any
-"""A NumPy or a jax array, where both may stand."""
+"""A NumPy array or a jax array."""
 
 __all__ = [
     "AnyArray",

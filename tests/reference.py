@@ -25,15 +25,15 @@ from puma_jax.data.images import patchify
 from puma_jax.data.items import Item
 from puma_jax.data.packing import fill, place
 from puma_jax.data.positions import mrope_positions, patch_positions
-from puma_jax.data.prompts import Prompter
+from puma_jax.data.prompts import Processor
 from puma_jax.model import encoder
 from puma_jax.model.hf import open_checkpoint
-from puma_jax.rows import Rows, RowShape
+from puma_jax.rows import PackedBatch, PackedShape
 
 FLOAT32 = ComputeConfig(dtype="float32")
 # All that packing asks of a tower.
 VISION = VisionConfig(layers=1, width=32, heads=2, mlp_width=64, out_width=64)
-encode = jax.jit(encoder.encode, static_argnames=("compute", "groups"))
+encode = jax.jit(encoder.encode, static_argnames=("compute", "data_shards"))
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 SPECIAL += ("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
@@ -167,20 +167,20 @@ class Pair:
     params: encoder.Encoder
 
     @property
-    def prompter(self) -> Prompter:
-        return Prompter(byte_tokenizer(), self.config)
+    def processor(self) -> Processor:
+        return Processor(byte_tokenizer(), self.config)
 
     def item(self, text: str = "", *images: Image.Image) -> Item:
         """An item with any number of images; the prompt itself knows none or one."""
         if len(images) < 2:
             patches = [patchify(image, self.config.vision, self.config.images) for image in images]
-            return self.prompter.item(text, *(patches[0] if patches else ()))
-        return many_images(self.prompter.item(text), list(images), self.config)
+            return self.processor.item(text, *(patches[0] if patches else ()))
+        return many_images(self.processor.item(text), list(images), self.config)
 
-    def states(self, items: list[Item], shape: RowShape) -> np.ndarray:
+    def states(self, items: list[Item], shape: PackedShape) -> np.ndarray:
         """Our state at each item's [RET]."""
-        rows, placement = pack(items, shape)
-        return np.asarray(encode(self.params, rows, FLOAT32))[placement.slot]
+        rows, packing = pack(items, shape)
+        return np.asarray(encode(self.params, rows, FLOAT32))[packing.slot]
 
     def expected(self, item: Item, model=None) -> np.ndarray:
         """The reference's last hidden state of one item, alone and unpadded."""
@@ -196,7 +196,7 @@ class Pair:
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 use_cache=False,
-                mm_token_type_ids=torch.tensor(item.visual[None].astype(np.int64)),
+                mm_token_type_ids=torch.tensor(item.image_token_mask[None].astype(np.int64)),
                 **inputs,
             )
         return output.last_hidden_state[0, -1].numpy()
@@ -216,28 +216,30 @@ def many_images(item: Item, images: list[Image.Image], config: ModelConfig) -> I
     merge = config.vision.merge_size
     tokens = [*item.tokens[:-1]]
     for patches, _ in cut:
-        holders = [config.image_token_id] * (len(patches) // merge**2)
-        tokens += [config.vision_start_token_id, *holders, config.vision_end_token_id]
+        placeholders = [config.image_token_id] * (len(patches) // merge**2)
+        tokens += [config.vision_start_token_id, *placeholders, config.vision_end_token_id]
     tokens = np.array([*tokens, item.tokens[-1]], np.int32)
-    visual = tokens == config.image_token_id
+    image_token_mask = tokens == config.image_token_id
     return dataclasses.replace(
         item,
         tokens=tokens,
-        visual=visual,
-        positions=mrope_positions(visual, [(h // merge, w // merge) for _, (h, w) in cut]),
+        image_token_mask=image_token_mask,
+        positions=mrope_positions(
+            image_token_mask, [(h // merge, w // merge) for _, (h, w) in cut]
+        ),
         patches=np.concatenate([patches for patches, _ in cut]),
         patch_positions=np.concatenate([patch_positions(*grid, merge) for _, grid in cut]),
         patch_images=np.repeat(np.arange(len(cut)), [len(p) for p, _ in cut]).astype(np.int32),
     )
 
 
-def pack(items: list[Item], shape: RowShape) -> tuple[Rows, object]:
+def pack(items: list[Item], shape: PackedShape) -> tuple[PackedBatch, object]:
     """Items in the one chunk they fit into."""
     lengths = np.array([len(item.tokens) for item in items])
     patches = np.array([len(item.patches) for item in items])
-    placement = place(lengths, patches, shape, 1)
-    rows = fill(items, placement, shape, VISION)
-    return jax.tree.map(lambda a: jax.numpy.asarray(a[0]), rows), placement
+    packing = place(lengths, patches, shape, 1)
+    rows = fill(items, packing, shape, VISION)
+    return jax.tree.map(lambda a: jax.numpy.asarray(a[0]), rows), packing
 
 
 def pixel_values(patches: np.ndarray, vision: VisionConfig) -> torch.Tensor:

@@ -12,7 +12,7 @@ from puma_jax.errors import CheckpointError, ImageError, ItemError, LayerSelecti
 from puma_jax.model.encoder import abstract
 from puma_jax.parallel.mesh import MeshConfig, make_mesh
 from puma_jax.prune import parse_layers
-from puma_jax.rows import RowShape
+from puma_jax.rows import PackedShape
 from tests.reference import pack, random_image
 
 
@@ -82,7 +82,7 @@ def test_devices_that_share_the_work_give_the_same_vectors(whole, tiny, axes):
 
 def test_texts_alone_are_read_without_the_tower(whole):
     items = mixed(30, seed=5)
-    shape = whole.shape_for([whole.prepare(item) for item in items])
+    shape = whole.shape_for([whole.preprocess(item) for item in items])
     assert shape.patch_rows
     texts = [item for item in items if "image" not in item]
     expected = whole.encode(items)[[i for i, item in enumerate(items) if "image" not in item]]
@@ -110,7 +110,7 @@ def test_long_jobs_compile_one_shape(whole):
 
 def test_bfloat16_weights_are_never_widened_all_at_once(tiny):
     """On a CPU, XLA would keep a float32 copy of every layer while it embeds."""
-    rows, _ = pack([tiny.item("A.", random_image(60, 60))], RowShape(1, 128, 1, 64, 1))
+    rows, _ = pack([tiny.item("A.", random_image(60, 60))], PackedShape(1, 128, 1, 64, 1))
 
     def memory(layers):
         params = abstract(tiny.config.with_layers(tuple(range(layers))), "bfloat16")
@@ -209,15 +209,16 @@ import jax, jax.numpy as jnp
 from puma_jax.config import ComputeConfig, DecoderConfig, LoraConfig, ModelConfig, VisionConfig
 from puma_jax.losses import mac_loss
 from puma_jax.model import encoder, hf, lora
-from puma_jax.rows import Rows
+from puma_jax.rows import PackedBatch
 vision = VisionConfig(layers=1, width=16, heads=2, mlp_width=16, out_width=16)
 decoder = DecoderConfig(99, 16, 2, 2, 1, 8, 16, mrope_section=(2, 1, 1))
 config = ModelConfig("qwen2_vl", vision, decoder, 1, 2, 3)
 params = lora.add_lora(encoder.init(config, jax.random.key(0)), LoraConfig(2), jax.random.key(1))
 ones = lambda *shape: jnp.ones(shape, jnp.int32)
-rows = Rows(ones(2, 8), ones(2, 8), ones(2, 8, 3), -ones(2, 8), ones(1, 4, 588).astype(jnp.uint8),
-            ones(1, 4), ones(1, 4, 2), jnp.arange(4))
-vectors = encoder.unit(encoder.encode(params, rows, ComputeConfig("float32")))
+patches = ones(1, 4, 588).astype(jnp.uint8)
+rows = PackedBatch(ones(2, 8), ones(2, 8), ones(2, 8, 3), -ones(2, 8), patches,
+                   ones(1, 4), ones(1, 4, 2), jnp.arange(4))
+vectors = encoder.l2_normalize(encoder.encode(params, rows, ComputeConfig("float32")))
 print(float(mac_loss(vectors, vectors, ones(4), tau_norm=0.03, tau_hard=0.02)) > 0)
 assert not {"torch", "tensorflow"} & set(sys.modules)
 """

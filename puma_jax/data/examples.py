@@ -1,7 +1,7 @@
-"""One item as a `tf.train.Example`: what TFDS reads, with no TensorFlow installed.
+"""Records as `tf.train.Example`, which TFDS reads, without TensorFlow.
 
-TFDS's own writer puts the fields of a record in an order that changes from one process to the
-next; ours sorts them, so that the same data are the same bytes. It is also fifty times as fast.
+TFDS's own writer orders the fields of a record differently in every process. This one sorts them,
+so that the same data gives the same bytes. It is also fifty times as fast.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ class Record:
     modality: int
     """Image 0, text 1, image with text 2."""
     image: bytes | str | None
-    """The bytes of its file, or the file's path below the root of the benchmark."""
+    """The bytes of the image file, or its path below the root of the benchmark."""
     height: int
-    """Of the image as it is in its file, in pixels; 0 for none."""
+    """Height of the image file, in pixels; 0 without image."""
     width: int
+    """Width of the image file, in pixels; 0 without image."""
     tokens: Int[ndarray, "tokens"]
-    """The body; of a query, the body that follows an instruction."""
+    """Text and prompt suffix; for a query, as they follow an instruction."""
     text_length: int
-    """How many of `tokens` are the text's; the rest ask for one word."""
+    """How many of `tokens` are text; the rest are the prompt suffix."""
     plain_tokens: Int[ndarray, "plain_tokens"]
-    """Of a query, the body without an instruction; of a candidate, none."""
+    """For a query, text and prompt suffix without an instruction; empty for a candidate."""
 
 
 def to_example(record: Record) -> bytes:
-    """Return the bytes of a record, the same for the same record."""
+    """Return the bytes of a record; equal records give equal bytes."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     example = tf_example_pb2.Example()
@@ -79,19 +80,19 @@ def from_example(content: bytes) -> Record:
 
 
 def write_tfds_metadata(folder: Path, lengths: Sequence[int], *, plain: bool) -> None:
-    """Write what `tfds.builder_from_directory` wants to find beside shards.
+    """Write the metadata that `tfds.builder_from_directory` needs next to the shards.
 
     Args:
-        folder: Of the shards; its name is that of the table.
-        lengths: Records of each shard.
-        plain: Whether they have `plain_tokens`.
+        folder: The folder of the shards, named after the table.
+        lengths: Number of records in each shard.
+        plain: Whether the records have `plain_tokens`.
     """
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.dataset_info import DatasetIdentity
     from tensorflow_datasets.core.splits import SplitDict
 
     tokens = tfds.features.Tensor(shape=(None,), dtype=np.int32)
-    # Not tfds.features.Image: the bytes of the file shall come back, whatever its format.
+    # Not tfds.features.Image: it returns pixels, and this must return the bytes of the file.
     fields = {"image": tfds.features.Tensor(shape=(), dtype=np.object_), "tokens": tokens}
     fields |= {name: tfds.features.Text() for name in _TEXTS}
     fields |= {name: tfds.features.Scalar(dtype=np.int64) for name in _NUMBERS}

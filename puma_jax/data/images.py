@@ -1,7 +1,7 @@
 """Images in: opened, resized to a whole number of visual tokens, cut into patches.
 
 The arithmetic of sizes and the order of patches are those of transformers' `Qwen2VLImageProcessor`
-(pixels are scaled and normalised later, on the device; see `model.vision`).
+(pixels are scaled and normalized later, on the device; see `model.vision`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Items of any length into rows of a fixed shape.
+"""Packing of items of any length into rows of a fixed shape.
 
-Two steps, so that a plan can be made from lengths alone: `place` says where every item goes,
-`fill` copies items there. A chunk is what one forward pass reads; a group is the part of a chunk
-that one device reads; a cell is one group of one chunk. An item has its tokens in one token row
-and its patches in one patch row of the same cell.
+There are two steps, so that a plan needs only lengths: `place` says where every item goes, `fill`
+copies the items there. A chunk is the input of one forward pass; a data shard is the part of it
+that one device reads; a cell is one data shard of one chunk. An item has its tokens in one token
+row and its patches in one patch row of the same cell.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import numpy as np
 from puma_jax.config import VisionConfig
 from puma_jax.data.items import Item
 from puma_jax.errors import PackingError
-from puma_jax.rows import Rows, RowShape
+from puma_jax.rows import PackedBatch, PackedShape
 from puma_jax.typing import Int, ndarray
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Where each of n items lies. Rows and slots count through all groups of a chunk."""
+class Packing:
+    """The place of each of n items. Rows and slots are numbered through all shards of a chunk."""
 
     chunks: int
     chunk: Int[ndarray, "n"]
@@ -34,30 +34,30 @@ class Placement:
     patch_column: Int[ndarray, "n"]
     slot: Int[ndarray, "n"]
 
-    def part(
-        self, shape: RowShape, number: int, parts: int
-    ) -> tuple[Int[ndarray, "m"], Placement, RowShape]:
-        """Return what falls to one of several hosts, which share the groups evenly and in order.
+    def host_slice(
+        self, shape: PackedShape, host: int, hosts: int
+    ) -> tuple[Int[ndarray, "m"], Packing, PackedShape]:
+        """Return the part of one host; hosts hold equal runs of data shards, in order.
 
         Returns:
-            Which items, where they lie in this part alone, and its shape.
+            The indices of the items on the host, their packing within its rows, and the shape.
         """
         local = replace(
             shape,
-            rows=shape.rows // parts,
-            patch_rows=shape.patch_rows // parts,
-            slots=shape.slots // parts,
-            groups=shape.groups // parts,
+            rows=shape.rows // hosts,
+            patch_rows=shape.patch_rows // hosts,
+            slots=shape.slots // hosts,
+            data_shards=shape.data_shards // hosts,
         )
-        items = np.flatnonzero(self.slot // local.slots == number)
-        here = Placement(
+        items = np.flatnonzero(self.slot // local.slots == host)
+        here = Packing(
             chunks=self.chunks,
             chunk=self.chunk[items],
-            row=self.row[items] - number * local.rows,
+            row=self.row[items] - host * local.rows,
             column=self.column[items],
-            patch_row=np.maximum(self.patch_row[items] - number * local.patch_rows, 0),
+            patch_row=np.maximum(self.patch_row[items] - host * local.patch_rows, 0),
             patch_column=self.patch_column[items],
-            slot=self.slot[items] - number * local.slots,
+            slot=self.slot[items] - host * local.slots,
         )
         return items, here, local
 
@@ -65,18 +65,18 @@ class Placement:
 def place(
     lengths: Int[ndarray, "n"],
     patches: Int[ndarray, "n"],
-    shape: RowShape,
+    shape: PackedShape,
     min_chunks: int = 1,
-) -> Placement:
-    """Return a place for every item: a pure function of the lengths.
+) -> Packing:
+    """Return a place for every item, a pure function of the lengths.
 
-    Items with images go first, largest first, each to the cell with the most room for patches;
-    items of text then fill the gaps that are left in token rows, the tightest that fits.
+    Items with images are placed first, the largest first, each in the cell with the most room for
+    patches. Items of text then fill the token rows, each in the fullest row that has room for it.
 
     Args:
         lengths: Tokens of each item.
         patches: Image patches of each item; 0 for text.
-        shape: Of a chunk.
+        shape: The shape of a chunk.
         min_chunks: The fewest chunks to use. Items that do not fit take the fewest more that hold
             them; as many chunks as there are items always do.
 
@@ -91,41 +91,41 @@ def place(
         len(lengths) / shape.slots,
     )
     chunks = max(min_chunks, int(np.ceil(fullest)))
-    while (placement := place_in(lengths, patches, shape, chunks)) is None:
+    while (packing := place_in(lengths, patches, shape, chunks)) is None:
         chunks += 1
-    return placement
+    return packing
 
 
 def place_in(
-    lengths: Int[ndarray, "n"], patches: Int[ndarray, "n"], shape: RowShape, chunks: int
-) -> Placement | None:
-    """Return a place for every item in exactly this many chunks; None if they do not fit."""
+    lengths: Int[ndarray, "n"], patches: Int[ndarray, "n"], shape: PackedShape, chunks: int
+) -> Packing | None:
+    """Return a place for every item in exactly this many chunks, or None if they do not fit."""
     return _Cells(shape, chunks).place_all(lengths, patches)
 
 
 class _Cells:
     """Free room in every row of every cell while items are placed."""
 
-    def __init__(self, shape: RowShape, chunks: int):
+    def __init__(self, shape: PackedShape, chunks: int):
         self.shape = shape
         self.chunks = chunks
-        self.cells = chunks * shape.groups
-        self.rows = shape.rows // shape.groups
-        self.patch_rows = shape.patch_rows // shape.groups
-        self.slots = shape.slots // shape.groups
+        self.cells = chunks * shape.data_shards
+        self.rows = shape.rows // shape.data_shards
+        self.patch_rows = shape.patch_rows // shape.data_shards
+        self.slots = shape.slots // shape.data_shards
         self.items_in = [0] * self.cells
         # Sorted (room, row) pairs: the tightest row that fits is one bisection away.
         self.room = [[(shape.length, row) for row in range(self.rows)] for _ in range(self.cells)]
         self.patch_room = [
             [(shape.patch_length, row) for row in range(self.patch_rows)] for _ in range(self.cells)
         ]
-        # A heap of (minus the patches that are free, cell).
+        # A heap of (minus the number of free patches, cell).
         self.emptiest = [
             (-self.patch_rows * shape.patch_length, cell) for cell in range(self.cells)
         ]
 
-    def place_all(self, lengths: ndarray, patches: ndarray) -> Placement | None:
-        """Place every item; return None if one of them finds no room."""
+    def place_all(self, lengths: ndarray, patches: ndarray) -> Packing | None:
+        """Place every item, or return None if one of them finds no room."""
         places = np.zeros((len(lengths), 6), np.int32)
         largest_first = np.lexsort((-lengths, -patches))
         images = largest_first[patches[largest_first] > 0]
@@ -141,15 +141,15 @@ class _Cells:
                 return None
             places[texts] = of_texts
         cell, row, column, patch_row, patch_column, slot = places.T
-        group = cell % self.shape.groups
-        return Placement(
+        shard = cell % self.shape.data_shards
+        return Packing(
             chunks=self.chunks,
-            chunk=cell // self.shape.groups,
-            row=group * self.rows + row,
+            chunk=cell // self.shape.data_shards,
+            row=shard * self.rows + row,
             column=column,
-            patch_row=group * self.patch_rows + patch_row,
+            patch_row=shard * self.patch_rows + patch_row,
             patch_column=patch_column,
-            slot=group * self.slots + slot,
+            slot=shard * self.slots + slot,
         )
 
     def _place_image(self, length: int, patches: int) -> tuple[int, ...] | None:
@@ -172,8 +172,8 @@ class _Cells:
         return None
 
     def _place_texts(self, lengths: list[int]) -> list[tuple[int, ...]] | None:
-        # One list over all cells: a text may go anywhere. Of rows with as much room, the first of
-        # every cell come before the second of any, so that cells run out of slots together.
+        # One list over all cells: a text may go anywhere. Among rows with equal room, the first row
+        # of every cell comes before the second of any, so that cells run out of slots together.
         room = sorted(
             (free, row, cell) for cell in range(self.cells) for free, row in self.room[cell]
         )
@@ -195,55 +195,57 @@ class _Cells:
 
 
 def fill(
-    items: Sequence[Item], placement: Placement, shape: RowShape, vision: VisionConfig
-) -> Rows:
-    """Copy items to their places.
+    items: Sequence[Item], packing: Packing, shape: PackedShape, vision: VisionConfig
+) -> PackedBatch:
+    """Return the packed batch with every item copied to its place.
 
     Args:
-        items: The items, as many as `placement` has places.
-        placement: From `place`, for the same shape.
-        shape: Of a chunk.
-        vision: What a patch is, and how many become one visual token.
+        items: The items, in the order of `packing`.
+        packing: From `place`, for the same shape.
+        shape: The shape of a chunk.
+        vision: The config of the tower: values in a patch, patches in a visual token.
 
     Returns:
         NumPy arrays with a leading axis of chunks.
     """
     merged = vision.merged
-    tokens = (placement.chunks, shape.rows, shape.length)
-    patches = (placement.chunks, shape.patch_rows, shape.patch_length)
-    rows = Rows(
+    tokens = (packing.chunks, shape.rows, shape.length)
+    patches = (packing.chunks, shape.patch_rows, shape.patch_length)
+    rows = PackedBatch(
         tokens=np.zeros(tokens, np.int32),
-        segments=np.zeros(tokens, np.int32),
+        segment_ids=np.zeros(tokens, np.int32),
         positions=np.zeros((*tokens, 3), np.int32),
-        visual=np.full(tokens, -1, np.int32),
+        image_token_index=np.full(tokens, -1, np.int32),
         patches=np.zeros((*patches, vision.patch_values), np.uint8),
-        patch_segments=np.zeros(patches, np.int32),
+        patch_segment_ids=np.zeros(patches, np.int32),
         patch_positions=np.zeros((*patches, 2), np.int32),
-        ret=np.zeros((placement.chunks, shape.slots), np.int32),
+        pool_index=np.zeros((packing.chunks, shape.slots), np.int32),
     )
-    token_rows, patch_rows = shape.rows // shape.groups, shape.patch_rows // shape.groups
+    token_rows, patch_rows = shape.rows // shape.data_shards, shape.patch_rows // shape.data_shards
     for i, item in enumerate(items):
-        chunk, row, column = placement.chunk[i], placement.row[i], placement.column[i]
+        chunk, row, column = packing.chunk[i], packing.row[i], packing.column[i]
         end = column + len(item.tokens)
         here = (chunk, row, slice(column, end))
         rows.tokens[here] = item.tokens
         rows.positions[here] = item.positions
-        # Columns tell items of a row apart as well as a count would, and need no bookkeeping.
-        rows.segments[here] = column + 1
-        rows.ret[chunk, placement.slot[i]] = (row % token_rows) * shape.length + end - 1
+        # The first column is an id that is unique within the row and needs no counter.
+        rows.segment_ids[here] = column + 1
+        rows.pool_index[chunk, packing.slot[i]] = (row % token_rows) * shape.length + end - 1
         if len(item.patches):
-            row, column = placement.patch_row[i], placement.patch_column[i]
+            row, column = packing.patch_row[i], packing.patch_column[i]
             there = (chunk, row, slice(column, column + len(item.patches)))
             rows.patches[there] = item.patches
             rows.patch_positions[there] = item.patch_positions
-            rows.patch_segments[there] = column + 1 + item.patch_images
+            rows.patch_segment_ids[there] = column + 1 + item.patch_images
             first = ((row % patch_rows) * shape.patch_length + column) // merged
-            rows.visual[here][item.visual] = first + np.arange(len(item.patches) // merged)
+            rows.image_token_index[here][item.image_token_mask] = first + np.arange(
+                len(item.patches) // merged
+            )
     return rows
 
 
 def rows_needed(sizes: Int[ndarray, "n"], length: int) -> int:
-    """Return how many rows of a length items of these sizes take."""
+    """Return how many rows of this length hold items of these sizes."""
     room: list[tuple[int, int]] = []
     for size in (-np.sort(-np.asarray(sizes))).tolist():
         at = bisect.bisect_left(room, (size,))
@@ -270,13 +272,13 @@ def rows_filled(sizes: Int[ndarray, "n"], length: int) -> float:
 
 
 def _take(room: list[tuple[int, int]], size: int, capacity: int) -> tuple[int, int]:
-    """Take `size` from the tightest row that has it; return the row and the first free column."""
+    """Take `size` from the fullest row that has room; return the row and its first free column."""
     free, row = room.pop(bisect.bisect_left(room, (size,)))
     bisect.insort(room, (free - size, row))
     return row, capacity - free
 
 
-def _check_items_fit_a_row(lengths: ndarray, patches: ndarray, shape: RowShape) -> None:
+def _check_items_fit_a_row(lengths: ndarray, patches: ndarray, shape: PackedShape) -> None:
     for what, sizes, limit, field, settings in (
         ("tokens", lengths, shape.length, "length", "prompt.max_text_tokens, images.max_pixels"),
         (

@@ -1,7 +1,7 @@
-"""Batches ready for the device, made ahead of it: read, decode, resize, patchify, pack.
+"""The input pipeline: batches are read, decoded, resized, patchified and packed ahead of use.
 
-grain maps a pure function over step numbers. Nothing of a batch depends on which worker makes it,
-on how many there are, or on what was made before.
+grain maps a pure function over step numbers. A batch does not depend on the worker that makes it,
+on the number of workers, or on earlier batches.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from PIL import Image
 
 from puma_jax.data.examples import Record
 from puma_jax.data.images import patchify
-from puma_jax.data.items import Body, Item
-from puma_jax.data.mbeir.lines import OnBadRecord
+from puma_jax.data.items import Item, TokenizedText
+from puma_jax.data.lines import OnBadRecord
 from puma_jax.data.packing import fill
 from puma_jax.data.plan import Plan
 from puma_jax.data.store import Store
 from puma_jax.errors import ConfigError, DataError, ImageError
-from puma_jax.rows import Rows, RowShape
+from puma_jax.rows import PackedBatch, PackedShape
 from puma_jax.typing import AnyArray, Bool, Int
 
 T = TypeVar("T")
@@ -34,75 +34,81 @@ U = TypeVar("U")
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
-    """One step. Rows are those of one host, all else is the whole global batch's.
+    """The batch of one step: the rows of one host, and everything else of the whole global batch.
 
-    The arrays are NumPy's on the host and jax's on devices.
+    The arrays are NumPy arrays on the host and jax arrays on devices.
     """
 
-    rows: Rows
-    """With a leading axis of chunks."""
+    rows: PackedBatch
+    """The packed items, with a leading axis of chunks."""
     query_slot: Int[AnyArray, "pairs"]
-    """Where each query's vector is found, in those of all slots of all chunks."""
+    """Index of each query among all slots of all chunks."""
     candidate_slot: Int[AnyArray, "pairs"]
+    """Index of each candidate among all slots of all chunks."""
     modality: Int[AnyArray, "pairs"]
-    """Of the candidate: image 0, text 1, image with text 2."""
+    """Modality of the candidate: image 0, text 1, image with text 2."""
     query: Int[AnyArray, "pairs"]
     """Rows of the table of queries."""
     candidate: Int[AnyArray, "pairs"]
     """Rows of the table of candidates."""
     prompt: Int[AnyArray, "pairs"]
-    """Which of the prompts of the query's key; -1 for none."""
+    """Index among the prompts of the query's key; -1 for none."""
     valid: Bool[AnyArray, "pairs"]
-    """False where an image of this host's could not be decoded and was left blank."""
+    """False where this host could not decode an image and left it blank."""
 
 
 @dataclass(frozen=True)
 class Counters:
-    """How well the rows of a step are used, and whether the device had to wait for them."""
+    """How full the rows of a step are, and how long the step waited for its batch."""
 
     useful_tokens: float
     """Fraction of token positions that hold a token."""
     useful_patches: float
     """Fraction of patch positions that hold a patch; 1 where there are none."""
     pairs_per_second: float
+    """Pairs in the batch divided by `seconds`."""
     seconds: float
-    """Since the batch before."""
+    """Seconds since the previous batch."""
     seconds_waited: float
-    """Of these, for this batch: the rest went into the step, checkpoints and evaluation."""
+    """Seconds spent waiting for this batch; the rest is the step, checkpoints and evaluation."""
     blank_images: int
+    """Pairs with an image that could not be decoded."""
 
 
 class Loader:
-    """Makes the batch of a step: what worker processes run."""
+    """Makes the batch of a step; this is the function that worker processes run."""
 
     def __init__(
         self,
         store: Store,
         plan: Plan,
-        shape: RowShape,
+        shape: PackedShape,
         chunks: int,
         *,
         host: int = 0,
         hosts: int = 1,
         on_bad_record: OnBadRecord = "error",
     ):
-        """Choose what to read.
+        """Set what to read.
 
         Args:
             store: The built data.
-            plan: Which pairs make up a step.
-            shape: Of a chunk, for all hosts together.
-            chunks: Into how many chunks a batch is cut; one that does not fit takes more.
-            host: Number of this host, from 0.
-            hosts: How many there are; groups are split evenly between them, in order.
-            on_bad_record: Whether an image that cannot be decoded stops the run, or is left blank
-                and its pair marked as not valid.
+            plan: The plan of every step.
+            shape: The shape of a chunk, for all hosts together.
+            chunks: Chunks in a batch; one that does not fit takes more.
+            host: Index of this host, from 0.
+            hosts: Number of hosts; each reads an equal run of data shards, in order.
+            on_bad_record: "error" stops at an image that cannot be decoded; "skip" leaves it blank
+                and marks its pair as not valid.
 
         Raises:
-            ConfigError: The groups do not divide among the hosts.
+            ConfigError: The number of data shards is not a multiple of the number of hosts.
         """
-        if shape.groups % hosts:
-            raise ConfigError(f"{shape.groups} groups do not divide among {hosts} hosts")
+        if shape.data_shards % hosts:
+            raise ConfigError(
+                f"{shape.data_shards} data shards do not divide among {hosts} hosts: "
+                "mesh.data × mesh.fsdp must be a multiple of the number of hosts"
+            )
         self.store = store
         self.plan = plan
         self.shape = shape
@@ -115,12 +121,12 @@ class Loader:
         """Return the batch of a step.
 
         Raises:
-            DataError: An image cannot be decoded, or a record is not what was planned with.
+            DataError: An image cannot be decoded, or a record differs from the plan.
             PackingError: See `Plan.step`.
         """
         shape = self.shape
         step = self.plan.step(number, shape, self.chunks)
-        mine, placement, local = step.placement.part(shape, self.host, self.hosts)
+        mine, packing, local = step.packing.host_slice(shape, self.host, self.hosts)
         query, candidate, prompt = step.pairs.query, step.pairs.candidate, step.pairs.prompt
         pairs = len(query)
         valid = np.ones(pairs, bool)
@@ -133,9 +139,9 @@ class Loader:
                 item, decoded = self.candidate(int(candidate[number]), size)
             items.append(item)
             valid[number] &= decoded
-        slots = step.placement.chunk * shape.slots + step.placement.slot
+        slots = step.packing.chunk * shape.slots + step.packing.slot
         return Batch(
-            rows=fill(items, placement, local, self.plan.template.config.vision),
+            rows=fill(items, packing, local, self.plan.template.config.vision),
             query_slot=slots[:pairs],
             candidate_slot=slots[pairs:],
             modality=np.asarray(self.plan.table.candidate_modality[candidate], np.int32),
@@ -149,20 +155,20 @@ class Loader:
         """Return the item of a query, and whether its image could be decoded.
 
         Args:
-            row: In the table of queries.
-            prompt: Which of the prompts of its key; −1 for none.
-            planned: Its tokens and patches.
+            row: Row in the table of queries.
+            prompt: Index among the prompts of its key; −1 for none.
+            planned: Tokens and patches that the plan gives it.
 
         Raises:
-            DataError: Its image cannot be decoded, or it is not of the planned size.
+            DataError: Its image cannot be decoded, or its size is not as planned.
         """
         record = self.store.query(row)
         if prompt < 0:
             return self._item(record, tuple(record.plain_tokens.tolist()), planned)
         key = int(self.plan.table.query_key[row])
         instruction = self.store.instructions.prompts[key][prompt].tokens
-        body = Body(tuple(record.tokens.tolist()), record.text_length)
-        joined = self.plan.template.join(instruction, body, image=record.image is not None)
+        text = TokenizedText(tuple(record.tokens.tolist()), record.text_length)
+        joined = self.plan.template.join(instruction, text, image=record.image is not None)
         return self._item(record, joined, planned)
 
     def candidate(self, row: int, planned: tuple[int, int]) -> tuple[Item, bool]:
@@ -171,26 +177,26 @@ class Loader:
         return self._item(record, tuple(record.tokens.tolist()), planned)
 
     def _item(
-        self, record: Record, body: tuple[int, ...], planned: tuple[int, int]
+        self, record: Record, tokens: tuple[int, ...], planned: tuple[int, int]
     ) -> tuple[Item, bool]:
         """Return the item of a record, and whether its image could be decoded."""
         template = self.plan.template
         if record.image is None:
-            item, decoded = template.assemble(body), True
+            item, decoded = template.assemble(tokens), True
         else:
             vision, limits = template.config.vision, template.config.images
             try:
                 cut, grid = patchify(self.store.image(record), vision, limits)
-                item, decoded = template.assemble(body, cut, grid), True
+                item, decoded = template.assemble(tokens, cut, grid), True
             except ImageError as error:
                 if self.on_bad_record == "error":
                     raise DataError(str(error)) from error
                 blank = Image.new("RGB", (record.width, record.height))
-                item, decoded = template.assemble(body, *patchify(blank, vision, limits)), False
+                item, decoded = template.assemble(tokens, *patchify(blank, vision, limits)), False
         found = len(item.tokens), len(item.patches)
         if found != planned:
             raise DataError(
-                f"{record.id} has {found[0]} tokens and {found[1]} patches, planned were "
+                f"{record.id} has {found[0]} tokens and {found[1]} patches, the plan has "
                 f"{planned[0]} and {planned[1]}: build the data again"
             )
         return item, decoded
@@ -199,14 +205,14 @@ class Loader:
 def batches(
     loader: Callable[[int], T], start: int, stop: int, *, workers: int = 0, ahead: int = 2
 ) -> Iterator[T]:
-    """Yield the batches of the steps from `start` up to, without, `stop`, in order.
+    """Yield the batches of the steps from `start` to `stop - 1`, in order.
 
     Args:
-        loader: Makes a batch from a step, as a `Loader` does.
-        start: First step; resuming is to start later.
+        loader: Returns the batch of a step, such as a `Loader`.
+        start: First step; a resumed run starts later.
         stop: Step to stop before.
-        workers: Processes that make batches; 0 makes them in threads of this one.
-        ahead: How many batches each of them may be ahead.
+        workers: Processes that make batches; 0 makes them in threads of this process.
+        ahead: Batches that each worker makes ahead of use.
     """
     import grain
 
@@ -221,16 +227,15 @@ def batches(
     yield from in_worker.mp_prefetch(options)
 
 
-def on_device(
+def prefetch_to_device(
     batches: Iterator[T], put: Callable[[T], U], *, ahead: int = 1
 ) -> Iterator[tuple[T, U]]:
-    """Yield every batch, and what `put` made of it, with transfers under way before their turn.
+    """Yield every batch with the result of `put`, whose transfer starts `ahead` batches early.
 
     Args:
-        batches: From the host.
-        put: Starts the transfer, such as `jax.device_put` with the shardings of a mesh; it must
-            not wait for it.
-        ahead: How many transfers run while the device works.
+        batches: Batches on the host.
+        put: Starts the transfer without waiting for it, such as `jax.device_put` with shardings.
+        ahead: Transfers that run while the device works.
     """
     waiting: deque[tuple[T, U]] = deque()
     for batch in batches:
@@ -240,8 +245,15 @@ def on_device(
     yield from waiting
 
 
-def counted(batches: Iterator[T], batch_of: Callable[[T], Batch]) -> Iterator[tuple[T, Counters]]:
-    """Yield what comes, and how well it is filled and how long it was waited for."""
+def with_counters(
+    batches: Iterator[T], batch_of: Callable[[T], Batch]
+) -> Iterator[tuple[T, Counters]]:
+    """Yield every item with the counters of its batch.
+
+    Args:
+        batches: Batches, or what else holds them.
+        batch_of: Returns the batch of an item.
+    """
     last = time.perf_counter()
     while True:
         asked = time.perf_counter()
@@ -255,9 +267,9 @@ def counted(batches: Iterator[T], batch_of: Callable[[T], Batch]) -> Iterator[tu
         yield (
             item,
             Counters(
-                useful_tokens=float(np.mean(rows.segments > 0)),
-                useful_patches=float(np.mean(rows.patch_segments > 0))
-                if rows.patch_segments.size
+                useful_tokens=float(np.mean(rows.segment_ids > 0)),
+                useful_patches=float(np.mean(rows.patch_segment_ids > 0))
+                if rows.patch_segment_ids.size
                 else 1.0,
                 pairs_per_second=len(batch.query) / max(now - last, 1e-9),
                 seconds=now - last,
@@ -269,7 +281,7 @@ def counted(batches: Iterator[T], batch_of: Callable[[T], Batch]) -> Iterator[tu
 
 
 def _mark_flags_as_parsed() -> None:
-    """Tell absl that flags are what they are: grain's workers ask, we have none of its flags."""
+    """Mark absl's flags as parsed: grain's workers require it, and we define no absl flags."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():

@@ -1,8 +1,8 @@
-"""Which pairs make up a step, and where everything of them lies: `Plan.step`.
+"""The plan of a step: which pairs it has and where their items lie in the packed rows.
 
-A step's plan is a pure function of (seed, step) and of a table of lengths made once when the data
-is built. Nothing is read but numbers and nothing is remembered, so every host computes the same
-plan, resuming is a number, and workers may come and go.
+A plan is a pure function of (seed, step) and of a table of lengths that is made when the data is
+built. It reads only numbers and keeps no state, so every host computes the same plan, resuming
+needs only the step number, and the number of workers does not matter.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ import numpy as np
 
 from puma_jax.config import PlanConfig
 from puma_jax.data.images import patch_counts
-from puma_jax.data.items import Template
-from puma_jax.data.packing import Placement, place
+from puma_jax.data.items import TokenizedTemplate
+from puma_jax.data.packing import Packing, place
 from puma_jax.data.shapes import batch_shape
 from puma_jax.data.store import Instructions
 from puma_jax.data.table import LengthTable
 from puma_jax.errors import ConfigError
-from puma_jax.rows import RowShape
+from puma_jax.rows import PackedShape
 from puma_jax.typing import Bool, Int, ndarray
 
-# What a random choice is for: equal counters must not give equal choices.
+# The purpose of a random choice is part of its key: equal counters must not give equal choices.
 _ORDER, _POSITIVE, _PROMPT = 1, 2, 3
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Queries, and for each a candidate that answers it."""
+    """Queries, each with a candidate that answers it."""
 
     query: Int[ndarray, "pairs"]
     """Rows of the table of queries."""
     candidate: Int[ndarray, "pairs"]
     """Rows of the table of candidates."""
     prompt: Int[ndarray, "pairs"]
-    """Which of the prompts of the query's key; -1 for none."""
+    """Index among the prompts of the query's key; -1 for none."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Step:
     """Tokens of each item."""
     patches: Int[ndarray, "items"]
     """Image patches of each item."""
-    placement: Placement
+    packing: Packing
 
 
 class Plan:
@@ -58,16 +58,16 @@ class Plan:
         self,
         table: LengthTable,
         instructions: Instructions,
-        template: Template,
+        template: TokenizedTemplate,
         config: PlanConfig,
     ):
-        """Prepare what is the same for all steps.
+        """Compute what is the same for all steps.
 
         Args:
             table: Lengths and positives of all rows.
             instructions: Prompts of each key, and names of sets.
-            template: What stands around the body of every item.
-            config: Which pairs to draw.
+            template: The prompt template as tokens.
+            config: How pairs are drawn.
 
         Raises:
             ConfigError: There are too few pairs for a batch, or a weight names no set.
@@ -82,27 +82,27 @@ class Plan:
         for key, prompts in enumerate(instructions.prompts):
             self._prompt_tokens[key, : len(prompts)] = [len(prompt.tokens) for prompt in prompts]
         self._sets = _rows_of_sets(table, instructions, config)
-        # Steps follow each other: that of the window before last can be made again.
+        # The latest window. Steps come in order, so earlier windows need not be kept.
         self._latest: tuple[Any, tuple[ndarray, ...]] = (None, ())
         self.steps_per_epoch = _steps_per_epoch([len(rows) for rows in self._sets], config)
 
     def pairs(self, step: int) -> Pairs:
         """Return the pairs of a step.
 
-        In an epoch no query comes twice; pairs left over at its end wait for the next one.
+        No query comes twice in an epoch. Pairs that do not fill a last batch are left out of it.
         """
-        if self.config.one_set_per_batch:
-            query, epoch = self._one_set(step)
+        if self.config.homogeneous_batches:
+            query, epoch = self._homogeneous(step)
         else:
-            query, epoch = self._dealt(step)
+            query, epoch = self._mixed(step)
         return self._choose(query, epoch)
 
     def queries(self) -> Int[ndarray, "drawn"]:
-        """Return the rows of queries that steps may hold; weights may leave sets out."""
+        """Return the rows of all queries that can be drawn; the weights may leave sets out."""
         return np.concatenate(self._sets)
 
     def candidates(self) -> Bool[ndarray, "candidates"]:
-        """Return which candidates steps may hold: the positives of their queries."""
+        """Return which candidates can be drawn: the positives of the queries that can be."""
         table = self.table
         asked = np.zeros(len(table.query_key), bool)
         asked[self.queries()] = True
@@ -111,45 +111,45 @@ class Plan:
         return drawn
 
     def prompts(self, query: Int[ndarray, "n"]) -> Int[ndarray, "n"]:
-        """Return how many prompts these queries may be asked with; 0 asks without one."""
+        """Return how many prompts each query can have; 0 means that it has no instruction."""
         if not self.config.instructions:
             return np.zeros(len(query), np.int64)
         return self._prompts[self.table.query_key[query]]
 
-    def step(self, step: int, shape: RowShape, chunks: int) -> Step:
+    def step(self, step: int, shape: PackedShape, chunks: int) -> Step:
         """Return the plan of a step, packed into the fewest chunks that hold it.
 
         Args:
-            step: Its number.
-            shape: Of a chunk.
-            chunks: The fewest to use; a batch that does not fit takes more of the same shape.
+            step: Number of the step.
+            shape: The shape of a chunk.
+            chunks: The fewest chunks to use; a batch that does not fit takes more.
 
         Raises:
-            PackingError: An item is larger than a row, which `fitting_shape` rules out.
+            PackingError: An item is larger than a row; not with a shape from `fitting_shape`.
         """
         pairs = self.pairs(step)
         lengths, patches = self.item_sizes(pairs)
         return Step(pairs, lengths, patches, place(lengths, patches, shape, chunks))
 
-    def fitting_shape(self, chunks: int, groups: int, looked_at: int = 32) -> RowShape:
+    def fitting_shape(self, chunks: int, data_shards: int, looked_at: int = 32) -> PackedShape:
         """Return the tightest shape for the batches of this plan; see `shapes.batch_shape`.
 
         Args:
-            chunks: Into how many chunks a batch is cut.
-            groups: Data-parallel devices.
-            looked_at: How many steps are looked at for the fullest and for how much they differ,
-                spread over an epoch, or over several if each has few windows of balanced steps.
-                Where each batch is of one set, no step is like another, and all steps of an epoch
-                are looked at. Rows hold the largest item that can be drawn in any case.
+            chunks: Chunks in a batch.
+            data_shards: Data-parallel devices.
+            looked_at: How many steps are searched for the fullest ones and for how much they
+                differ, spread over an epoch, or over several where each has few windows of balanced
+                steps. With homogeneous batches all steps of an epoch are searched, because no two
+                are alike. The rows always hold the largest item that can be drawn.
         """
-        mixed = not self.config.one_set_per_batch
+        mixed = not self.config.homogeneous_batches
         stop = self.steps_per_epoch
         if mixed:
-            # Steps of a window are alike, so each is to be of a window of its own.
-            stop = max(stop, looked_at * min(self.config.window, self.steps_per_epoch))
+            # Steps of one window are alike, so the steps searched are of different windows.
+            stop = max(stop, looked_at * min(self.config.balance_window, self.steps_per_epoch))
         spread = np.unique(np.linspace(0, stop - 1, looked_at if mixed else stop).astype(int))
         sizes = [self.item_sizes(self.pairs(step)) for step in spread.tolist()]
-        return batch_shape(sizes, chunks, groups, self.largest_item(), sampled=mixed)
+        return batch_shape(sizes, chunks, data_shards, self.largest_item(), sampled=mixed)
 
     def item_sizes(self, pairs: Pairs) -> tuple[Int[ndarray, "items"], Int[ndarray, "items"]]:
         """Return tokens and patches of all items of these pairs, the queries first."""
@@ -158,7 +158,7 @@ class Plan:
         return lengths, patches
 
     def largest_item(self) -> tuple[int, int]:
-        """Return the most tokens and the most patches of any item that steps may hold."""
+        """Return the most tokens and the most patches of any item that can be drawn."""
         longest_prompt = np.where(self._prompts > 0, self._prompt_tokens.argmax(1), -1)
         if not self.config.instructions:
             longest_prompt[:] = -1
@@ -175,17 +175,17 @@ class Plan:
     def query_sizes(
         self, query: Int[ndarray, "n"], prompt: Int[ndarray, "n"]
     ) -> tuple[Int[ndarray, "n"], Int[ndarray, "n"]]:
-        """Return tokens and patches of queries asked with these prompts."""
+        """Return tokens and patches of queries with these prompts; −1 is no prompt."""
         table = self.table
         patches = self._patches(table.query_height[query], table.query_width[query])
         instructed = self.template.joined_lengths(
             self._prompt_tokens[table.query_key[query], prompt],
             table.query_tokens[query],
-            table.query_text[query],
+            table.query_text_length[query],
             patches > 0,
         )
-        bodies = np.where(prompt >= 0, instructed, table.query_plain_tokens[query])
-        return self.template.item_lengths(bodies, patches), patches
+        tokens = np.where(prompt >= 0, instructed, table.query_plain_tokens[query])
+        return self.template.item_lengths(tokens, patches), patches
 
     def candidate_sizes(
         self, candidate: Int[ndarray, "n"]
@@ -200,7 +200,7 @@ class Plan:
         return patch_counts(heights, widths, config.vision, config.images)
 
     def _choose(self, query: ndarray, epoch: ndarray) -> Pairs:
-        """Draw a positive and a prompt for every visit to a query."""
+        """Return each query with a positive and a prompt drawn for its epoch."""
         table, seed = self.table, self.config.seed
         first = table.positive_start[query]
         positives = table.positive_start[query + 1] - first
@@ -209,35 +209,35 @@ class Plan:
         prompt = _draw(np.maximum(prompts, 1), seed, _PROMPT, epoch, query)
         return Pairs(query, candidate, np.where(prompts > 0, prompt, -1))
 
-    def _dealt(self, step: int) -> tuple[ndarray, ndarray]:
+    def _mixed(self, step: int) -> tuple[ndarray, ndarray]:
         """Return queries and epochs of a step that mixes all sets.
 
-        The pairs of a window of steps are drawn together and dealt out so that every step gets
-        its share of long items and of large images. All steps then fill the same rows.
+        The pairs of a window of steps are drawn together and split into batches with about equal
+        numbers of tokens and patches, so that all steps fill the same rows.
         """
-        batch = self.config.batch
+        batch = self.config.batch_size
         epoch, within = divmod(step, self.steps_per_epoch)
-        window, turn = divmod(within, self.config.window)
-        first = window * self.config.window
-        steps = min(self.config.window, self.steps_per_epoch - first)
+        window, step_in_window = divmod(within, self.config.balance_window)
+        first = window * self.config.balance_window
+        steps = min(self.config.balance_window, self.steps_per_epoch - first)
         if self._latest[0] != (epoch, window):
             query, visit = self._draw_window(epoch, first * batch, steps * batch)
             lengths, patches = self.item_sizes(self._choose(query, visit))
-            hands = _deal(_of_pairs(lengths), _of_pairs(patches), steps)
-            self._latest = ((epoch, window), (query, visit, hands))
-        query, visit, hands = self._latest[1]
-        hand = hands[turn]
-        return query[hand], visit[hand]
+            batches = balance_batches(_pair_sizes(lengths), _pair_sizes(patches), steps)
+            self._latest = ((epoch, window), (query, visit, batches))
+        query, visit, batches = self._latest[1]
+        pairs = batches[step_in_window]
+        return query[pairs], visit[pairs]
 
     def _draw_window(self, epoch: int, first: int, count: int) -> tuple[ndarray, ndarray]:
-        """Return queries and their epochs at places of the endless stream of pairs."""
-        if not self.config.weights:
+        """Return `count` queries of the stream of pairs, from `first` on, and their epochs."""
+        if not self.config.mixture_weights:
             (rows,) = self._sets
             places = np.arange(first, first + count)
             return rows[_shuffle(places, len(rows), self.config.seed, epoch)], np.full(count, epoch)
-        start = epoch * self.steps_per_epoch * self.config.batch + first
-        shares = np.cumsum([0.0, *(weight for _, weight in self.config.weights)])
-        # Where each set's part of the stream begins and ends, rounded so that all parts add up.
+        start = epoch * self.steps_per_epoch * self.config.batch_size + first
+        shares = np.cumsum([0.0, *(weight for _, weight in self.config.mixture_weights)])
+        # Where the part of each set begins and ends, rounded so that all parts add up.
         begins, ends = (
             np.rint(at * shares / shares[-1]).astype(int) for at in (start, start + count)
         )
@@ -254,9 +254,9 @@ class Plan:
             visits.append(visit)
         return np.concatenate(queries), np.concatenate(visits)
 
-    def _one_set(self, step: int) -> tuple[ndarray, ndarray]:
+    def _homogeneous(self, step: int) -> tuple[ndarray, ndarray]:
         """Return queries and epochs of a step whose pairs all come from one set."""
-        batch, seed = self.config.batch, self.config.seed
+        batch, seed = self.config.batch_size, self.config.seed
         epoch, within = divmod(step, self.steps_per_epoch)
         batches = np.array([len(rows) // batch for rows in self._sets])
         place_in_epoch = int(_shuffle(np.array([within]), self.steps_per_epoch, seed, epoch)[0])
@@ -270,70 +270,82 @@ class Plan:
 def _rows_of_sets(
     table: LengthTable, instructions: Instructions, config: PlanConfig
 ) -> list[Int[ndarray, "rows"]]:
-    """Return the rows of queries to draw from: one list, or one for each set."""
-    if not config.weights and not config.one_set_per_batch:
+    """Return the rows of queries to draw from: one array for all sets, or one for each set."""
+    if not config.mixture_weights and not config.homogeneous_batches:
         return [np.arange(len(table.query_set))]
-    names = [name for name, _ in config.weights] or list(instructions.sets)
+    names = [name for name, _ in config.mixture_weights] or list(instructions.sets)
     unknown = [name for name in names if name not in instructions.sets]
     if unknown:
         raise ConfigError(
-            f"plan.weights names {', '.join(unknown)}; the sets are {', '.join(instructions.sets)}"
+            f"plan.mixture_weights names {', '.join(unknown)}; "
+            f"the sets are {', '.join(instructions.sets)}"
         )
     rows = [np.flatnonzero(table.query_set == instructions.sets.index(name)) for name in names]
-    total = sum(weight for _, weight in config.weights)
-    for (name, weight), of_set in zip(config.weights, rows, strict=bool(config.weights)):
-        # Fewer than two pairs in a window would leave its rounding without room.
-        if not len(of_set) or not weight / total * config.batch * config.window >= 2:
+    total = sum(weight for _, weight in config.mixture_weights)
+    for (name, weight), of_set in zip(
+        config.mixture_weights, rows, strict=bool(config.mixture_weights)
+    ):
+        # With fewer than two pairs in a window, rounding could leave a set out of it.
+        if not len(of_set) or not weight / total * config.batch_size * config.balance_window >= 2:
             raise ConfigError(
-                f"plan.weights gives {name}, of {len(of_set)} pairs, {weight} of {total}: "
-                "that is less than two pairs in a window of steps; leave it out or raise it"
+                f"plan.mixture_weights gives {name}, of {len(of_set)} pairs, {weight} of {total}: "
+                "that is less than two pairs in a balance window; drop the set or raise its weight"
             )
     return rows
 
 
 def _steps_per_epoch(sizes: list[int], config: PlanConfig) -> int:
     whole = (
-        [size // config.batch for size in sizes]
-        if config.one_set_per_batch
-        else [sum(sizes) // config.batch]
+        [size // config.batch_size for size in sizes]
+        if config.homogeneous_batches
+        else [sum(sizes) // config.batch_size]
     )
     if sum(whole) == 0:
         raise ConfigError(
-            f"plan.batch {config.batch} is larger than the data: {max(sizes, default=0)} pairs"
+            f"plan.batch_size {config.batch_size} is larger than the data: "
+            f"{max(sizes, default=0)} pairs"
         )
     return sum(whole)
 
 
-def _of_pairs(sizes: ndarray) -> ndarray:
-    """Sum the sizes of query and candidate of each pair."""
+def _pair_sizes(sizes: ndarray) -> ndarray:
+    """Return the size of query and candidate together, for each pair."""
     return sizes.reshape(2, -1).sum(0)
 
 
-def _deal(
-    lengths: Int[ndarray, "pairs"], patches: Int[ndarray, "pairs"], hands: int
-) -> Int[ndarray, "hands cards"]:
-    """Deal pairs out so that every hand has about as many tokens and patches as any other.
+def balance_batches(
+    lengths: Int[ndarray, "pairs"], patches: Int[ndarray, "pairs"], batches: int
+) -> Int[ndarray, "batches size"]:
+    """Return the pairs of each batch, so that all batches have about equal tokens and patches.
 
-    Pairs are sorted by patches and taken as many at a time as there are hands, so hands are alike
-    in patches; of those, the longest goes to the hand with the fewest tokens so far.
+    Pairs are sorted by patches and cut into groups of one pair for each batch, which makes the
+    batches equal in patches. Within a group, longer pairs go to batches with fewer tokens so far.
+
+    Args:
+        lengths: Tokens of each pair.
+        patches: Image patches of each pair.
+        batches: Number of batches; it divides the number of pairs.
+
+    Returns:
+        Indices of pairs.
     """
-    rounds = np.lexsort((lengths, patches)).reshape(-1, hands)
-    longest_first = np.argsort(-lengths[rounds], axis=1, kind="stable")
-    rounds = np.take_along_axis(rounds, longest_first, axis=1)
-    held = np.zeros(hands, np.int64)
-    dealt = np.empty((len(rounds), hands), np.int64)
-    for cards, sizes, hand_of in zip(rounds, lengths[rounds], dealt, strict=True):
-        poorest_first = held.argsort(kind="stable")
-        hand_of[poorest_first] = cards
-        held[poorest_first] += sizes
-    return dealt.T
+    groups = np.lexsort((lengths, patches)).reshape(-1, batches)
+    longest_first = np.argsort(-lengths[groups], axis=1, kind="stable")
+    groups = np.take_along_axis(groups, longest_first, axis=1)
+    tokens = np.zeros(batches, np.int64)
+    balanced = np.empty((len(groups), batches), np.int64)
+    for group, sizes, pair_of_batch in zip(groups, lengths[groups], balanced, strict=True):
+        shortest_first = tokens.argsort(kind="stable")
+        pair_of_batch[shortest_first] = group
+        tokens[shortest_first] += sizes
+    return balanced.T
 
 
 def _shuffle(places: Int[ndarray, "n"], size: int, *key: int) -> Int[ndarray, "n"]:
-    """Return where a random permutation of `range(size)` takes these places.
+    """Return the images of these places under a random permutation of `range(size)`.
 
-    A Feistel network over the next power of four, walked until the result is in range: any place
-    is found without computing the others, so a permutation of millions costs nothing.
+    A Feistel network over the next power of four is applied until the result is in range. Each
+    place is computed on its own, so a permutation of millions takes no memory.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
@@ -342,20 +354,20 @@ def _shuffle(places: Int[ndarray, "n"], size: int, *key: int) -> Int[ndarray, "n
     walking = np.ones(len(out), bool)
     while walking.any():
         left, right = out[walking] >> shift, out[walking] & mask
-        for turn in range(4):
-            left, right = right, left ^ (_hash(*key, _ORDER, turn, right) & mask)
+        for round_number in range(4):
+            left, right = right, left ^ (_hash(*key, _ORDER, round_number, right) & mask)
         out[walking] = (left << shift) | right
         walking = out >= size
     return out.astype(np.int64)
 
 
 def _draw(below: Int[ndarray, "n"], *key: int | ndarray) -> Int[ndarray, "n"]:
-    """Return a random whole number from 0 up to, without, each of `below`."""
+    """Return a random integer from 0 to `below - 1`, for each of `below`."""
     return (_hash(*key) % np.asarray(below, np.uint64)).astype(np.int64)
 
 
 def _hash(*key: int | ndarray) -> ndarray:
-    """Return 64 well-mixed bits for a key (the finaliser of SplitMix64, once for each part)."""
+    """Return 64 well-mixed bits for a key (the finalizer of SplitMix64, once for each part)."""
     state: ndarray = np.zeros((), np.uint64)
     with np.errstate(over="ignore"):
         for part in key:

@@ -11,30 +11,31 @@ from puma_jax.typing import Bool, Int, ndarray
 
 
 def mrope_positions(
-    visual: Bool[ndarray, "length"], grids: Sequence[tuple[int, int]]
+    image_token_mask: Bool[ndarray, "length"], grids: Sequence[tuple[int, int]]
 ) -> Int[ndarray, "length 3"]:
-    """Time, height and width position of every token of one item (arXiv 2409.12191, section 2.1).
+    """Return time, height and width position of every token (arXiv 2409.12191, section 2.1).
 
-    Text counts on by one, the same in all three. An image's visual tokens share one time position
-    and count their row and column from there; the text behind goes on after the largest so far.
+    Text advances all three by one. The visual tokens of an image share one time position and add
+    their row and column to it; the text after an image continues after the largest position.
 
     Args:
-        visual: Which tokens stand for an image; one run of true for each image.
+        image_token_mask: Which tokens are placeholders of visual tokens; one run for each image.
         grids: Rows and columns of visual tokens (after merging) of each image, in order.
 
     Returns:
-        int32 positions that begin at 0.
+        int32 positions that start at 0.
 
     Raises:
         ValueError: The runs of visual tokens do not have the sizes of `grids`.
     """
-    length = len(visual)
+    length = len(image_token_mask)
     positions = np.empty((length, 3), np.int32)
     start, at = 0, 0  # next position to give, next token to give it to
     for rows, columns in grids:
-        first = at + int(np.argmax(visual[at:])) if visual[at:].any() else length
+        remaining = image_token_mask[at:]
+        first = at + int(np.argmax(remaining)) if remaining.any() else length
         last = first + rows * columns
-        if last > length or not visual[first:last].all():
+        if last > length or not image_token_mask[first:last].all():
             raise ValueError(f"no run of {rows} × {columns} visual tokens at token {first}")
         positions[at:first] = np.arange(start, start + first - at)[:, None]
         start += first - at
@@ -43,21 +44,21 @@ def mrope_positions(
         positions[first:last, 2] = start + np.tile(np.arange(columns), rows)
         start += max(rows, columns)
         at = last
-    if visual[at:].any():
+    if image_token_mask[at:].any():
         raise ValueError(f"visual tokens after token {at} belong to none of {len(grids)} images")
     positions[at:] = np.arange(start, start + length - at)[:, None]
     return positions
 
 
-def counted_positions(length: int) -> Int[ndarray, "length 3"]:
-    """Plain positions 0, 1, 2, ...: what the released PUMA code trains with."""
+def sequential_positions(length: int) -> Int[ndarray, "length 3"]:
+    """Return positions 0, 1, 2, ..., which the released PUMA code trains with."""
     return np.repeat(np.arange(length, dtype=np.int32)[:, None], 3, axis=1)
 
 
 def patch_positions(rows: int, columns: int, merge_size: int) -> Int[ndarray, "patches 2"]:
-    """Row and column of every patch of an image, in the order the tower reads them.
+    """Return row and column of every patch of an image, in the order the tower reads them.
 
-    Patches that merge into one visual token stand together: block by block of `merge_size`², and
+    Patches that merge into one visual token are adjacent: block by block of `merge_size`², and
     row by row inside a block.
 
     Args:

@@ -1,13 +1,14 @@
 """Items to token ids: the PUMA prompt, which ends at [RET].
 
-Wording, normalisation and the cut are those of arXiv 2507.08064 and its released code. Attention
-is causal, so what the chat template puts behind [RET] cannot matter and is left away. The bare
-template, for models that were never tuned to chat, leaves away all that is not the item.
+Prompt texts, normalization and truncation are those of arXiv 2507.08064 and its released code.
+Attention is causal, so tokens after [RET] have no effect and are left out. The bare template, for
+models that were never tuned to chat, leaves out all that is not the item.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -16,55 +17,56 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
-from puma_jax.config import ModelConfig, PromptTemplate
-from puma_jax.data.items import Body, Item, Template
+from puma_jax.config import ModelConfig, PromptStyle
+from puma_jax.data.items import Item, TokenizedTemplate, TokenizedText
 from puma_jax.errors import CheckpointError, ItemError
 from puma_jax.typing import UInt8, ndarray
 
 
-class Wording(NamedTuple):
-    """What a template puts around an item."""
+class PromptTemplate(NamedTuple):
+    """The strings that a prompt puts around an item."""
 
     start: str
+    """Comes before the item."""
     text_end: str
-    """Ends every text, and is cut with it."""
-    ask: Mapping[tuple[bool, bool], str]
-    """The sentence that asks for one word, by whether there are an image and a text."""
-    turn: str
-    """Between the item and [RET]."""
+    """Comes after every text and is truncated with it."""
+    suffix: Mapping[tuple[bool, bool], str]
+    """The sentence after the item that asks for one word, by (has image, has text)."""
+    generation_prompt: str
+    """Comes between the suffix and [RET]: the start of the assistant's turn."""
 
 
-WORDINGS: Mapping[PromptTemplate, Wording] = {
-    "chat": Wording(
+PROMPT_TEMPLATES: Mapping[PromptStyle, PromptTemplate] = {
+    "chat": PromptTemplate(
         start="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
         text_end="",
-        ask={
+        suffix={
             (True, True): "\nSummarize above image and sentence in one word: ",
             (False, True): "\nSummarize above sentence in one word: ",
             (True, False): "\nSummarize above image in one word: ",
         },
-        turn="<|im_end|>\n<|im_start|>assistant\n",
+        generation_prompt="<|im_end|>\n<|im_start|>assistant\n",
     ),
-    # A text ends its line: an instruction is tokenised with the end of its own, so that one which
-    # stands alone, before an image's query, must be read as one that a text follows. This rarely
-    # costs a token: tokenizers of the Qwen kind read a full stop and a line's end as one.
-    "bare": Wording(
+    # Every text ends with a newline, because an instruction is tokenized with its newline whether
+    # or not a text follows it. This rarely costs a token: Qwen tokenizers have one token for a
+    # full stop with a newline.
+    "bare": PromptTemplate(
         start="",
         text_end="\n",
-        ask={(True, True): "", (False, True): "", (True, False): ""},
-        turn="",
+        suffix={(True, True): "", (False, True): "", (True, False): ""},
+        generation_prompt="",
     ),
 }
 
 
-class TextCutWarning(UserWarning):
-    """A text was longer than `PromptConfig.max_text_tokens` and has been cut."""
+class TextTruncationWarning(UserWarning):
+    """A text was longer than `PromptConfig.max_text_tokens` and is truncated."""
 
 
-def normalise(text: str | None) -> str:
-    """Return a text as the prompts want it: trimmed, capitalised, with a full stop at its end.
+def normalize_text(text: str | None) -> str:
+    """Return a text trimmed and capitalized, with a full stop at its end.
 
-    >>> normalise(' "a red bicycle" ')
+    >>> normalize_text(' "a red bicycle" ')
     'A red bicycle.'
     """
     text = (text or "").replace("\r", "").strip().strip('"')
@@ -77,16 +79,16 @@ def normalise(text: str | None) -> str:
 def query_text(instruction: str | None, text: str | None) -> str:
     r"""Return the text of a query: its instruction, then its own text on the next line.
 
-    White space around the text is dropped, so that the two can be tokenised apart.
+    White space around the text is dropped, so that the two can be tokenized separately.
 
     >>> query_text("find a picture", "a red bicycle")
     'Find a picture.\na red bicycle.'
     """
-    return normalise(f"{normalise(instruction)}\n{(text or '').strip()}")
+    return normalize_text(f"{normalize_text(instruction)}\n{(text or '').strip()}")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of a model's folder.
+    """Return the tokenizer in a model folder.
 
     Raises:
         CheckpointError: There is no tokenizer.json, or it cannot be read.
@@ -102,11 +104,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise CheckpointError(f"{folder}/tokenizer.json cannot be read: {error}") from error
 
 
-class Prompter:
+class Processor:
     """Turns texts and patches into items for one model."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, config: ModelConfig):
-        """Prepare the tokenizer: [RET] takes the first row of the token table that is spare.
+        """Add [RET] to the tokenizer; it takes the first spare row of the token table.
 
         Raises:
             CheckpointError: The token table has no spare row.
@@ -126,14 +128,14 @@ class Prompter:
         self._plain.no_truncation()
         self._plain.no_padding()
         self._warned = False
-        wording = self._wording = WORDINGS[config.prompt.template]
-        turn = tokenizer.encode(wording.turn, add_special_tokens=False)
-        self.template = Template(
+        strings = self._strings = PROMPT_TEMPLATES[config.prompt.template]
+        turn = tokenizer.encode(strings.generation_prompt, add_special_tokens=False)
+        self.template = TokenizedTemplate(
             config=config,
-            start=tuple(tokenizer.encode(wording.start, add_special_tokens=False)),
+            start=tuple(tokenizer.encode(strings.start, add_special_tokens=False)),
             end=(*turn, self.ret_token_id),
-            ask_text=self._encode(wording.ask[False, True]),
-            ask_both=self._encode(wording.ask[True, True]),
+            suffix_text=self._encode(strings.suffix[False, True]),
+            suffix_both=self._encode(strings.suffix[True, True]),
         )
 
     def item(
@@ -145,9 +147,9 @@ class Prompter:
         """Return the item for a text (may be empty), an image (may be None) or both.
 
         Args:
-            text: As it shall be read; see `normalise` and `query_text`.
-            patches: Of an image, from `images.patchify`.
-            grid: Rows and columns of these patches.
+            text: The text as the model reads it; see `normalize_text` and `query_text`.
+            patches: The patches of an image, from `images.patchify`.
+            grid: Rows and columns of the patches.
 
         Raises:
             ItemError: There is neither text nor image.
@@ -155,44 +157,45 @@ class Prompter:
         if not text and patches is None:
             raise ItemError("an item has neither text nor image")
         return self.template.assemble(
-            self.body(text, image=patches is not None).tokens, patches, grid
+            self.tokenize_text(text, image=patches is not None).tokens, patches, grid
         )
 
-    def body(self, text: str, *, image: bool, instructed: bool = False) -> Body:
-        """Return the tokens of a text and of the sentence that asks for one word.
+    def tokenize_text(self, text: str, *, image: bool, instructed: bool = False) -> TokenizedText:
+        """Return the tokens of a text and of the prompt suffix.
 
         Args:
-            text: As it shall be read; may be empty.
+            text: The text as the model reads it; may be empty.
             image: Whether an image comes before it.
-            instructed: Whether an instruction, and the end of its line, comes before it; then an
-                empty text leaves no line of its own.
+            instructed: Whether an instruction with its newline comes before it; an empty text then
+                adds no line of its own.
         """
-        ask = self._wording.ask[image, bool(text) or instructed]
+        suffix = self._strings.suffix[image, bool(text) or instructed]
         if text:
-            text += self._wording.text_end
+            text += self._strings.text_end
         elif instructed:
-            ask = ask.removeprefix("\n")
+            suffix = suffix.removeprefix("\n")
         alone, limit = self._encode(text), self.config.prompt.max_text_tokens
         if len(alone) > limit:
             self._warn_once(len(alone))
-            return Body((*alone[:limit], *self._encode(ask)), limit)
-        return Body(self._encode(text + ask), len(alone))
+            return TokenizedText((*alone[:limit], *self._encode(suffix)), limit)
+        return TokenizedText(self._encode(text + suffix), len(alone))
 
-    def instruction(self, instruction: str) -> tuple[int, ...]:
-        """Return the tokens of an instruction and of the end of its line.
+    def tokenize_instruction(self, instruction: str) -> tuple[int, ...]:
+        """Return the tokens of an instruction and its newline.
 
-        `Template.join` puts them before a `body` that was made with `instructed`: tokenizers of
-        the Qwen kind never join a line's end with what follows.
+        `TokenizedTemplate.join` puts them before a text from `tokenize_text(instructed=True)`. The
+        result equals tokenizing both at once, because Qwen tokenizers never merge a newline with
+        the text after it.
         """
-        return self._encode(normalise(instruction) + "\n")
+        return self._encode(normalize_text(instruction) + "\n")
 
     def save_tokenizer(self, folder: Path, source: Mapping[str, Any]) -> None:
-        """Write the tokenizer, with [RET], so that every generation of transformers loads it.
+        """Write the tokenizer, with [RET], so that transformers 4 and 5 load it.
 
         Args:
             folder: An existing folder.
-            source: The tokenizer_config.json that came with the base model. It is kept, with
-                [RET] added; the one transformers 5 writes names classes that 4 does not know.
+            source: The tokenizer_config.json of the base model, empty if there is none. It is kept
+                with [RET] added, because transformers 5 writes class names that 4 does not know.
         """
         self.tokenizer.save_pretrained(folder)
         if not source:
@@ -215,8 +218,22 @@ class Prompter:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"a text of {length} tokens was cut at {self.config.prompt.max_text_tokens} "
-                "(PromptConfig.max_text_tokens); later ones are cut without a word",
-                TextCutWarning,
+                f"a text of {length} tokens was truncated to {self.config.prompt.max_text_tokens} "
+                "(PromptConfig.max_text_tokens); later truncations are not reported",
+                TextTruncationWarning,
                 stacklevel=3,
             )
+
+
+def prompt_fingerprint(processor: Processor) -> dict[str, Any]:
+    """Return the settings that decide the tokens of a text: tokenizer, truncation, template.
+
+    The tokenizer is identified by the SHA-256 of its JSON with [RET] added, so a base model and
+    a model trained from it have the same fingerprint.
+    """
+    backend = processor.tokenizer.backend_tokenizer.to_str()
+    return {
+        "tokenizer": hashlib.sha256(backend.encode()).hexdigest(),
+        "max_text_tokens": processor.config.prompt.max_text_tokens,
+        "template": processor.config.prompt.template,
+    }

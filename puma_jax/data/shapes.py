@@ -1,4 +1,4 @@
-"""The shape of rows that given items fill best."""
+"""The shape of rows that wastes the least space for given items."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import replace
 
 import numpy as np
 
+from puma_jax.axes import TILE
 from puma_jax.data.packing import place, place_in, rows_filled, rows_needed
-from puma_jax.rows import RowShape
+from puma_jax.rows import PackedShape
 from puma_jax.typing import Int, ndarray
 
-_STEP = 128  # accelerator kernels want rows of whole tiles
 _WIDEST = 1024
 _WIDEST_IN_TRAINING = 2048
-# Steps that were not looked at may be a little larger; slots, which cost nothing, a good deal.
+# Room for steps that were not looked at: a little in rows, more in slots, which cost nothing.
 _HEADROOM = 1.005
 _SLOT_HEADROOM = 1.5
-# How far above the mean a step may lie, in standard deviations, that still has room. A step without
-# costs more than twice as much, and a compilation: it should be rare.
+# Rows hold steps up to this many standard deviations above the mean. A step that does not fit costs
+# more than twice as much, and a compilation: it should be rare.
 _DEVIATIONS = 4
 # The most steps that a shape is tried on, the fullest.
 _TRIED = 32
@@ -27,16 +27,17 @@ _TRIED = 32
 
 def fitting_shape(
     lengths: Int[ndarray, "n"], patches: Int[ndarray, "n"], tokens_per_chunk: int
-) -> RowShape:
-    """Return a shape of chunk, for one group, that items like these fill well.
+) -> PackedShape:
+    """Return a shape of a chunk, for one data shard, that items like these fill well.
 
-    What fits into one row gets a length that is a power of two, so that single queries meet few
-    shapes and compile few times. More gets the row lengths that leave the least unused.
+    Items that fit into one chunk get few possible shapes (one row has a length that is a power of
+    two), so that single queries compile few programs. More items get the row lengths that waste
+    the least.
 
     Args:
         lengths: Tokens of each item.
         patches: Image patches of each item.
-        tokens_per_chunk: About how many tokens a chunk shall hold.
+        tokens_per_chunk: About how many tokens a chunk holds.
     """
     lengths, patches = np.asarray(lengths), np.asarray(patches)
     images = patches[patches > 0]
@@ -44,8 +45,8 @@ def fitting_shape(
     if lengths.sum() <= tokens_per_chunk:
         length, rows = _few_rows(lengths)
         patch_length, patch_rows = _few_rows(images)
-        shape = RowShape(rows, length, patch_rows, patch_length, slots)
-        # Placed together, tokens and patches may need a row more than each by itself.
+        shape = PackedShape(rows, length, patch_rows, patch_length, slots)
+        # Placed together, tokens and patches may need one row more than each alone.
         while place(lengths, patches, shape).chunks > 1:
             shape = replace(
                 shape, rows=shape.rows + 1, patch_rows=patch_rows and shape.patch_rows + 1
@@ -61,29 +62,29 @@ def fitting_shape(
         one = rows * length + patch_rows_beside(rows) * patch_length
         return -(-all_rows // rows) * one
 
-    # Patch rows come in whole numbers: some numbers of token rows leave less of them empty.
+    # The number of patch rows is rounded up: some numbers of token rows waste less by that.
     most = max(1, tokens_per_chunk // length)
     rows = min(range(most, most // 2, -1), key=cost)
-    return RowShape(rows, length, patch_rows_beside(rows), patch_length, slots)
+    return PackedShape(rows, length, patch_rows_beside(rows), patch_length, slots)
 
 
 def _few_rows(sizes: ndarray) -> tuple[int, int]:
-    """Return the length and the number of rows, both of few possible values, for one chunk."""
+    """Return length and number of rows for one chunk, each out of few possible values."""
     if not len(sizes):
-        return _STEP, 0
+        return TILE, 0
     if sizes.sum() <= _WIDEST // 2:
-        return _power_of_two(int(sizes.sum()), _STEP // 2), 1
+        return _power_of_two(int(sizes.sum()), TILE // 2), 1
     length, rows = _least_waste(sizes)
     step = max(1, _power_of_two(rows, 1) // 8)
     return length, -(-rows // step) * step
 
 
 def _least_waste(sizes: ndarray) -> tuple[int, int]:
-    """Return the row length, a whole number of steps, that wastes least; and the rows it takes."""
+    """Return the row length, a multiple of the tile, that wastes the least, and the rows needed."""
     if not len(sizes):
-        return _STEP, 0
-    shortest = -(-int(sizes.max()) // _STEP) * _STEP
-    candidates = range(shortest, max(shortest, _WIDEST) + _STEP, _STEP)
+        return TILE, 0
+    shortest = -(-int(sizes.max()) // TILE) * TILE
+    candidates = range(shortest, max(shortest, _WIDEST) + TILE, TILE)
     needed = {length: rows_needed(sizes, length) for length in candidates}
     length = min(candidates, key=lambda length: length * needed[length])
     return length, needed[length]
@@ -96,27 +97,28 @@ def _power_of_two(size: int, least: int) -> int:
 def batch_shape(
     steps: Sequence[tuple[Int[ndarray, "items"], Int[ndarray, "items"]]],
     chunks: int,
-    groups: int,
+    data_shards: int,
     largest: tuple[int, int],
     *,
     sampled: bool = False,
-) -> RowShape:
-    """Return the smallest shape of a chunk in which the batches of all these steps fit.
+) -> PackedShape:
+    """Return the smallest shape of a chunk that holds the batches of all these steps.
 
-    Row lengths are whole numbers of tiles, rows a whole number for each group. Of the shapes that
-    leave least room unused, the one with the shortest rows is taken, for attention grows with them.
-    There always is one: with a row for every slot, an item that finds a slot finds a row.
+    Row lengths are multiples of the tile, and every data shard has the same number of rows. Among
+    shapes that waste equally little, the one with the shortest rows is taken, because the cost of
+    attention grows with them. There always is a shape: where every slot has a row of its own, an
+    item that finds a slot finds a row.
 
     Args:
         steps: Tokens and patches of all items of some steps of a plan.
-        chunks: Into how many chunks a batch is cut.
-        groups: Data-parallel devices.
-        largest: Tokens and patches that a row has to hold, also if no item of the steps does.
-        sampled: Whether there are many steps like these, for whose differences room is left.
+        chunks: Chunks in a batch.
+        data_shards: Data-parallel devices.
+        largest: Tokens and patches that a row must hold even if no item of these steps has them.
+        sampled: Whether the steps are a sample of many; if so, room is left for how steps differ.
     """
-    cells = chunks * groups
+    cells = chunks * data_shards
     most_items = max(len(lengths) for lengths, _ in steps)
-    slots = groups * int(np.ceil(_SLOT_HEADROOM * most_items / cells) + 1)
+    slots = data_shards * int(np.ceil(_SLOT_HEADROOM * most_items / cells) + 1)
     fullest = _fullest(steps)
     seen = steps if sampled else fullest
     for tries in itertools.count():
@@ -127,8 +129,13 @@ def batch_shape(
         for (rows, length), (rows_of_patches, patch_length) in _tightest_first(
             token_rows, patch_rows
         ):
-            shape = RowShape(
-                rows * groups, length, rows_of_patches * groups, patch_length, slots, groups
+            shape = PackedShape(
+                rows * data_shards,
+                length,
+                rows_of_patches * data_shards,
+                patch_length,
+                slots,
+                data_shards,
             )
             if all(place_in(*sizes, shape, chunks) is not None for sizes in fullest):
                 return shape
@@ -162,16 +169,16 @@ def _fullest(steps: Sequence[tuple[ndarray, ndarray]]) -> list[tuple[ndarray, nd
 def _row_choices(
     sizes: list[ndarray], cells: int, longest: int, sampled: bool, tries: int
 ) -> list[tuple[int, int]]:
-    """Return rows per cell and row lengths that could hold all sizes, the tightest first.
+    """Return (rows in a cell, row length) pairs that could hold all sizes, the smallest first.
 
-    Those of the first try are bounds; should no shape of theirs do, there are more rows each time.
+    The rows of the first try are a lower bound; every later try has more of them.
     """
     longest = max(longest, *(int(of_step.max(initial=0)) for of_step in sizes))
     if not longest:
-        return [(0, _STEP)]
-    shortest = -(-longest // _STEP) * _STEP
+        return [(0, TILE)]
+    shortest = -(-longest // TILE) * TILE
     choices = []
-    for length in range(shortest, max(shortest, _WIDEST_IN_TRAINING) + _STEP, _STEP):
+    for length in range(shortest, max(shortest, _WIDEST_IN_TRAINING) + TILE, TILE):
         filled = np.array([rows_filled(of_step, length) for of_step in sizes])
         total = _HEADROOM * filled.max()
         if sampled:

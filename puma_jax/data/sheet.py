@@ -1,4 +1,4 @@
-"""Small pictures of queries and documents, for sheets that people look at."""
+"""Render items as thumbnails for contact sheets."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-CELL = (150, 96)
-"""Width and height of a cell, in pixels."""
+THUMBNAIL_SIZE = (150, 96)
+"""Width and height of a thumbnail, in pixels."""
 _PICTURE = 44
 _LINES = 3
 _FONT_SIZE = 10
 
 
-def cell(image: Path | None, text: str | None, mark: str, colour: str = "gray") -> Image.Image:
-    """Return an item as a small picture: its mark, its image, its text below.
+def thumbnail(image: Path | None, text: str | None, label: str, color: str = "gray") -> Image.Image:
+    """Return an item as a small picture: its label, its image, its text below.
 
     Args:
-        image: File of the image.
-        text: Shown as far as it fits, in a font that knows Latin letters.
-        mark: A word for the corner.
-        colour: Of the mark.
+        image: File of the image, if there is one.
+        text: Text, cut to fit; the font has Latin letters only.
+        label: A word for the corner.
+        color: Color of the label.
     """
-    sheet = Image.new("RGB", CELL, "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT_SIZE)
-    pen.text((4, 2), mark, colour, font)
+    picture = Image.new("RGB", THUMBNAIL_SIZE, "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(_FONT_SIZE)
+    pen.text((4, 2), label, color, font)
     top = 16
     if image is not None:
-        with Image.open(image) as picture:
-            sheet.paste(picture.resize((_PICTURE, _PICTURE)), (50, 4))
+        with Image.open(image) as opened:
+            picture.paste(opened.resize((_PICTURE, _PICTURE)), (50, 4))
         top = _PICTURE + 6
     lines = textwrap.wrap(text or "", width=25, max_lines=_LINES, placeholder="...")
     pen.text((4, top), "\n".join(lines), "black", font)
-    return sheet
+    return picture

@@ -1,22 +1,21 @@
-"""Built training data, read by row: any query, any candidate, in any process, from any path.
+"""Random access by row to built training data, from any process and any local or bucket path.
 
 `puma_jax.data.builder` writes it:
 ```
-build.json          what was built, from what, for which tokenizer
-instructions.json   keys, their prompts as tokens, names of the sets
+build.json          settings, inputs and tokenizer of the build
+instructions.json   instruction keys, their prompts as tokens, names of the sets
 table/              lengths and positives, see `LengthTable`
-queries/            array_record shards in row order, which TFDS reads too
-candidates/         likewise
-parts/              what resuming needs; may be left behind when the rest is copied
+queries/            array_record shards in row order, readable by TFDS too
+candidates/         the same for candidates
+parts/              needed only to resume a build; copies may leave it out
 ```
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, SupportsIndex
@@ -26,9 +25,8 @@ from PIL import Image
 
 from puma_jax.data.examples import Record, from_example
 from puma_jax.data.images import open_image
-from puma_jax.data.mbeir.lines import FilePath
+from puma_jax.data.lines import FilePath
 from puma_jax.data.mbeir.records import InstructionKey
-from puma_jax.data.prompts import Prompter
 from puma_jax.data.table import LengthTable
 from puma_jax.errors import CheckpointError, DataError, ImageError
 
@@ -41,26 +39,26 @@ TableName = Literal["queries", "candidates"]
 
 
 class Prompt(NamedTuple):
-    """One way to say what is looked for."""
+    """One wording of an instruction."""
 
     text: str
-    """As the table of instructions has it."""
+    """The text in the table of instructions."""
     tokens: tuple[int, ...]
-    """Of `Prompter.instruction`: what stands before the tokens of a query."""
+    """The result of `Processor.tokenize_instruction`; it comes before the tokens of a query."""
 
 
 @dataclass(frozen=True)
 class Instructions:
-    """What the numbers in the columns `query_key` and `query_set` mean."""
+    """The values behind the indices in the columns `query_key` and `query_set`."""
 
     keys: tuple[InstructionKey, ...]
     prompts: tuple[tuple[Prompt, ...], ...]
-    """Of each key."""
+    """The prompts of each key."""
     sets: tuple[str, ...]
     """Names of dataset and task, such as "nights_task4"."""
 
     def to_json(self) -> str:
-        """Return the content of the file."""
+        """Return the content of `instructions.json`."""
         rows = [
             {"key": key, "prompts": [prompt._asdict() for prompt in prompts]}
             for key, prompts in zip(self.keys, self.prompts, strict=True)
@@ -69,7 +67,7 @@ class Instructions:
 
     @classmethod
     def from_json(cls, content: str) -> Instructions:
-        """Return what `to_json` wrote."""
+        """Return the instructions that `to_json` wrote."""
         fields = json.loads(content)
         rows = fields["instructions"]
         return cls(
@@ -85,12 +83,12 @@ class Instructions:
 class Store:
     """Random access to built data.
 
-    Nothing is opened before it is asked for, and every process opens files of its own, so a store
-    may be pickled, forked and shared by threads.
+    Files are opened on first use, and every process opens its own, so a store can be pickled,
+    forked and shared by threads.
     """
 
     def __init__(self, path: str, root: str, build: dict[str, Any]):
-        """Wrap a folder; callers want `Store.open`."""
+        """Wrap a folder; use `Store.open` instead."""
         self.path = path
         self.root = root
         self._build = build
@@ -101,9 +99,9 @@ class Store:
         """Open what `python -m puma_jax.data.builder --out PATH` wrote.
 
         Args:
-            path: A folder, or a bucket's path such as "gs://bucket/folder".
-            root: Folder or bucket's path of the benchmark, where images lie that are not stored
-                inline; None takes the one the data was built from.
+            path: A folder, or a bucket path such as "gs://bucket/folder".
+            root: Folder or bucket path of the benchmark, with the images that are not stored
+                inline; None takes the one that the data was built from.
 
         Raises:
             DataError: There is no finished build.
@@ -113,19 +111,19 @@ class Store:
             raise DataError(
                 f"{path} holds no finished build: run python -m puma_jax.data.builder --out {path}"
             )
-        # Builds that do not name their template were made when there was only one.
+        # Builds without a template name were made when "chat" was the only one.
         build = {"template": "chat"} | _read(folder / BUILD_FILE, json.loads)
         root = build["root"] if root is None else epath.Path(root)
         return cls(os.fspath(folder), os.fspath(root), build)
 
     @cached_property
     def table(self) -> LengthTable:
-        """Lengths and positives of every row."""
+        """The lengths and positives of every row."""
         return LengthTable.load(epath.Path(self.path) / TABLE_FOLDER)
 
     @cached_property
     def instructions(self) -> Instructions:
-        """Instructions and names of sets, by the numbers in the table."""
+        """The instructions and the names of sets that the table refers to."""
         return _read(epath.Path(self.path) / INSTRUCTIONS_FILE, Instructions.from_json)
 
     def query(self, row: SupportsIndex) -> Record:
@@ -138,14 +136,14 @@ class Store:
         return self._record("queries", row)
 
     def candidate(self, row: SupportsIndex) -> Record:
-        """Return the candidate of a row; errors as of `query`."""
+        """Return the candidate of a row; it raises the errors of `query`."""
         return self._record("candidates", row)
 
     def image(self, record: Record) -> Image.Image:
         """Return the decoded image of a record that has one.
 
         Raises:
-            ImageError: It cannot be read or decoded; or the record has none.
+            ImageError: The image cannot be read or decoded, or the record has none.
         """
         try:
             if isinstance(record.image, bytes):
@@ -157,13 +155,16 @@ class Store:
             name = f"{record.id} ({record.image})" if isinstance(record.image, str) else record.id
             raise ImageError(f"{name}: {error}") from error
 
-    def check(self, prompter: Prompter) -> None:
-        """Check that the stored tokens are those a model would make.
+    def check(self, fingerprint: Mapping[str, Any]) -> None:
+        """Check that the stored tokens are those a model makes of the same texts.
+
+        Args:
+            fingerprint: From `prompts.prompt_fingerprint`, for the processor of the model.
 
         Raises:
-            CheckpointError: Its tokenizer or its template is another, or it cuts texts elsewhere.
+            CheckpointError: The tokenizer, the template or the truncation of texts differs.
         """
-        for name, expected in wording(prompter).items():
+        for name, expected in fingerprint.items():
             found = self._build.get(name)
             if found != expected:
                 raise CheckpointError(
@@ -180,7 +181,7 @@ class Store:
             raise DataError(f"{self.path}: row {row} of {name} cannot be read: {error}") from error
 
     def _source(self, name: TableName) -> Any:
-        # A forked process must not share readers: they hold locks and threads of their parent.
+        # A forked process must not share readers: they hold locks and threads of the parent.
         key = (os.getpid(), name)
         if key not in self._sources:
             self._sources[key] = _open_shards(epath.Path(self.path) / name)
@@ -188,20 +189,6 @@ class Store:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Store, (self.path, self.root, self._build)
-
-
-def wording(prompter: Prompter) -> dict[str, Any]:
-    """Return what decides the tokens of a text.
-
-    The tokenizer is known by the SHA-256 of its JSON, with [RET] in it, so that a base model and
-    one that was trained from it are the same.
-    """
-    backend = prompter.tokenizer.backend_tokenizer.to_str()
-    return {
-        "tokenizer": hashlib.sha256(backend.encode()).hexdigest(),
-        "max_text_tokens": prompter.config.prompt.max_text_tokens,
-        "template": prompter.config.prompt.template,
-    }
 
 
 def as_json(value: object) -> str:
@@ -214,7 +201,7 @@ def _open_shards(folder: epath.Path) -> Any:
 
     info = _read(folder / "dataset_info.json", json.loads)
     lengths = [int(length) for length in info["splits"][0]["shardLengths"]]
-    # With their lengths given, shards are opened when a row of theirs is first read.
+    # With known lengths, a shard is opened when one of its rows is first read.
     return ArrayRecordDataSource(
         [
             f"{folder / shard_name(folder.name, number, len(lengths))}[0:{length}]"
@@ -224,12 +211,12 @@ def _open_shards(folder: epath.Path) -> Any:
 
 
 def shard_name(table: str, number: int, shards: int) -> str:
-    """Return the name of a shard as TFDS spells it."""
+    """Return the TFDS file name of a shard."""
     return f"{table}-train.array_record-{number:05}-of-{shards:05}"
 
 
 def _read(path: epath.Path, parse: Callable[[str], Any]) -> Any:
-    """Return what a JSON file holds."""
+    """Return the parsed content of a JSON file."""
     try:
         return parse(path.read_text())
     except (OSError, ValueError, KeyError, TypeError) as error:

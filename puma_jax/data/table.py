@@ -1,7 +1,8 @@
-"""What a batch is planned from: the lengths, sizes, kinds and positives of all training items.
+"""The length table: lengths, sizes, modalities and positives of all training items.
 
-A few numbers for each query and candidate, made once when the data is built. Millions of rows open
-at once: each column is a `.npy` file that is mapped, not read.
+Plans are made from it. It has a few numbers for each query and candidate and is made once when the
+data is built. Each column is a `.npy` file that is mapped, not read, so millions of rows open
+instantly.
 """
 
 from __future__ import annotations
@@ -16,38 +17,41 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from puma_jax.data.mbeir.lines import FilePath
+from puma_jax.data.lines import FilePath
 from puma_jax.errors import DataError
 from puma_jax.typing import Bool, Int, ndarray
 
 
 @dataclass(frozen=True)
 class LengthTable:
-    """Columns over the rows of the tables of queries and of candidates.
+    """Columns over the rows of the tables of queries and candidates.
 
     The positives of query `i` are the candidates
     `positive_row[positive_start[i] : positive_start[i + 1]]`, its negatives likewise.
     """
 
     query_tokens: Int[ndarray, "queries"]
-    """Tokens of the body that follows an instruction."""
+    """Tokens of text and prompt suffix after an instruction."""
     query_plain_tokens: Int[ndarray, "queries"]
-    """Tokens of the body without an instruction."""
-    query_text: Int[ndarray, "queries"]
-    """How many of `query_tokens` are the text's; the rest ask for one word."""
+    """Tokens of text and prompt suffix without an instruction."""
+    query_text_length: Int[ndarray, "queries"]
+    """How many of `query_tokens` are text; the rest are the prompt suffix."""
     query_height: Int[ndarray, "queries"]
-    """Of the image as it is in its file, in pixels; 0 for none."""
+    """Height of the image file, in pixels; 0 without image."""
     query_width: Int[ndarray, "queries"]
+    """Width of the image file, in pixels; 0 without image."""
     query_key: Int[ndarray, "queries"]
-    """Index in `Instructions.keys`; -1 for a query that no instruction fits."""
+    """Index in `Instructions.keys`; -1 for a query without instruction."""
     query_set: Int[ndarray, "queries"]
     """Index in `Instructions.sets`."""
     query_task: Int[ndarray, "queries"]
+    """Task id of M-BEIR."""
     candidate_tokens: Int[ndarray, "candidates"]
-    """Tokens of the body."""
+    """Tokens of text and prompt suffix."""
     candidate_height: Int[ndarray, "candidates"]
-    """Of the image as it is in its file, in pixels; 0 for none."""
+    """Height of the image file, in pixels; 0 without image."""
     candidate_width: Int[ndarray, "candidates"]
+    """Width of the image file, in pixels; 0 without image."""
     candidate_modality: Int[ndarray, "candidates"]
     """Image 0, text 1, image with text 2."""
     positive_start: Int[ndarray, "queries+1"]
@@ -56,7 +60,7 @@ class LengthTable:
     negative_row: Int[ndarray, "negatives"]
 
     def save(self, folder: FilePath) -> None:
-        """Write the columns to a local folder, which appears whole; an older one makes way."""
+        """Write the columns to a local folder, which appears complete and replaces an older one."""
         folder = Path(folder)
         partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -68,7 +72,7 @@ class LengthTable:
 
     @classmethod
     def load(cls, folder: FilePath) -> LengthTable:
-        """Open the columns in a folder, mapped from a local one, read from one in a bucket.
+        """Open the columns in a folder: mapped from a local folder, read from a bucket.
 
         Raises:
             DataError: A column is missing or damaged.
@@ -83,10 +87,10 @@ class LengthTable:
 
 @dataclass(frozen=True)
 class Ragged:
-    """Lists of whole numbers, stored one behind the other."""
+    """Lists of integers, stored one after the other in one array."""
 
     start: Int[ndarray, "lists_and_end"]
-    """Where each list starts in `values`; last, where the last one ends."""
+    """The index in `values` where each list starts; the last entry is where the last list ends."""
     values: Int[ndarray, "values"]
 
     def __len__(self) -> int:
@@ -94,7 +98,7 @@ class Ragged:
 
     @property
     def lengths(self) -> Int[ndarray, "lists"]:
-        """Values in each list."""
+        """The number of values in each list."""
         return np.diff(self.start)
 
     def take(self, lists: Int[ndarray, "taken"]) -> Ragged:
@@ -105,13 +109,13 @@ class Ragged:
         return Ragged(start, self.values[shift + np.arange(len(shift))])
 
     def where(self, keep: Bool[ndarray, "values"]) -> Ragged:
-        """Return the lists without the values that are not to be kept."""
+        """Return the lists with only the values that `keep` marks."""
         kept_before = _starts(keep)
         return Ragged(kept_before[self.start], self.values[keep])
 
 
 def _starts(lengths: ndarray) -> Int[ndarray, "lists_and_end"]:
-    """Return where lists of these lengths start, and where the last one ends."""
+    """Return where lists of these lengths start, and where the last list ends."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 

@@ -1,7 +1,7 @@
-"""Pairs of texts that mean the same, from a table: what stage 1 is trained on.
+"""Training data in M-BEIR layout from a table of text pairs, such as that of stage 1 of PUMA.
 
-`python -m puma_jax.data.text_pairs --table nli_for_simcse.csv --out nli` makes a folder in M-BEIR
-layout of them (task 1, text to text), which is built and trained on like any other.
+`python -m puma_jax.data.text_pairs --table nli_for_simcse.csv --out nli` writes a folder in M-BEIR
+layout (task 1, text to text), which is trained on like any other.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from puma_jax import cli
-from puma_jax.data.mbeir.files import write_candidates, write_queries
-from puma_jax.data.mbeir.lines import (
+from puma_jax.data.lines import (
     MAX_LINE_BYTES,
     BadRecords,
     FilePath,
@@ -23,6 +22,7 @@ from puma_jax.data.mbeir.lines import (
     reject,
     shown,
 )
+from puma_jax.data.mbeir.files import write_candidates, write_queries
 from puma_jax.data.mbeir.records import Candidate, Query
 from puma_jax.errors import DataError
 
@@ -32,11 +32,11 @@ _COLUMNS = ("sent0", "sent1")
 def read_text_pairs(
     path: FilePath, *, on_bad_record: OnBadRecord = "error", skipped: BadRecords | None = None
 ) -> Iterator[tuple[str, str]]:
-    """Yield the columns sent0 and sent1 of a CSV file; other columns, as hard_neg, are passed over.
+    """Yield the columns sent0 and sent1 of a CSV file; other columns are ignored.
 
     Args:
         path: The file. Its first row names the columns.
-        on_bad_record: "error" stops at a bad row, "skip" goes on with the next.
+        on_bad_record: "error" stops at a bad row, "skip" leaves it out.
         skipped: Counts the bad rows that were skipped.
 
     Raises:
@@ -70,20 +70,20 @@ def write_benchmark(
     on_bad_record: OnBadRecord = "error",
     skipped: BadRecords | None = None,
 ) -> int:
-    """Write the pairs of a table as training data in M-BEIR layout; return how many there are.
+    """Write the pairs of a table as training data in M-BEIR layout; return their number.
 
-    The first text of a pair is a query without instruction, the second the document it looks for.
-    The table is read twice, so that no text need be held.
+    The first text of a pair is a query without instruction, the second its positive. The table is
+    read twice, so that memory does not grow with it.
 
     Args:
         table: A CSV file; see `read_text_pairs`.
-        out: The folder to write to.
-        name: Of the set, and of the dataset in all ids.
-        on_bad_record: "error" stops at a bad row, "skip" goes on with the next.
+        out: Folder to write.
+        name: Name of the set, and of the dataset in all ids.
+        on_bad_record: "error" stops at a bad row, "skip" leaves it out.
         skipped: Counts the bad rows that were skipped.
 
     Raises:
-        DataError: As of `read_text_pairs`, or a file cannot be written.
+        DataError: As for `read_text_pairs`, or a file cannot be written.
     """
 
     def numbered(skipped: BadRecords | None) -> Iterator[tuple[str, str, str]]:
@@ -105,13 +105,13 @@ def write_benchmark(
 
 
 def main(table: Path, out: Path, name: str = "pairs", on_bad_record: OnBadRecord = "error") -> None:
-    """Make training data in M-BEIR layout from a table of pairs of texts.
+    """Write training data in M-BEIR layout from a table of text pairs.
 
     Args:
         table: A CSV file whose first row names sent0 and sent1 among its columns.
-        out: The folder to write to.
-        name: Of the set.
-        on_bad_record: Stop at a bad row, or skip it and say in the end how many there were.
+        out: Folder to write.
+        name: Name of the set, and of the dataset in all ids.
+        on_bad_record: "error" stops at a bad row, "skip" leaves it out and counts it.
     """
     skipped = BadRecords()
     pairs = write_benchmark(table, out, name=name, on_bad_record=on_bad_record, skipped=skipped)
@@ -123,8 +123,8 @@ def main(table: Path, out: Path, name: str = "pairs", on_bad_record: OnBadRecord
 def _numbered_rows(
     path: FilePath, on_bad_record: OnBadRecord, skipped: BadRecords | None
 ) -> Iterator[tuple[int, list[str]]]:
-    """Yield the rows that are not blank, each with the number of its last line."""
-    # The limit holds for the whole process and is 128 KiB where nobody has raised it.
+    """Yield all rows but blank ones, each with the number of its last line."""
+    # The limit is that of the whole process, 128 KiB by default.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
     rows = csv.reader(_text_lines(path, on_bad_record, skipped), strict=True)
     while True:
@@ -142,7 +142,7 @@ def _numbered_rows(
 def _text_lines(
     path: FilePath, on_bad_record: OnBadRecord, skipped: BadRecords | None
 ) -> Iterator[str]:
-    """Yield every line as text; a bad one that is skipped as a blank one, to keep the count."""
+    """Yield every line as text; a skipped bad line is a blank one, so that numbers stay right."""
     for line in numbered_lines(path):
         try:
             text = decode_line(line.content)

@@ -1,8 +1,8 @@
-"""A tokenizer made from a benchmark's own texts, for models that are trained from nothing.
+"""A tokenizer trained on the texts of a benchmark, for models that are trained from scratch.
 
-A vocabulary of 150,000 tokens is most of a small model, and most of it is never read. This one is
-of the same kind as Qwen's (byte-level BPE, the same split into words, the same special tokens), so
-that all that is built on those works with it.
+A vocabulary of 150,000 tokens would be most of a small model, and most of it is never read. This
+tokenizer is of the same kind as Qwen's (byte-level BPE, the same split into words, the same special
+tokens), so that all code for Qwen models works with it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from puma_jax.data.mbeir import (
     parse_query,
     read_instructions,
 )
-from puma_jax.data.prompts import normalise, query_text
+from puma_jax.data.prompts import normalize_text, query_text
 from puma_jax.errors import DataError
 
 SPECIAL_TOKENS = (
@@ -44,13 +44,13 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-"""Those of Qwen2-VL that stand around chat turns and images, in the order of their ids."""
+"""The special tokens of Qwen2-VL for chat turns and images, in the order of their ids."""
 
 SMALLEST = 256 + len(SPECIAL_TOKENS) + 1
-"""Tokens of a vocabulary that knows no more than bytes: with the special ones and [RET]."""
+"""The smallest vocabulary: 256 bytes, the special tokens and [RET]."""
 
-# Of Qwen2. A line's end is the last of its word or a word with other white space, so it is never
-# joined with a text behind it: `Prompter.instruction` relies on that.
+# The split into words of Qwen2. A newline ends its word or is a word with other white space, so it
+# is never merged with the text after it; `Processor.tokenize_instruction` relies on that.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -58,14 +58,14 @@ _WORDS = (
 
 
 def train_tokenizer(root: Path, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer trained on what a benchmark's training reads.
+    """Return a byte-level BPE tokenizer trained on the training texts of a benchmark.
 
     The same files give the same tokenizer, byte for byte, on any number of threads.
 
     Args:
         root: A folder in M-BEIR layout.
-        vocab_size: Rows of the model's token table, all included: bytes, learned tokens, special
-            tokens and [RET], which `Prompter` adds. Few texts may give fewer tokens.
+        vocab_size: Rows of the token table of the model: bytes, learned tokens, special tokens and
+            [RET], which `Processor` adds. Small benchmarks may give fewer tokens.
 
     Raises:
         ConfigError: `vocab_size` leaves no room for the bytes.
@@ -91,13 +91,13 @@ def train_tokenizer(root: Path, vocab_size: int) -> PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL_TOKENS) - 1,
-        # What is read once in a whole benchmark teaches its row of the token table nothing.
+        # A token that occurs once in the whole benchmark would not be trained.
         min_frequency=2,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(itertools.chain([first], lines), trainer)
-    # Only now: to the trainer, a special token within a text is plain text, as it is to `Prompter`.
+    # Added after training, so that special tokens in texts are plain text, as in `Processor`.
     backend.add_special_tokens(list(SPECIAL_TOKENS))
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -108,10 +108,10 @@ def train_tokenizer(root: Path, vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def _lines(root: Path) -> Iterator[str]:
-    """Yield every text that the builder makes training data of, as a line that a model reads.
+    """Yield every text of the training data as a line that the model reads.
 
-    A query comes once behind each prompt of its instruction: these few sentences are most of what
-    is read, and worth tokens of their own.
+    A query comes once with each prompt of its instruction: these few sentences are a large part of
+    what the model reads and deserve tokens of their own.
     """
     benchmark = discover(root)
     rows = read_instructions(benchmark.instructions) if benchmark.instructions else {}
@@ -126,5 +126,5 @@ def _lines(root: Path) -> Iterator[str]:
             if text := query_text(prompt, query.text):
                 yield f"{text}\n"
     for _, line in candidates.read():
-        if text := normalise(parse_candidate(line.content).text):
+        if text := normalize_text(parse_candidate(line.content).text):
             yield f"{text}\n"

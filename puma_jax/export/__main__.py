@@ -14,10 +14,10 @@ import tyro
 from puma_jax import Embedder, cli
 from puma_jax.config import DType
 from puma_jax.errors import CheckpointError, ConfigError
+from puma_jax.evaluation.report import Evaluation
 from puma_jax.export import sentence_transformers, stablehlo
 from puma_jax.export.card import model_card, training_of
 from puma_jax.model.encoder import parse_layers
-from puma_jax.retrieval.report import Evaluation
 
 Kind = Literal["huggingface", "stablehlo", "sentence-transformers"]
 
@@ -31,28 +31,29 @@ def main(
     license: str | None = None,  # noqa: A002
     results: Path | None = None,
 ) -> None:
-    """Write a folder that others can load, with a model card.
+    """Write a folder that other software can load, with a model card.
 
     Args:
-        kind: huggingface, for transformers and serving engines; stablehlo, a compiled function and
-            a small loader that needs jax but not puma_jax; or sentence-transformers.
-        model: A Hugging Face folder or hub id; adapters of a training run are merged in there.
+        kind: Format: huggingface, for transformers and serving engines; stablehlo, a compiled
+            function and a small loader that needs jax but not puma_jax; or sentence-transformers.
+        model: Hugging Face folder or hub id of the model, such as a stage's in a training workdir.
         out: Folder to write; must not exist, or be empty.
-        keep_layers: A number of first layers ("12"), or indices and ranges ("0-10,27").
-        dtype: Of weights; that of the model's files by default.
-        license: SPDX name for the card; by default it refers to the base model.
-        results: File results.json of `puma_jax.evaluate` for the card; by default those of the
-            training run that the model's folder lies in.
+        keep_layers: Layers to keep: "12" for the first twelve, or indices such as "0-10,27". All
+            of them by default.
+        dtype: Dtype of the weights. The dtype of the model's files by default.
+        license: SPDX name for the card. By default the card refers to the base model's license.
+        results: File results.json of `puma_jax.evaluate` for the card. By default the results of
+            the training run whose workdir holds the model.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists: choose another folder, or remove it")
     evaluation = None if results is None else Evaluation.read(results)
+    training = training_of(Path(model))
     embedder = Embedder.load(model, dtype=dtype)
     if keep_layers is not None:
         embedder = embedder.keep_layers(parse_layers(keep_layers))
-    training = training_of(Path(model))
     if keep_layers is not None and evaluation is None:
-        training = None  # its results are not those of a model that is cut again
+        training = None  # the run's results are not those of a model pruned again
     unfinished = out.with_name(f"{out.name}.unfinished")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)

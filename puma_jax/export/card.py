@@ -1,4 +1,4 @@
-"""The model card: what a model is, how it was cut and trained, how well it does, whose it is."""
+"""The model card: description, layers, training, results and license of a model."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from puma_jax.embedder import Embedder
-from puma_jax.errors import DataError
+from puma_jax.errors import ConfigError, DataError
+from puma_jax.evaluation.report import Evaluation, markdown
 from puma_jax.model.tree import named_leaves
-from puma_jax.retrieval.report import Evaluation, markdown
 
 _PAPER = "https://arxiv.org/abs/2507.08064"
 _LOAD = {
@@ -32,7 +32,7 @@ vectors = model.encode([{{"text": "a red bicycle"}}, {{"image": "bike.jpg"}}])""
 
 @dataclass(frozen=True)
 class Training:
-    """What a run of `puma_jax.train` says of the model of one of its stages."""
+    """Record of the training of a model: one stage of a run of `puma_jax.train`."""
 
     config: Mapping[str, Any]
     stage: str
@@ -40,7 +40,7 @@ class Training:
 
     @property
     def stages(self) -> dict[str, Any]:
-        """The stages that made the model, by name: from the last one that names its start."""
+        """The stages that made the model, by name, from the last one that names a base model."""
         made: dict[str, Any] = {}
         for name, stage in self.config["stages"].items():
             made = {name: stage} if stage["model"] else {**made, name: stage}
@@ -55,19 +55,30 @@ class Training:
 
 
 def training_of(model: Path) -> Training | None:
-    """Return how a model was trained, if its folder lies in the workdir of the run."""
+    """Return how a model was trained, if its folder lies in the workdir of the run.
+
+    Raises:
+        ConfigError: The run is of an older version of puma_jax.
+    """
+    path = model.absolute().parent / "config.json"
     try:
-        config = json.loads((model.absolute().parent / "config.json").read_text("utf-8"))
+        config = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return None
     if not isinstance(config, dict) or model.name not in config.get("stages", {}):
         return None
+    for name, stage in config["stages"].items():
+        if "trainable" not in stage:
+            raise ConfigError(
+                f"{path} is of an older version of puma_jax: stage {name} has no field trainable; "
+                f"copy {model} out of its workdir to export it without a record of its training"
+            )
     evaluation = None
     try:
         results = json.loads((model.absolute().parent / "results.json").read_text("utf-8"))
         evaluation = Evaluation.from_json(results["stages"][model.name]["evaluation"])
     except (OSError, ValueError, KeyError, TypeError, DataError):
-        pass  # the run is not finished, or had nothing to be measured on
+        pass  # the run is not finished, or has no evaluation
     return Training(config, model.name, evaluation)
 
 
@@ -83,12 +94,12 @@ def model_card(
     """Return a model card in markdown, with the header that model hubs read.
 
     Args:
-        embedder: The model.
-        kind: Of the export.
-        name: Of the model.
-        license_name: An SPDX name; by default the card sends its reader to the base model.
-        training: How it was trained, if that is known.
-        evaluation: Its results; those of the training run by default.
+        embedder: Model that the card describes.
+        kind: Format of the export.
+        name: Name of the model.
+        license_name: SPDX name of the license; by default the card refers to the base model.
+        training: Record of its training, if known.
+        evaluation: Results of the model; by default those of the training run.
     """
     if evaluation is None and training is not None:
         evaluation = training.evaluation
@@ -116,14 +127,14 @@ def _what_it_is(embedder: Embedder) -> str:
     parameters = sum(leaf.size for leaf in named_leaves(embedder.params).values())
     kept = ", ".join(map(str, config.kept_layers))
     return (
-        f"One vector of {embedder.width} values for a text, an image, or an image with a text; the "
-        f"inner product of two is their similarity. {parameters / 1e6:,.2f} M parameters, family "
-        f"`{config.family}`, made with [puma_jax](https://pypi.org/project/puma-jax) after "
-        f"[PUMA]({_PAPER}).\n\n"
-        f"**The cut.** Of the base model's decoder layers, counted from 0, it has: {kept}.\n\n"
+        f"One vector of {embedder.embedding_dim} values for a text, an image, or an image with a "
+        "text; the inner product of two is their similarity. "
+        f"{parameters / 1e6:,.2f} M parameters, family `{config.family}`, made with "
+        f"[puma_jax](https://pypi.org/project/puma-jax) after [PUMA]({_PAPER}).\n\n"
+        f"**Layers.** Decoder layers kept from the base model, counted from 0: {kept}.\n\n"
         f"**Limits.** Texts of up to {config.prompt.max_text_tokens} tokens, images of "
         f"{config.images.min_pixels:,} to {config.images.max_pixels:,} pixels after resizing. "
-        f"Positions: {config.prompt.positions}. Prompt: {config.prompt.template}, read out at "
+        f"Positions: {config.prompt.positions}. Prompt: {config.prompt.template}, pooled at "
         f"`{config.prompt.ret_token}`."
     )
 
@@ -140,9 +151,9 @@ def _training(training: Training) -> str:
                 loss["kind"] + (", relative" if loss["relative"] else ""),
                 str(loss["temperature"]),
                 f"{share[0]:g} → {share[1]:g}" if max(share) > 0 else "–",
-                stage["train"] + (" + vision" if stage["vision"] else ""),
+                stage["trainable"] + (" + vision" if stage["train_vision"] else ""),
                 str(stage["steps"] or f"{stage['epochs']:g} epochs"),
-                str(stage["plan"]["batch"]),
+                str(stage["plan"]["batch_size"]),
                 f"{optimizer['learning_rate']:g}",
             ]
         )
@@ -165,5 +176,5 @@ def _license(name: str | None, base: str | None, training: Training | None) -> s
     if base:
         return f"The weights come from `{base}`: its license holds for them."
     if training:
-        return "Trained from random weights; its maker has named no license."
+        return "Trained from random weights, under no named license."
     return "Not named. If the weights come from a base model, its license holds for them."

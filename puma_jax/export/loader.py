@@ -13,47 +13,102 @@ class Embedder:
     """Makes vectors of {"text": str}, {"image": path, PIL image or uint8 array}, or both."""
 
     def __init__(self, folder=Path(__file__).parent):
-        self.manifest = json.loads(Path(folder, "manifest.json").read_text("utf-8"))
-        self.tokenizer = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
+        """Read the model of a folder."""
+        folder = Path(folder)
+        self.manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.encode_special_tokens = True  # a text cannot forge "<|image_pad|>"
-        self.weights = jax.device_put(load_file(Path(folder, "weights.safetensors")))
-        exported = jax.export.deserialize(bytearray(Path(folder, "embed.jax").read_bytes()))
+        self.weights = jax.device_put(load_file(folder / "weights.safetensors"))
+        exported = jax.export.deserialize(bytearray((folder / "embed.jax").read_bytes()))
         self.function = jax.jit(exported.call)
 
-    def encode(self, items, instruction=None, batch=8):
-        """Return unit vectors, float32 [n, width]; the instruction is put before every text."""
-        vectors = [np.zeros((0, self.manifest["width"]), np.float32)]
-        for at in range(0, len(items), batch):
-            part = [self._read(i, items[i], instruction) for i in range(at, len(items))[:batch]]
-            vectors.append(self.function(self.weights, *map(self._padded, zip(*part, strict=True))))
+    def encode(self, items, instruction=None, batch_size=8):
+        """Return one unit vector per item, float32 [n, embedding_dim].
+
+        The instruction is put before the text of every item.
+        """
+        vectors = [np.zeros((0, self.manifest["embedding_dim"]), np.float32)]
+        for start in range(0, len(items), batch_size):
+            batch = [
+                self._preprocess(number, items[number], instruction)
+                for number in range(start, min(start + batch_size, len(items)))
+            ]
+            tokens, blocks, sizes = (self._padded(arrays) for arrays in zip(*batch, strict=True))
+            vectors.append(self.function(self.weights, tokens, blocks, sizes))
         return np.concatenate(vectors)
 
-    def _padded(self, arrays):  # to one of few lengths, each of which is compiled once
-        length = next(n for n in self.manifest["lengths"] if n >= max(map(len, arrays)))
+    def _padded(self, arrays):
+        """Return arrays stacked, padded to one of few lengths, each of which is compiled once."""
+        longest = max(len(array) for array in arrays)
+        length = next(length for length in self.manifest["lengths"] if length >= longest)
         return np.stack([np.resize(array, (length, *array.shape[1:])) for array in arrays])
 
-    def _read(self, number, item, instruction):
-        ask, most, unit, low, high, ratio = self.manifest["reading"].values()
-        text, image, cut = "", item.get("image"), np.zeros((0, 0, unit, unit, 3), np.uint8)
-        for line in (instruction, item.get("text")):
-            text = f"{text}\n{(line or '').strip()}".replace("\r", "").strip().strip('"')
-            text = text[:1].upper() + text[1:] + ("" if text[-1:] in ".?!" else ".")
-        if not text and image is None:
+    def _preprocess(self, number, item, instruction):
+        """Return the tokens of an item, the blocks of its image, and the sizes of both."""
+        image, text = item.get("image"), query_text(instruction, item.get("text"))
+        if image is None and not text:
             raise ValueError(f"item {number} has neither text nor image")
-        alone, ids = (self.tokenizer.encode(text + end).ids for end in ask[image is None][not text])
-        if len(alone) > most:
-            raise ValueError(f"item {number}: text of {len(alone)} tokens, over {most}: shorten it")
+        tokens = self._tokenize(number, text, image is not None)
+        rows = columns = 0
+        side = self.manifest["preprocessing"]["block_side"]
+        blocks = np.zeros((0, side, side, 3), np.uint8)
         if image is not None:
-            from PIL import Image
+            pixels = self._resize(number, image)
+            rows, columns = pixels.shape[0] // side, pixels.shape[1] // side
+            blocks = pixels.reshape(rows, side, columns, side, 3).swapaxes(1, 2)
+            blocks = blocks.reshape(rows * columns, side, side, 3)
+        return np.array(tokens, np.int32), blocks, np.array([len(tokens), rows, columns], np.int32)
 
-            image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-            image = (Image.open(image) if isinstance(image, str | Path) else image).convert("RGB")
-            sides, pixels = np.array(image.size), image.width * image.height
-            if sides.max() > ratio * sides.min():
-                raise ValueError(f"item {number}: image {image.size} is over {ratio} : 1, crop it")
-            area = (near := np.rint(sides / unit)).prod() * unit**2
-            less, more = sides / np.sqrt(pixels / high) / unit, sides * np.sqrt(low / pixels) / unit
-            grid = np.floor(less) if area > high else np.ceil(more) if area < low else near
-            image = np.asarray(image.resize([unit * max(1, int(side)) for side in grid]))
-            cut = image.reshape(-1, unit, image.shape[1] // unit, unit, 3).swapaxes(1, 2)
-        return np.int32(ids), cut.reshape(-1, unit, unit, 3), np.int32([len(ids), *cut.shape[:2]])  # type: ignore[arg-type]
+    def _tokenize(self, number, text, has_image):
+        """Return the tokens of a text and of the part of the prompt that follows it."""
+        config = self.manifest["preprocessing"]
+        text_end, suffix = config["suffixes"][0 if has_image else 1][0 if text else 1]
+        count = len(self.tokenizer.encode(text + text_end).ids)
+        if count > config["max_text_tokens"]:
+            limit = config["max_text_tokens"]
+            raise ValueError(f"item {number}: text of {count} tokens, over {limit}: shorten it")
+        return self.tokenizer.encode(text + suffix).ids
+
+    def _resize(self, number, image):
+        """Return the pixels of an image, resized to whole blocks within the limits on pixels."""
+        from PIL import Image
+
+        config = self.manifest["preprocessing"]
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image)
+        elif isinstance(image, str | Path):
+            image = Image.open(image)
+        image = image.convert("RGB")
+        ratio = config["max_aspect_ratio"]
+        if max(image.size) > ratio * min(image.size):
+            raise ValueError(f"item {number}: image {image.size} is over {ratio} : 1, crop it")
+        return np.asarray(image.resize(resized_size(image.size, config)))
+
+
+def query_text(instruction, text):
+    """Return an instruction and a text as one text, each with a capital letter and a full stop."""
+    return normalize_text(f"{normalize_text(instruction or '')}\n{(text or '').strip()}")
+
+
+def normalize_text(text):
+    """Return a text without quotes around it, with a capital letter and a full stop."""
+    bare = text.replace("\r", "").strip().strip('"')
+    if not bare:
+        return ""
+    return bare[0].upper() + bare[1:] + ("" if bare.endswith((".", "?", "!")) else ".")
+
+
+def resized_size(size, config):
+    """Return the width and height that an image is resized to: multiples of the block's side.
+
+    The area stays within the limits on pixels, and the aspect ratio is kept as far as it goes.
+    """
+    side, low, high = config["block_side"], config["min_pixels"], config["max_pixels"]
+    sides, area = np.array(size), size[0] * size[1]
+    blocks = np.rint(sides / side)
+    rounded_area = blocks.prod() * side**2
+    if rounded_area > high:
+        blocks = np.floor(sides / np.sqrt(area / high) / side)
+    elif rounded_area < low:
+        blocks = np.ceil(sides * np.sqrt(low / area) / side)
+    return [side * max(1, int(count)) for count in blocks]

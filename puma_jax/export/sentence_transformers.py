@@ -1,27 +1,29 @@
 """A folder that `sentence_transformers.SentenceTransformer` loads, from version 6.0.
 
-It holds what `Embedder.save` writes, a chat template that words an item as `data.prompts` does, and
-the description of three standard modules: Transformer, Pooling at the last token, Normalize. No
-code travels along:
+It holds the files of `Embedder.save`, a chat template that writes the prompt of `data.prompts`, and
+the configs of three standard modules: Transformer, Pooling at the last token, Normalize. It holds
+no code:
 
     model = SentenceTransformer(folder)
     model.encode("a red bicycle")
     model.encode({"image": "bicycle.png"})
     model.encode({"image": "bicycle.png", "text": "make it blue"}, prompt="Find the changed image.")
 
-A `prompt` is the instruction: Sentence Transformers hands it to the template as a system message.
-Loading takes torchvision, as transformers' processor of Qwen2-VL does: install
+A `prompt` is the instruction: Sentence Transformers passes it to the template as a system message.
+Loading needs torchvision, because transformers' processor of Qwen2-VL does: install
 `sentence-transformers[image]`.
 
-Vectors equal those of `Embedder.encode`, but for
+Vectors equal those of `Embedder.encode`, except for
 
-- texts of more than `PromptConfig.max_text_tokens`: a template cannot count, they are read whole;
-- texts that hold special tokens, such as "<|im_end|>", which are taken at their word. To make them
-  plain text, though not always split as ours, takes transformers 5.23 and `encode(...,
-  processing_kwargs={"chat_template": {"sanitize_control_tokens": True}})`;
-- texts that begin with a quotation mark and a line's end, which is read with the line before;
-- PIL images with transparent pixels, which transformers lays on white, and files with an EXIF
-  orientation, which it turns.
+- texts of more than `PromptConfig.max_text_tokens`: a template cannot count tokens, so that they
+  are read whole;
+- texts that contain special tokens, such as "<|im_end|>", which are read as special tokens. From
+  transformers 5.23 on, `encode(..., processing_kwargs={"chat_template":
+  {"sanitize_control_tokens": True}})` reads them as plain text, though not always tokenized as
+  here;
+- texts that begin with a quotation mark and a line break, which is read with the line before;
+- PIL images with transparent pixels, which transformers puts on white, and files with an EXIF
+  orientation, which it applies.
 """
 
 from __future__ import annotations
@@ -30,10 +32,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from puma_jax.artifacts import write_json
 from puma_jax.config import require
-from puma_jax.data.prompts import WORDINGS
+from puma_jax.data.prompts import PROMPT_TEMPLATES
 from puma_jax.embedder import Embedder
-from puma_jax.files import write_json
 from puma_jax.model.hf import read_json
 
 _STATES = {"method": "forward", "method_output_name": "last_hidden_state"}
@@ -45,17 +47,17 @@ _TRANSFORMER = {
         "message": {**_STATES, "format": "structured"},
     },
     "module_output_name": "token_embeddings",
-    # With flash attention, texts would stand in one row, which Qwen2-VL cannot read.
+    # With flash attention, texts would be packed into one row, which Qwen2-VL cannot read.
     "unpad_inputs": False,
-    # Pillow shall resize, as it does for us: of torchvision's values, one in 200 differs by 1. The
-    # new name of this option, `backend`, is refused by the processor of videos.
+    # Pillow resizes, as in `data.images`: one in 200 of torchvision's values differs by 1. The
+    # processor of videos refuses `backend`, the new name of this option.
     "processor_kwargs": {"use_fast": False},
 }
 
-# `query_text` and `Prompter.item` in Jinja. What is encoded comes as a message, a prompt as a
+# `query_text` and `Processor.item` in Jinja. An item comes as a message, its prompt as a
 # system message before it.
 _TEMPLATE = r"""
-{%- macro normalise(text) -%}
+{%- macro normalize_text(text) -%}
   {%- set bare = text.replace('\r', '').strip().strip('"') -%}
   {%- if bare -%}
     {{- bare[0].upper() + bare[1:] -}}
@@ -79,7 +81,7 @@ _TEMPLATE = r"""
 {%- if item.texts > 1 or item.images > 1 -%}
   {{- raise_exception('an item is one text, one image, or one of both') -}}
 {%- endif -%}
-{%- set text = normalise(normalise(item.instruction) + '\n' + item.text.strip()) -%}
+{%- set text = normalize_text(normalize_text(item.instruction) + '\n' + item.text.strip()) -%}
 {%- if not text and not item.images -%}
   {{- raise_exception('an item has neither text nor image') -}}
 {%- endif -%}
@@ -88,20 +90,20 @@ _TEMPLATE = r"""
   {{- image -}}
 {%- endif -%}
 {%- if text -%}
-  {{- text + text_end + (ask_both if item.images else ask_text) -}}
+  {{- text + text_end + (suffix_both if item.images else suffix_text) -}}
 {%- else -%}
-  {{- ask_image -}}
+  {{- suffix_image -}}
 {%- endif -%}
 {{- end -}}
 """
 
 
 def write(embedder: Embedder, folder: Path) -> None:
-    """Write a model for Sentence Transformers, which `Embedder.load` opens as well.
+    """Write a model for Sentence Transformers; `Embedder.load` opens the folder, too.
 
     Args:
-        embedder: The model.
-        folder: Exists and is empty.
+        embedder: Model to export.
+        folder: Folder to write, which exists and is empty.
 
     Raises:
         ConfigError: The model was trained with positions that transformers does not compute.
@@ -113,25 +115,25 @@ def write(embedder: Embedder, folder: Path) -> None:
         f'prompt.positions is "{positions}", but Sentence Transformers computes "mrope" only: '
         "encode with puma_jax.Embedder, or train with mrope",
     )
-    embedder.save(folder, headless=True)
+    embedder.save(folder, backbone=True)
     _finish_tokenizer(folder / "tokenizer_config.json", embedder.config.prompt.ret_token)
     (folder / "chat_template.jinja").write_text(chat_template(embedder), "utf-8")
-    _write_modules(folder, embedder.width)
+    _write_modules(folder, embedder.embedding_dim)
 
 
 def chat_template(embedder: Embedder) -> str:
-    """Return the Jinja template that words items as this model was trained to read them."""
+    """Return the Jinja template of the prompt that this model was trained with."""
     config = embedder.config
-    wording = WORDINGS[config.prompt.template]
+    prompt = PROMPT_TEMPLATES[config.prompt.template]
     image = [config.vision_start_token_id, config.image_token_id, config.vision_end_token_id]
     words = {
-        "start": wording.start,
+        "start": prompt.start,
         "image": "".join(embedder.tokenizer.convert_ids_to_tokens(image)),
-        "text_end": wording.text_end,
-        "ask_text": wording.ask[False, True],
-        "ask_image": wording.ask[True, False],
-        "ask_both": wording.ask[True, True],
-        "end": wording.turn + config.prompt.ret_token,
+        "text_end": prompt.text_end,
+        "suffix_text": prompt.suffix[False, True],
+        "suffix_image": prompt.suffix[True, False],
+        "suffix_both": prompt.suffix[True, True],
+        "end": prompt.generation_prompt + config.prompt.ret_token,
     }
     # A string in JSON is one in Jinja.
     literals = {name: json.dumps(value, ensure_ascii=False) for name, value in words.items()}
@@ -140,16 +142,16 @@ def chat_template(embedder: Embedder) -> str:
 
 
 def _finish_tokenizer(path: Path, ret_token: str) -> None:
-    """Give a tokenizer what batches ask for, and leave the folder one template only."""
+    """Add a padding token to a tokenizer config, and remove its own chat template."""
     config = read_json(path)
     config.pop("chat_template", None)
-    # Padding is never read, so any token will do.
+    # Padding is never read, so that any token will do.
     config["pad_token"] = config.get("pad_token") or ret_token
     write_json(path, config)
 
 
 def _write_modules(folder: Path, width: int) -> None:
-    """Write which modules an item goes through, and the config of each."""
+    """Write the list of modules, and the config of each."""
     pooling = {"embedding_dimension": width, "pooling_mode": "lasttoken", "include_prompt": True}
     modules: list[tuple[str, str, str, dict[str, Any]]] = [
         ("base.modules.transformer.Transformer", "", "sentence_bert_config.json", _TRANSFORMER),
@@ -167,7 +169,7 @@ def _write_modules(folder: Path, width: int) -> None:
         folder / "config_sentence_transformers.json",
         {
             "model_type": "SentenceTransformer",
-            # The instructions of `encode_query` and `encode_document`, where none is given.
+            # Default instructions of `encode_query` and `encode_document`.
             "prompts": {"query": "", "document": ""},
             "similarity_fn_name": "cosine",
         },

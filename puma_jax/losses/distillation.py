@@ -1,4 +1,4 @@
-"""Layer-pruned self-distillation: the cut model shall reach the states of the whole one."""
+"""Layer-pruned self-distillation: the pruned model learns the states of the whole model."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ def distill_loss(
     *,
     valid: Bool[Array, "n"] | None = None,
 ) -> Float[Array, ""]:
-    """Mean squared error of states, over items and width (arXiv 2507.08064, section 3.2).
+    """Return the mean squared error over items and width (arXiv 2507.08064, section 3.2).
 
-    States are those at [RET] after the final norm, **not** normalised. The paper adds the losses of
-    queries and of candidates, at a weight of 0.05 in the released code. No gradient reaches the
-    teacher.
+    The states are those at [RET] after the final norm, **not** normalized to unit length. The paper
+    adds the losses of queries and of candidates, with a weight of 0.05 in the released code. No
+    gradient reaches the teacher.
 
     Args:
-        student: States of the cut model.
+        student: States of the pruned model.
         teacher: States of the whole model for the same items.
-        valid: Which items count.
+        valid: Which items count; None counts all.
     """
     error = student.astype(jnp.float32) - jax.lax.stop_gradient(teacher).astype(jnp.float32)
     squared = jnp.mean(error**2, axis=-1)

@@ -1,8 +1,8 @@
-"""The same loss in less memory: some rows at a time, and each device its own rows.
+"""The same loss in less memory: some queries at a time, and each device its own queries.
 
-The matrix of all scores grows with the square of the batch. In chunks of rows, whose scores the
-backward pass computes again, no more than one chunk's is ever held. Devices see each other's keys
-all at once, or one after the other in a ring.
+The matrix of all scores grows with the square of the batch. In chunks of queries, whose scores the
+backward pass computes again, only one chunk's scores are held at a time. Devices see each other's
+candidates all at once, or one device's after the other's in a ring.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from puma_jax.axes import DATA_AXIS
 from puma_jax.errors import ConfigError
-from puma_jax.losses.ring import ring_losses
-from puma_jax.losses.softmax import Keys, Rule, row_losses
+from puma_jax.losses.ring import ring_cross_entropy
+from puma_jax.losses.softmax import Candidates, LogitRule, cross_entropy
 from puma_jax.typing import Array, Float
 
 
@@ -24,88 +25,104 @@ from puma_jax.typing import Array, Float
 class Layout:
     """How the scores of a batch are spread over memory and devices."""
 
-    rows: int | None = None
-    """Queries whose scores are held at a time, on each device, and in a ring the most keys they
-    are compared with at a time; None holds all."""
+    chunk_size: int | None = None
+    """Queries whose scores each device holds at a time; in a ring also the most candidates that
+    they are compared with at a time. None holds all."""
     mesh: Mesh | None = None
-    """Devices; None computes as if there were one."""
-    axes: tuple[str, ...] = ("data",)
+    """Mesh of the devices; None computes on one."""
+    axes: tuple[str, ...] = (DATA_AXIS,)
     """Axes of the mesh that queries, candidates and negatives are sharded over."""
-    over_devices: Literal["gather", "ring"] = "gather"
-    """Every device holds the keys of all, or those of one at a time as they go round."""
+    cross_device: Literal["gather", "ring"] = "gather"
+    """"gather": every device holds the candidates of all devices. "ring": every device holds those
+    of one device at a time."""
 
 
 DENSE = Layout()
 
 
-def mean_loss(
+def mean_cross_entropy(
     queries: Float[Array, "n d"],
-    candidates: Keys,
-    negatives: Keys | None,
-    rule: Rule,
+    positives: Candidates,
+    negatives: Candidates | None,
+    rule: LogitRule,
     layout: Layout = DENSE,
 ) -> Float[Array, ""]:
-    """Return the mean of `row_losses` over all valid pairs of the global batch.
+    """Return the mean of `softmax.cross_entropy` over all valid pairs of the global batch.
 
     Args:
         queries: Unit vectors.
-        candidates: The positive of each query, in the same order.
-        negatives: Keys that are no query's positive.
-        rule: How scores become logits.
+        positives: The positive of each query, in the same order.
+        negatives: Candidates that are no query's positive.
+        rule: How scores become logits, and which candidates count.
         layout: How the work is spread; the result does not depend on it.
 
     Raises:
-        ConfigError: The queries do not divide into the devices' chunks of rows.
+        ConfigError: The queries do not divide into the devices' chunks.
     """
     if layout.mesh is None:
-        total = _summed(queries, candidates, _joined(candidates, negatives), rule, layout.rows)
-        return total / jnp.maximum(candidates.labels.valid.sum(), 1)
+        candidates = _concatenated(positives, negatives)
+        total = _sum_in_chunks(queries, positives, candidates, rule, layout.chunk_size)
+        return total / jnp.maximum(positives.metadata.valid.sum(), 1)
 
-    axes = layout.axes
+    axes, chunk_size = layout.axes, layout.chunk_size
     split = PartitionSpec(axes)
 
-    def local(queries: Array, candidates: Keys, negatives: Keys | None, rule: Rule) -> Array:
-        keys = _joined(candidates, negatives)
-        if layout.over_devices == "ring":
-            total = ring_losses(queries, candidates, keys, rule, axes=axes, tile=layout.rows).sum()
+    def local(
+        queries: Array, positives: Candidates, negatives: Candidates | None, rule: LogitRule
+    ) -> Array:
+        candidates = _concatenated(positives, negatives)
+        if layout.cross_device == "ring":
+            total = ring_cross_entropy(
+                queries, positives, candidates, rule, axes=axes, tile=chunk_size
+            ).sum()
         else:
-            keys = jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, axes, tiled=True), keys)
-            total = _summed(queries, candidates, keys, rule, layout.rows)
-        valid = jax.lax.psum(candidates.labels.valid.sum(), axes)
+            candidates = jax.tree.map(
+                lambda leaf: jax.lax.all_gather(leaf, axes, tiled=True), candidates
+            )
+            total = _sum_in_chunks(queries, positives, candidates, rule, chunk_size)
+        valid = jax.lax.psum(positives.metadata.valid.sum(), axes)
         return jax.lax.psum(total, axes) / jnp.maximum(valid, 1)
 
-    over_devices = jax.shard_map(
+    sharded = jax.shard_map(
         local,
         mesh=layout.mesh,
         in_specs=(split, split, split, PartitionSpec()),
         out_specs=PartitionSpec(),
     )
-    return over_devices(queries, candidates, negatives, rule)
+    return sharded(queries, positives, negatives, rule)
 
 
-def _joined(candidates: Keys, negatives: Keys | None) -> Keys:
+def _concatenated(positives: Candidates, negatives: Candidates | None) -> Candidates:
     if negatives is None:
-        return candidates
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), candidates, negatives)
+        return positives
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), positives, negatives)
 
 
-def _summed(
-    queries: Array, positives: Keys, keys: Keys, rule: Rule, rows: int | None
+def _sum_in_chunks(
+    queries: Array,
+    positives: Candidates,
+    candidates: Candidates,
+    rule: LogitRule,
+    chunk_size: int | None,
 ) -> Float[Array, ""]:
+    """Return the sum of `cross_entropy` over queries, some of them at a time."""
     n = len(queries)
-    if rows is None or rows >= n:
-        return row_losses(queries, positives, keys, rule).sum()
-    if n % rows:
-        raise ConfigError(f"{n} queries of a device do not divide into chunks of {rows} rows")
+    if chunk_size is None or chunk_size >= n:
+        return cross_entropy(queries, positives, candidates, rule).sum()
+    if n % chunk_size:
+        raise ConfigError(
+            f"{n} queries of a device do not divide into chunks of {chunk_size} queries: "
+            "change loss.chunk_size"
+        )
 
     @jax.checkpoint
-    def chunk(total: Array, of_rows: tuple[Array, Keys]) -> tuple[Array, None]:
-        return total + row_losses(*of_rows, keys, rule).sum(), None
+    def add(total: Array, chunk: tuple[Array, Candidates]) -> tuple[Array, None]:
+        return total + cross_entropy(*chunk, candidates, rule).sum(), None
 
     chunks = jax.tree.map(
-        lambda leaf: leaf.reshape(-1, rows, *leaf.shape[1:]), (queries, positives)
+        lambda leaf: leaf.reshape(-1, chunk_size, *leaf.shape[1:]), (queries, positives)
     )
     # The sum starts as a value that varies over devices as what is added to it does.
     start = queries[0, 0].astype(jnp.float32) * 0
-    total, _ = jax.lax.scan(chunk, start, chunks)
+    total, _ = jax.lax.scan(add, start, chunks)
     return total

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from puma_jax.config import ComputeConfig, DecoderConfig
-from puma_jax.model.attention import attention, pin_rows
+from puma_jax.model.attention import attention, constrain_batch_sharding
 from puma_jax.model.dropout import TokenKeys, fold_in
 from puma_jax.model.layers import Embedding, Linear, RMSNorm
-from puma_jax.model.remat import rematerialise
+from puma_jax.model.remat import rematerialize
 from puma_jax.model.rope import mrope_angles, rotate
 from puma_jax.typing import Array, Float, Int
 
+# Linears of a layer. The position of a name is folded into its dropout keys: never reorder them.
+PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")
+
+ProjectionKeys = Mapping[str, TokenKeys | None]
+"""Dropout keys by the name of a projection; None drops nothing."""
+
 
 class DecoderAttention(nnx.Module):
-    """Causal grouped-query attention; query, key and value have a bias, out has none."""
+    """Causal grouped-query attention; query, key and value have a bias, the output has none."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         inner, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
@@ -30,18 +38,20 @@ class DecoderAttention(nnx.Module):
         self,
         x: Float[Array, "rows length width"],
         angles: Float[Array, "rows length half"],
-        segments: Int[Array, "rows length"],
+        segment_ids: Int[Array, "rows length"],
         implementation: str,
-        keys: list[TokenKeys | None],
+        keys: ProjectionKeys,
     ) -> Float[Array, "rows length width"]:
-        """Return what each token gathers from those before it."""
+        """Return the attention output of each token over itself and the tokens before it."""
         rows, length, _ = x.shape
         heads = (rows, length, -1, self.head_dim)
-        q = rotate(self.query(x, keys[0]).reshape(heads), angles)
-        k = rotate(self.key(x, keys[1]).reshape(heads), angles)
-        v = self.value(x, keys[2]).reshape(heads)
-        mixed = attention(q, k, v, segments=segments, causal=True, implementation=implementation)
-        return self.out(mixed.reshape(rows, length, -1), keys[3])
+        q = rotate(self.query(x, keys["query"]).reshape(heads), angles)
+        k = rotate(self.key(x, keys["key"]).reshape(heads), angles)
+        v = self.value(x, keys["value"]).reshape(heads)
+        mixed = attention(
+            q, k, v, segment_ids=segment_ids, causal=True, implementation=implementation
+        )
+        return self.out(mixed.reshape(rows, length, -1), keys["out"])
 
 
 class DecoderMLP(nnx.Module):
@@ -53,11 +63,11 @@ class DecoderMLP(nnx.Module):
         self.down = Linear(config.mlp_width, config.width, bias=False, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "rows length width"], keys: list[TokenKeys | None]
+        self, x: Float[Array, "rows length width"], keys: ProjectionKeys
     ) -> Float[Array, "rows length width"]:
         """Return the MLP of every token."""
-        gated = jax.nn.silu(self.gate(x, keys[0])) * self.up(x, keys[1])
-        return self.down(gated, keys[2])
+        gated = jax.nn.silu(self.gate(x, keys["gate"])) * self.up(x, keys["up"])
+        return self.down(gated, keys["down"])
 
 
 class DecoderLayer(nnx.Module):
@@ -73,19 +83,22 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float[Array, "rows length width"],
         angles: Float[Array, "rows length half"],
-        segments: Int[Array, "rows length"],
+        segment_ids: Int[Array, "rows length"],
         implementation: str,
         dropout_keys: TokenKeys | None = None,
     ) -> Float[Array, "rows length width"]:
         """Return the states after this layer."""
-        keys = [None if dropout_keys is None else fold_in(dropout_keys, i) for i in range(7)]
+        keys: ProjectionKeys = {
+            name: None if dropout_keys is None else fold_in(dropout_keys, number)
+            for number, name in enumerate(PROJECTIONS)
+        }
         normed = self.attention_norm(x)
-        x = x + self.attention(normed, angles, segments, implementation, keys[:4])
-        return x + self.mlp(self.mlp_norm(x), keys[4:])
+        x = x + self.attention(normed, angles, segment_ids, implementation, keys)
+        return x + self.mlp(self.mlp_norm(x), keys)
 
 
 class Decoder(nnx.Module):
-    """Token table, stacked layers, final norm. There is no head: an embedder predicts no token."""
+    """Token table, stacked layers, final norm. An embedder needs no language-model head."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.embedding = Embedding(config.vocab_size, config.width, rngs=rngs)
@@ -99,7 +112,7 @@ class Decoder(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "rows length width"],
-        segments: Int[Array, "rows length"],
+        segment_ids: Int[Array, "rows length"],
         positions: Int[Array, "rows length 3"],
         compute: ComputeConfig,
         dropout_keys: TokenKeys | None = None,
@@ -107,15 +120,15 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "rows length width"]:
         """Return the states after the last layer, **before** the final norm.
 
-        The norm is left to the caller, who needs it at the [RET] positions only.
+        The caller applies the norm, at the [RET] positions only.
 
         Args:
             x: Token and visual embeddings.
-            segments: Item of each position; 0 is padding.
-            positions: Time, height and width position of each token in its item.
+            segment_ids: Number of the item at each position; 0 is padding.
+            positions: Time, height and width position of each token in its item, for M-RoPE.
             compute: How to run.
-            dropout_keys: Of LoRA dropout, one for each token; None outside of training.
-            layers: A stack to run in place of this decoder's own.
+            dropout_keys: Keys of LoRA dropout, one for each token; None drops nothing.
+            layers: A stack to run in place of this decoder's own layers.
         """
         layers = self.layers if layers is None else layers
         angles = mrope_angles(positions, self.head_dim, self.rope_base, self.mrope_section)
@@ -123,10 +136,10 @@ class Decoder(nnx.Module):
         def layer(x, scanned: tuple[DecoderLayer, Int[Array, ""]]):
             weights, number = scanned
             keys = None if dropout_keys is None else fold_in(dropout_keys, number)
-            x = weights(pin_rows(x), angles, segments, compute.attention, keys)
-            return pin_rows(x), None
+            x = weights(constrain_batch_sharding(x), angles, segment_ids, compute.attention, keys)
+            return constrain_batch_sharding(x), None
 
         numbers = jnp.arange(layers.attention_norm.scale.shape[0])
         x = x.astype(jnp.dtype(compute.dtype))
-        x, _ = jax.lax.scan(rematerialise(layer, compute.remat), x, (layers, numbers))
+        x, _ = jax.lax.scan(rematerialize(layer, compute.remat), x, (layers, numbers))
         return x

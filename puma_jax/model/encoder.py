@@ -1,4 +1,4 @@
-"""The whole model: packed rows in, one vector for each item out. And its slice: `keep_layers`."""
+"""The whole model, from packed rows to one vector per item, and layer pruning (`keep_layers`)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from puma_jax.errors import LayerSelectionError
 from puma_jax.model.decoder import Decoder, DecoderLayer
 from puma_jax.model.dropout import TokenKeys
 from puma_jax.model.families import family_of
-from puma_jax.rows import Rows
+from puma_jax.rows import PackedBatch
 from puma_jax.typing import Array, Float, Int, PRNGKeyArray
 
 
 class Encoder(nnx.Module):
-    """A vision tower and a decoder. The module is a pytree and nothing else: it is the params."""
+    """A vision tower and a decoder. The module is a pytree: its leaves are the parameters."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.vision = family_of(config.family).tower(config.vision, rngs)
@@ -34,53 +34,55 @@ def init(config: ModelConfig, key: PRNGKeyArray, dtype: str = "float32") -> Enco
 
 
 def abstract(config: ModelConfig, dtype: str = "float32") -> Encoder:
-    """Return the model with `jax.ShapeDtypeStruct` for leaves: its shapes, at no cost."""
+    """Return the model with `jax.ShapeDtypeStruct` leaves, without computing any weights."""
     return jax.eval_shape(lambda: init(config, jax.random.key(0), dtype))
 
 
 def encode(
     params: Encoder,
-    rows: Rows,
+    rows: PackedBatch,
     compute: ComputeConfig,
     *,
-    groups: int = 1,
+    data_shards: int = 1,
     dropout_keys: TokenKeys | None = None,
     stacks: Sequence[DecoderLayer] | None = None,
 ) -> Float[Array, "slots width"]:
-    """Return the state at each item's [RET] after the final norm, float32 and not normalised.
+    """Return the state at each item's [RET] after the final norm, float32 and not normalized.
 
     Args:
         params: The model.
         rows: The packed items.
         compute: How to run.
-        groups: Into how many parts the leading axes of `rows` divide.
-        dropout_keys: Of LoRA dropout, from `dropout.token_keys`; None outside of training.
+        data_shards: Number of parts that the leading axes of `rows` divide into.
+        dropout_keys: Keys of LoRA dropout, from `dropout.token_keys`; None drops nothing.
         stacks: Layers to run one stack after the other, in place of the decoder's own.
     """
     # "float32" has to mean it on accelerators too, whose default product rounds to fewer bits.
     precision = "highest" if compute.dtype == "float32" else None
     with jax.default_matmul_precision(precision):
-        x = embed(params, rows, compute, groups=groups)
+        x = input_embeddings(params, rows, compute, data_shards=data_shards)
         for layers in stacks or [params.decoder.layers]:
-            x = params.decoder(x, rows.segments, rows.positions, compute, dropout_keys, layers)
-        at_ret = _take(x, rows.ret, groups)
-        return params.decoder.norm(at_ret.astype(jnp.float32))
+            x = params.decoder(x, rows.segment_ids, rows.positions, compute, dropout_keys, layers)
+        pooled = _take(x, rows.pool_index, data_shards)
+        return params.decoder.norm(pooled.astype(jnp.float32))
 
 
-def embed(
-    params: Encoder, rows: Rows, compute: ComputeConfig, *, groups: int = 1
+def input_embeddings(
+    params: Encoder, rows: PackedBatch, compute: ComputeConfig, *, data_shards: int = 1
 ) -> Float[Array, "rows length width"]:
-    """Return what the decoder reads: token embeddings, visual tokens in place of their holders."""
+    """Return the decoder's inputs: token embeddings, with visual tokens at their placeholders."""
     x = params.decoder.embedding.table[...][rows.tokens].astype(compute.dtype)
     if rows.patches.size == 0:
         return x
-    visual = params.vision(rows.patches, rows.patch_segments, rows.patch_positions, compute)
-    placed = _take(visual, jnp.maximum(rows.visual, 0).reshape(-1), groups).reshape(x.shape)
-    return jnp.where(rows.visual[..., None] >= 0, placed, x)
+    visual = params.vision(rows.patches, rows.patch_segment_ids, rows.patch_positions, compute)
+    placed = _take(visual, jnp.maximum(rows.image_token_index, 0).reshape(-1), data_shards).reshape(
+        x.shape
+    )
+    return jnp.where(rows.image_token_index[..., None] >= 0, placed, x)
 
 
-def unit(states: Float[Array, "n width"]) -> Float[Array, "n width"]:
-    """Scale every state to unit length, in float32. A zero state stays zero."""
+def l2_normalize(states: Float[Array, "n width"]) -> Float[Array, "n width"]:
+    """Return every state scaled to unit length, float32. A zero state stays zero."""
     states = states.astype(jnp.float32)
     norm = jnp.sqrt(jnp.sum(states**2, -1, keepdims=True))
     return states / jnp.maximum(norm, 1e-12)
@@ -89,29 +91,29 @@ def unit(states: Float[Array, "n width"]) -> Float[Array, "n width"]:
 def keep_layers(
     config: ModelConfig, params: Encoder, keep: int | Sequence[int]
 ) -> tuple[ModelConfig, Encoder]:
-    """Cut the decoder to some of its layers: one array slice on every stacked leaf.
+    """Return a model with only some of the decoder layers: one array slice per stacked leaf.
 
     The final norm, the token table and the vision tower stay as they are, so the result is an
     ordinary model of fewer layers (arXiv 2507.08064, section 3.2).
 
     Args:
-        config: Of the model.
+        config: Configuration of the model.
         params: The model.
-        keep: A count, for the first layers, or indices in the order they shall run; negative
-            ones count from the end, so `[*range(11), -1]` keeps the last layer in the last slot.
+        keep: A count, for the first layers, or indices in the order to run them; negative
+            indices count from the end, so `[*range(11), -1]` keeps the last layer in the last slot.
 
     Raises:
         LayerSelectionError: `keep` is empty, repeats a layer or names one the model lacks.
     """
     chosen = layer_indices(keep, config.decoder.layers)
     # A shallow copy: the caller's model keeps its layers, the other leaves are shared.
-    cut = jax.tree.map(lambda leaf: leaf, params)
-    cut.decoder.layers = jax.tree.map(lambda leaf: leaf[np.array(chosen)], params.decoder.layers)
-    return config.with_layers(tuple(config.kept_layers[index] for index in chosen)), cut
+    pruned = jax.tree.map(lambda leaf: leaf, params)
+    pruned.decoder.layers = jax.tree.map(lambda leaf: leaf[np.array(chosen)], params.decoder.layers)
+    return config.with_layers(tuple(config.kept_layers[index] for index in chosen)), pruned
 
 
 def layer_indices(keep: int | Sequence[int], layers: int) -> tuple[int, ...]:
-    """Return the indices, all ≥ 0, that `keep` means in a model of so many layers.
+    """Return the indices, all ≥ 0, that `keep` selects in a model with `layers` layers.
 
     Raises:
         LayerSelectionError: See `keep_layers`.
@@ -141,7 +143,7 @@ def layer_indices(keep: int | Sequence[int], layers: int) -> tuple[int, ...]:
 
 
 def parse_layers(text: str) -> int | list[int]:
-    """Return what a setting of layers to keep means: a count or a list of indices.
+    """Return the layers to keep that a text names: a count or a list of indices.
 
     >>> parse_layers("12")
     12
@@ -167,11 +169,11 @@ def parse_layers(text: str) -> int | list[int]:
 
 
 def _take(
-    values: Float[Array, "rows length width"], index: Int[Array, "n"], groups: int
+    values: Float[Array, "rows length width"], index: Int[Array, "n"], data_shards: int
 ) -> Float[Array, "n width"]:
-    """Gather `values[group, index]`, each group from its own part."""
+    """Return `values[shard, index]`, each shard gathering from its own part."""
     width = values.shape[-1]
     taken = jnp.take_along_axis(
-        values.reshape(groups, -1, width), index.reshape(groups, -1, 1), axis=1
+        values.reshape(data_shards, -1, width), index.reshape(data_shards, -1, 1), axis=1
     )
     return taken.reshape(-1, width)

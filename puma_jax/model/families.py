@@ -1,4 +1,4 @@
-"""A family of base models is a tower, a reading of its config, and a table of weight names.
+"""Families of base models: a tower, a reading of its config, and a table of weight names.
 
 To add one, write a module like `qwen2_vl.py` and name it in `FAMILIES`. Nothing else asks which
 family a model belongs to.
@@ -21,7 +21,7 @@ FAMILIES = {"qwen2_vl": "puma_jax.model.qwen2_vl"}
 
 @dataclass(frozen=True)
 class Family:
-    """What makes a base model of this kind readable, runnable and writable."""
+    """How models of a family are read, run and written."""
 
     tower: Callable[..., Any]
     """The vision tower: `tower(config.vision, rngs)`, called with packed patch rows."""
@@ -34,15 +34,15 @@ class Family:
     weights: Mapping[str, str]
     """Path of a leaf → its name in a safetensors file; "{}" stands for the layer's number."""
     disk_shapes: Callable[[ModelConfig], dict[str, tuple[int, ...]]]
-    """Names whose tensors have more axes on disk than the matrix they are here → shape there."""
-    canonical: Callable[[str], str]
-    """A name as any generation of transformers wrote it → the name used in `weights`."""
-    headless: Callable[[str], str]
-    """A name used in `weights` → that in the model without a head, which AutoModel opens."""
-    headless_architecture: str
-    """The class of that model in transformers."""
+    """Keys of tensors that have more axes on disk than the matrix in memory → shape on disk."""
+    hf_key: Callable[[str], str]
+    """Name as any generation of transformers wrote it → the Hugging Face key used in `weights`."""
+    backbone_key: Callable[[str], str]
+    """Key used in `weights` → the key in the model without a head, which AutoModel opens."""
+    backbone_architecture: str
+    """Class in transformers of the model without a head."""
     ignored: tuple[str, ...]
-    """Names that may stand in a checkpoint and that an embedder does not need."""
+    """Keys that a checkpoint may hold and an embedder does not need."""
 
 
 @functools.cache

@@ -1,7 +1,7 @@
-"""Hugging Face folders in and out, one leaf at a time.
+"""Read and write Hugging Face folders, one leaf at a time.
 
-A folder is opened (names, shapes and file lengths checked, nothing read) and then read, so that a
-model can be cut before its weights are touched: layers that are not kept cost nothing.
+Opening a folder checks names, shapes and file lengths and reads no weights. Layers can therefore be
+pruned before reading, and layers that are not kept cost nothing.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from puma_jax.artifacts import write_json
 from puma_jax.config import DType, ModelConfig
 from puma_jax.errors import CheckpointError
-from puma_jax.files import save_tensors, write_json
+from puma_jax.files import save_tensors
 from puma_jax.model.encoder import Encoder, abstract, layer_indices
 from puma_jax.model.families import family_of
 from puma_jax.model.tree import map_named, named_leaves
 from puma_jax.typing import ndarray
 
-# Where a leaf of this name and shape shall live.
-Placement = jax.sharding.Sharding | Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
+Shardings = jax.sharding.Sharding | Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
+"""One sharding for all leaves, or a function from the name and shape of a leaf to its sharding."""
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -39,7 +40,7 @@ _BLOCK_ROWS = 256
 
 @dataclass(frozen=True)
 class HubConfigs:
-    """The JSON files that stand beside the weights of a base model, as they were read."""
+    """The JSON files beside the weights of a base model, as they were read."""
 
     model: Mapping[str, Any] = field(default_factory=dict)
     """config.json"""
@@ -51,13 +52,13 @@ class HubConfigs:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened Hugging Face folder: everything about its weights but the weights."""
+    """An opened Hugging Face folder: names, shapes and files of its weights, not their values."""
 
     folder: Path
     config: ModelConfig
     source: HubConfigs
     files: dict[str, tuple[Path, str]]
-    """Canonical name of a tensor → the file that holds it and its name in there."""
+    """Hugging Face key of a tensor → the file that holds it and its name in that file."""
 
     @property
     def dtype(self) -> DType:
@@ -71,27 +72,26 @@ class Checkpoint:
         keep: int | Sequence[int] | None = None,
         *,
         dtype: str = "bfloat16",
-        placement: Placement | None = None,
+        shardings: Shardings | None = None,
     ) -> Encoder:
-        """Read the weights straight into arrays of a dtype and a placement.
+        """Return the model, its weights read straight into arrays of the given dtype and shardings.
 
         Host memory holds one leaf at a time beside the arrays themselves; a device that holds
         part of a leaf reads that part only.
 
         Args:
             keep: Layers to read, as in `encoder.keep_layers`; None reads all.
-            dtype: Of the arrays, whatever the files hold.
-            placement: One sharding for all leaves, or a function of name and shape. None puts
-                everything on the first device.
+            dtype: Dtype of the arrays, whatever the files hold.
+            shardings: Where the arrays live; None puts everything on the first device.
         """
         layers = self.config.decoder.layers
         chosen = tuple(range(layers)) if keep is None else layer_indices(keep, layers)
         kept = tuple(self.config.kept_layers[index] for index in chosen)
-        if placement is None:
-            placement = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        if shardings is None:
+            shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
         def read_leaf(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-            sharding = placement(name, leaf) if callable(placement) else placement
+            sharding = shardings(name, leaf) if callable(shardings) else shardings
             tensors = _tensor_names(self.config, name, chosen)
 
             def read_part(index: Any) -> ndarray:
@@ -131,7 +131,7 @@ def open_checkpoint(location: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         CheckpointError: The folder, its config or a shard is missing or broken, or its tensors
             are not those of the model its config describes; all of them are listed.
-        UnknownModelError: No family answers to its model_type.
+        UnknownModelError: No family has its model_type.
     """
     folder = _local_folder(location)
     config, source = read_config(folder)
@@ -139,7 +139,7 @@ def open_checkpoint(location: str | os.PathLike[str]) -> Checkpoint:
     found: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
     for path in _shards(folder):
         for stored, shape in _tensor_shapes(path).items():
-            found[family.canonical(stored)] = (path, stored, shape)
+            found[family.hf_key(stored)] = (path, stored, shape)
     _check_tensors(folder, config, {name: shape for name, (_, _, shape) in found.items()})
     files = {name: (path, stored) for name, (path, stored, _) in found.items()}
     return Checkpoint(folder, config, source, files)
@@ -149,13 +149,13 @@ def read_config(folder: Path) -> tuple[ModelConfig, HubConfigs]:
     """Return the config of the model in a folder, and the files it was read from.
 
     Raises:
-        CheckpointError: There is no config.json, or a file is broken.
-        UnknownModelError: No family answers to its model_type.
+        CheckpointError: config.json is missing, or a file is broken.
+        UnknownModelError: No family has its model_type.
     """
-    beside = [folder / "preprocessor_config.json", folder / "tokenizer_config.json"]
+    optional = [folder / "preprocessor_config.json", folder / "tokenizer_config.json"]
     source = HubConfigs(
         read_json(folder / "config.json"),
-        *(read_json(path) if path.exists() else {} for path in beside),
+        *(read_json(path) if path.exists() else {} for path in optional),
     )
     family = family_of(str(source.model.get("model_type")))
     return family.read_config(source.model, source.preprocessor), source
@@ -168,17 +168,17 @@ def write_checkpoint(
     source: HubConfigs,
     *,
     max_shard_bytes: int = 4 * 2**30,
-    headless: bool = False,
+    backbone: bool = False,
 ) -> None:
     """Write the configs and the weights, named and shaped as transformers writes them.
 
     Args:
         folder: An existing folder.
-        config: Of the model.
+        config: Configuration of the model.
         params: The model, without LoRA leaves (see `lora.merge`).
         source: The configs that the base model came with, whose other fields are kept.
         max_shard_bytes: A file is closed before it grows past this; several files get an index.
-        headless: Whether to name all as in the class without a language model's head.
+        backbone: Whether to name tensors as in the class without a language-model head.
 
     Raises:
         CheckpointError: The model has adapters that are not merged.
@@ -189,8 +189,8 @@ def write_checkpoint(
         raise CheckpointError(f"{adapters[0]} has no name on disk: merge adapters (lora.merge)")
     dtype = np.dtype(leaves["decoder.embedding.table"].dtype).name
     described = family.write_config(config, source.model) | {"dtype": dtype}
-    if headless:
-        described["architectures"] = [family.headless_architecture]
+    if backbone:
+        described["architectures"] = [family.backbone_architecture]
     write_json(folder / "config.json", described)
     write_json(
         folder / "preprocessor_config.json",
@@ -217,7 +217,7 @@ def write_checkpoint(
         for tensor, name, layer in shard:
             values = np.asarray(leaves[name] if layer is None else leaves[name][layer])
             values = np.ascontiguousarray(values.T if _is_kernel(name) else values)
-            stored = family.headless(tensor) if headless else tensor
+            stored = family.backbone_key(tensor) if backbone else tensor
             tensors_of_shard[stored] = values.reshape(shapes.get(tensor, values.shape))
             weight_map[stored] = file
         save_tensors(tensors_of_shard, folder / file, {"format": "pt"})
@@ -227,7 +227,7 @@ def write_checkpoint(
 
 
 def stacked(name: str) -> bool:
-    """Whether a leaf has a leading axis of layers."""
+    """Return whether a leaf has a leading axis of layers."""
     return name.startswith(("decoder.layers.", "vision.blocks."))
 
 
@@ -249,15 +249,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _is_kernel(name: str) -> bool:
-    """Whether a leaf is [inputs, outputs] here and [outputs, inputs...] on disk."""
+    """Return whether a leaf is [inputs, outputs] in memory and [outputs, inputs...] on disk."""
     return name.endswith(".kernel")
 
 
 def _copy(values: Any, index: tuple[slice, ...], slot: ndarray, *, transposed: bool) -> None:
     """Copy `values[index]` into `slot`, `index` being that of the transpose if `transposed`.
 
-    It goes block by block: a tensor is never in memory twice, and a block that is turned stays in
-    the cache meanwhile. Inputs of more than one axis (a convolution's) are flattened.
+    Copying block by block keeps a tensor from being in memory twice, and a block that is transposed
+    in the cache. Inputs of more than one axis (a convolution's) are flattened.
     """
     shape = values.get_shape()
     rows = range(*index[-1 if transposed else 0].indices(shape[0]))
@@ -274,7 +274,7 @@ def _copy(values: Any, index: tuple[slice, ...], slot: ndarray, *, transposed: b
 
 
 def _tensor_names(config: ModelConfig, name: str, decoder_layers: Sequence[int]) -> list[str]:
-    """Canonical names of the tensors a leaf is made of, one for each layer if it is stacked."""
+    """Return the keys of the tensors that make up a leaf, one for each layer if it is stacked."""
     pattern = family_of(config.family).weights[name]
     if not stacked(name):
         return [pattern]
@@ -283,7 +283,7 @@ def _tensor_names(config: ModelConfig, name: str, decoder_layers: Sequence[int])
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Canonical name → shape on disk of every tensor of a model."""
+    """Return the shape on disk of every tensor of a model, by its Hugging Face key."""
     on_disk = family_of(config.family).disk_shapes(config)
     expected = {}
     for name, leaf in named_leaves(abstract(config)).items():
@@ -352,5 +352,5 @@ def _local_folder(location: str | os.PathLike[str]) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"{location} is neither a folder here nor to be had from the hub: {reason}"
+            f"{location} is neither a folder here nor available from the hub: {reason}"
         ) from None

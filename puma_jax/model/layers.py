@@ -1,4 +1,4 @@
-"""The small parts both towers are made of. Parameters are `nnx.Param` leaves without metadata."""
+"""Layers of both towers. Parameters are `nnx.Param` leaves without metadata."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from puma_jax.model.dropout import TokenKeys, drop
+from puma_jax.model.dropout import TokenKeys, dropout
 from puma_jax.typing import Array, Float
 
 _kernel_init = jax.nn.initializers.lecun_normal()
@@ -14,30 +14,29 @@ _embedding_init = jax.nn.initializers.normal(0.02)
 
 
 @jax.custom_vjp
-def product(
+def matmul(
     x: Float[Array, "*batch inputs"], kernel: Float[Array, "inputs outputs"]
 ) -> Float[Array, "*batch outputs"]:
     """Return x @ kernel.
 
-    Its backward pass is that of a matrix product, spelled out: left to itself jax asks for the
-    transpose of the kernel's gradient, and XLA for CPUs then computes all that leads to it column
-    by column, which is far slower.
+    The backward pass is written out: jax's own computes the transpose of the kernel's gradient, for
+    which XLA on CPUs computes everything before it column by column, which is far slower.
     """
     return x @ kernel
 
 
-def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+def _matmul_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
     return x @ kernel, (x, kernel)
 
 
-def _product_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+def _matmul_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, kernel = saved
     flat_x, flat_gradient = (values.reshape(-1, values.shape[-1]) for values in (x, gradient))
     of_kernel = jax.lax.dot_general(flat_x, flat_gradient, (((0,), (0,)), ((), ())))
     return gradient @ kernel.T, of_kernel
 
 
-product.defvjp(_product_forward, _product_backward)
+matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Linear(nnx.Module):
@@ -62,20 +61,20 @@ class Linear(nnx.Module):
     def __call__(
         self, x: Float[Array, "*batch inputs"], dropout_keys: TokenKeys | None = None
     ) -> Float[Array, "*batch outputs"]:
-        """Return the outputs in the dtype of `x`; `dropout_keys` None means no LoRA dropout."""
-        y = product(x, self.kernel[...].astype(x.dtype))
+        """Return the outputs in the dtype of `x`; without `dropout_keys` LoRA dropout is off."""
+        y = matmul(x, self.kernel[...].astype(x.dtype))
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if self.lora_a is not None and self.lora_b is not None:
             if dropout_keys is not None and self.lora_dropout:
-                x = drop(x, dropout_keys, self.lora_dropout)
+                x = dropout(x, dropout_keys, self.lora_dropout)
             low_rank = x @ self.lora_a[...].astype(x.dtype)
             y = y + self.lora_scale * (low_rank @ self.lora_b[...].astype(x.dtype))
         return y
 
 
 class Embedding(nnx.Module):
-    """One row of weights for each token."""
+    """A table with one row of weights for each token."""
 
     def __init__(self, rows: int, width: int, *, rngs: nnx.Rngs):
         self.table = nnx.Param(_embedding_init(rngs.params(), (rows, width)))
@@ -89,7 +88,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-        """Return the normalised values in the dtype of `x`."""
+        """Return the normalized values in the dtype of `x`."""
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + self.eps)
         return (wide * self.scale[...].astype(jnp.float32)).astype(x.dtype)
@@ -104,7 +103,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-        """Return the normalised values in the dtype of `x`."""
+        """Return the normalized values in the dtype of `x`."""
         wide = x.astype(jnp.float32)
         wide = wide - jnp.mean(wide, -1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + self.eps)

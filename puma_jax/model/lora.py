@@ -1,4 +1,4 @@
-"""Low-rank adapters (arXiv 2106.09685): added, merged, and told from other leaves."""
+"""Low-rank adapters (arXiv 2106.09685): add them, merge them, recognize their leaves."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from puma_jax.typing import PRNGKeyArray
 def add_lora(params: Encoder, config: LoraConfig, key: PRNGKeyArray) -> Encoder:
     """Return the model with fresh adapters on the decoder's linears that `config` targets.
 
-    A is drawn as the weights of a linear are, B is zero: the model computes what it did before.
-    Both are float32, whatever the base weights are.
+    A is drawn as the weights of a linear are and B is zero, so that the model computes what it did
+    before. Both are float32, whatever the dtype of the base weights.
 
     Raises:
         ConfigError: A target names no linear of the decoder.
@@ -64,7 +64,7 @@ def merge(params: Encoder) -> Encoder:
 
 
 def is_lora(name: str) -> bool:
-    """Whether a leaf is an adapter's."""
+    """Return whether a leaf belongs to an adapter."""
     return name.endswith((".lora_a", ".lora_b"))
 
 

@@ -1,4 +1,4 @@
-"""The family Qwen2-VL: how its Hugging Face config and its weight names are read and written."""
+"""The family Qwen2-VL: its Hugging Face config, its weight names, and its published sizes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from puma_jax.errors import CheckpointError
 from puma_jax.model.families import Family
 from puma_jax.model.vision import VisionTower
 
-# Key under which a saved config.json says what transformers has no field for.
-OURS = "puma_jax"
+# Key in a saved config.json for what transformers has no field for.
+CONFIG_KEY = "puma_jax"
 
 _BLOCK = "visual.blocks.{}."
 _LAYER = "model.layers.{}."
@@ -70,18 +70,18 @@ _PREFIXES = {
 }
 
 
-def canonical(name: str) -> str:
-    """Return the name under which `WEIGHTS` knows a tensor."""
+def hf_key(name: str) -> str:
+    """Return the Hugging Face key of `WEIGHTS` for a tensor that any generation named."""
     for prefix, today in _PREFIXES.items():
         if name.startswith(prefix):
             return today + name.removeprefix(prefix)
     return name
 
 
-def headless(name: str) -> str:
-    """Return the name of a tensor in Qwen2VLModel, which every transformers 5 finds it by.
+def backbone_key(name: str) -> str:
+    """Return the key of a tensor in Qwen2VLModel, which every transformers 5 finds.
 
-    Of the names in `WEIGHTS`, some releases (5.10) find but half, and leave the rest random.
+    Some releases (5.10) find only half of the keys in `WEIGHTS` and leave the other weights random.
     """
     rest = name.removeprefix("model.")
     return name if rest == name else f"language_model.{rest}"
@@ -94,12 +94,12 @@ def read_config(hf: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Model
     settings in `rope_parameters` or `rope_scaling` and `rope_theta`.
 
     Raises:
-        CheckpointError: A field is missing, or asks for something this family does not do.
+        CheckpointError: A field is missing, or asks for something that is not supported.
     """
     text, tower = {**hf, **(hf.get("text_config") or {})}, hf.get("vision_config") or {}
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    _refuse_what_we_do_not_do(text, rope, tower)
-    ours = hf.get(OURS, {})
+    _check_supported(text, rope, tower)
+    saved = hf.get(CONFIG_KEY, {})
     try:
         heads = text["num_attention_heads"]
         decoder = DecoderConfig(
@@ -135,12 +135,12 @@ def read_config(hf: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Model
             image_token_id=hf.get("image_token_id", 151655),
             vision_start_token_id=hf.get("vision_start_token_id", 151652),
             vision_end_token_id=hf.get("vision_end_token_id", 151653),
-            images=ImageConfig(**ours.get("images", {})),
-            prompt=PromptConfig(**ours.get("prompt", {})),
-            kept_layers=tuple(ours.get("kept_layers", ())),
+            images=ImageConfig(**saved.get("images", {})),
+            prompt=PromptConfig(**saved.get("prompt", {})),
+            kept_layers=tuple(saved.get("kept_layers", ())),
         )
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"config.json lacks or garbles a field: {error}") from error
+        raise CheckpointError(f"config.json lacks a field or has a wrong one: {error}") from error
 
 
 def write_config(config: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def write_config(config: ModelConfig, source: Mapping[str, Any]) -> dict[str, An
         "vision_end_token_id": config.vision_end_token_id,
         "text_config": text,
         "vision_config": tower,
-        OURS: {
+        CONFIG_KEY: {
             "kept_layers": list(config.kept_layers),
             "images": vars(config.images).copy(),
             "prompt": vars(config.prompt).copy(),
@@ -251,7 +251,7 @@ _FLAT_TEXT = (
 )
 
 
-def _refuse_what_we_do_not_do(
+def _check_supported(
     text: Mapping[str, Any], rope: Mapping[str, Any], tower: Mapping[str, Any]
 ) -> None:
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -268,6 +268,31 @@ def _refuse_what_we_do_not_do(
             raise CheckpointError(f"config.json: {field} = {value} is not supported for qwen2_vl")
 
 
+def _published(width: int, kv_heads: int, mlp_width: int, vocab_size: int) -> ModelConfig:
+    return ModelConfig(
+        family="qwen2_vl",
+        vision=VisionConfig(layers=32, width=1280, heads=16, mlp_width=5120, out_width=width),
+        decoder=DecoderConfig(
+            vocab_size=vocab_size,
+            width=width,
+            layers=28,
+            heads=width // 128,
+            kv_heads=kv_heads,
+            head_dim=128,
+            mlp_width=mlp_width,
+        ),
+        image_token_id=151655,
+        vision_start_token_id=151652,
+        vision_end_token_id=151653,
+    )
+
+
+PUBLISHED = {
+    "Qwen/Qwen2-VL-2B-Instruct": _published(1536, 2, 8960, 151936),
+    "Qwen/Qwen2-VL-7B-Instruct": _published(3584, 4, 18944, 152064),
+}
+"""Hub id → config of the published model, for work that needs shapes and no weights."""
+
 FAMILY = Family(
     tower=VisionTower,
     read_config=read_config,
@@ -275,8 +300,8 @@ FAMILY = Family(
     write_preprocessor=write_preprocessor,
     weights=WEIGHTS,
     disk_shapes=disk_shapes,
-    canonical=canonical,
-    headless=headless,
-    headless_architecture="Qwen2VLModel",
+    hf_key=hf_key,
+    backbone_key=backbone_key,
+    backbone_architecture="Qwen2VLModel",
     ignored=("lm_head.weight",),
 )

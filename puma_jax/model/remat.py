@@ -1,4 +1,4 @@
-"""What the backward pass keeps of a layer and what it computes again."""
+"""Rematerialization: what the backward pass keeps of a layer and what it computes again."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import jax
 from puma_jax.config import Remat
 
 
-def rematerialise(body: Callable, remat: Remat) -> Callable:
-    """Wrap the body of a scan over layers.
+def rematerialize(body: Callable, remat: Remat) -> Callable:
+    """Return the body of a scan over layers, wrapped in `jax.checkpoint` as `remat` asks.
 
     "none" keeps every intermediate value, "dots" keeps the results of matrix products with
     weights, "full" keeps only what flows from layer to layer.

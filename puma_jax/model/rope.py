@@ -1,4 +1,4 @@
-"""Rotary positions: how far each pair of values turns, and the turning.
+"""Rotary position embeddings: the angles, and the rotation by them.
 
 M-RoPE (arXiv 2409.12191, section 2.1) gives every token three positions: time, height, width. For
 text the three are equal and the whole is plain RoPE. The ids come from `data.positions`.
@@ -15,7 +15,7 @@ from puma_jax.typing import Array, Float, Int, ndarray
 def axial_angles(
     positions: Int[Array, "rows length 2"], head_dim: int, base: float
 ) -> Float[Array, "rows length half"]:
-    """Angles of the vision tower: a quarter of the head turns with rows, a quarter with columns."""
+    """Return the angles of the vision tower: half of the frequencies follow rows, half columns."""
     frequencies = _frequencies(head_dim // 2, base)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return angles.reshape(*positions.shape[:-1], -1)
@@ -27,7 +27,7 @@ def mrope_angles(
     base: float,
     section: tuple[int, int, int],
 ) -> Float[Array, "rows length half"]:
-    """Angles of the decoder: `section` says how many frequencies follow each of the positions."""
+    """Return the angles of the decoder; `section` counts the frequencies of each position axis."""
     axis = np.repeat(np.arange(3), section)
     return positions[..., axis].astype(jnp.float32) * _frequencies(head_dim, base)
 
@@ -35,11 +35,11 @@ def mrope_angles(
 def rotate(
     x: Float[Array, "rows length heads dim"], angles: Float[Array, "rows length half"]
 ) -> Float[Array, "rows length heads dim"]:
-    """Turn the pairs (x_i, x_{i + dim/2}) of every head by `angles`, in float32 inside."""
+    """Return `x` with the pairs (x_i, x_{i + dim/2}) of every head rotated, in float32 inside."""
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
-    return turned.astype(x.dtype)
+    rotated = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    return rotated.astype(x.dtype)
 
 
 def _frequencies(dim: int, base: float) -> ndarray:

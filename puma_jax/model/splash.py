@@ -1,4 +1,4 @@
-"""Splash attention: jax's Pallas kernel for TPUs, which never holds a whole matrix of scores."""
+"""Splash attention: jax's Pallas kernel for TPUs, which never holds the whole score matrix."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from puma_jax.model.attention import TILE
+from puma_jax.axes import TILE
 from puma_jax.typing import Array, Float, Int
 
 # The kernel holds block × block scores at a time. Small blocks skip more of what a causal mask
-# hides, large ones have less to pay for each; 896 still fits where a length has no other divisor.
+# hides, large blocks have less overhead; 896 still fits in memory where no other size divides.
 _LARGEST_BLOCK = 896
 
 
@@ -18,20 +18,20 @@ def splash(
     q: Float[Array, "rows length heads dim"],
     k: Float[Array, "rows length kv_heads dim"],
     v: Float[Array, "rows length kv_heads dim"],
-    segments: Int[Array, "rows length"],
+    segment_ids: Int[Array, "rows length"],
     *,
     causal: bool,
     interpret: bool = False,
 ) -> Float[Array, "rows length heads dim"]:
-    """Return `attention.attention` of rows that one device holds.
+    """Return `attention.attention` for rows on one device.
 
     Args:
-        q: Queries; `length` is a multiple of 128.
+        q: Queries; `length` is a multiple of `TILE`.
         k: Keys.
         v: Values.
-        segments: Item of each position.
-        causal: Whether a position sees only itself and what stands before it.
-        interpret: Compute what the kernel would, operation by operation, on any machine.
+        segment_ids: Number of the item at each position.
+        causal: Whether a position attends only to itself and earlier positions.
+        interpret: Whether to run the kernel in Pallas interpret mode, on any machine.
     """
     _, length, heads, dim = q.shape
     shape = (length, length)
@@ -53,5 +53,5 @@ def splash(
     # The kernel does not scale. In bfloat16 the factor itself would be rounded.
     q = (q.astype(jnp.float32) * dim**-0.5).astype(q.dtype)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    out = jax.vmap(kernel)(q, k, v, splash_attention.SegmentIds(segments, segments))
+    out = jax.vmap(kernel)(q, k, v, splash_attention.SegmentIds(segment_ids, segment_ids))
     return jnp.swapaxes(out, 1, 2)

@@ -1,4 +1,4 @@
-"""Leaves of a model by name: "decoder.layers.attention.query.kernel"."""
+"""Access to the leaves of a model by name, such as "decoder.layers.attention.query.kernel"."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def map_named(function: Callable[[str, Any], Any], tree: Any) -> Any:
 
 
 def partition(tree: Any, chosen: Callable[[str], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the leaves whose names are chosen, and all others; `assemble` is the way back."""
+    """Return the leaves whose names are chosen, and all others; `assemble` is the inverse."""
     leaves = named_leaves(tree)
     return (
         {name: leaf for name, leaf in leaves.items() if chosen(name)},
@@ -37,5 +37,5 @@ def partition(tree: Any, chosen: Callable[[str], bool]) -> tuple[dict[str, Any],
 
 
 def assemble(structure: Tree, leaves: Mapping[str, Any]) -> Tree:
-    """Return a tree of this structure, its leaves found by name."""
+    """Return a tree of this structure with the leaves of these names."""
     return map_named(lambda name, _: leaves[name], structure)

@@ -1,8 +1,8 @@
 """The Qwen2-VL vision tower: packed rows of patches in, visual tokens of the decoder's width out.
 
-Patches arrive as the uint8 values of a still image. What the reference does on the host, scaling
-to [0, 1], subtracting the mean, dividing by the deviation and repeating the frame, happens here:
-an eighth of the bytes travel to the device.
+Patches arrive as the uint8 values of a still image. Scaling to [0, 1], normalizing and repeating
+the frame, which the reference does on the host, happen here: an eighth of the bytes travel to the
+device.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 from flax import nnx
 
 from puma_jax.config import ComputeConfig, DType, VisionConfig
-from puma_jax.model.attention import attention, pin_rows
+from puma_jax.model.attention import attention, constrain_batch_sharding
 from puma_jax.model.layers import LayerNorm, Linear, quick_gelu
-from puma_jax.model.remat import rematerialise
+from puma_jax.model.remat import rematerialize
 from puma_jax.model.rope import axial_angles, rotate
 from puma_jax.typing import Array, Float, Int, UInt8
 
@@ -46,17 +46,17 @@ class PatchEmbedding(nnx.Module):
             channel=len(self.mean),
             frame=self.frames,
         )
-        return normalise(patches, self.mean, self.std).astype(dtype) @ kernel.astype(dtype)
+        return normalize(patches, self.mean, self.std).astype(dtype) @ kernel.astype(dtype)
 
 
-def normalise(
+def normalize(
     patches: UInt8[Array, "rows length values"], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float[Array, "rows length values"]:
-    """Return pixel values as the published image processor hands them to the model, float32."""
+    """Return normalized float32 pixels, as the published image processor computes them."""
     rows, length, values = patches.shape
-    centre, spread = (np.asarray(of, np.float32)[:, None] for of in (mean, std))
+    center, spread = (np.asarray(values, np.float32)[:, None] for values in (mean, std))
     scaled = patches.reshape(rows, length, len(mean), -1).astype(jnp.float32) / 255
-    return ((scaled - centre) / spread).reshape(rows, length, values)
+    return ((scaled - center) / spread).reshape(rows, length, values)
 
 
 class VisionAttention(nnx.Module):
@@ -71,14 +71,16 @@ class VisionAttention(nnx.Module):
         self,
         x: Float[Array, "rows length width"],
         angles: Float[Array, "rows length half"],
-        segments: Int[Array, "rows length"],
+        segment_ids: Int[Array, "rows length"],
         implementation: str,
     ) -> Float[Array, "rows length width"]:
-        """Return what each patch gathers from its image."""
+        """Return the attention output of each patch over its image."""
         rows, length, width = x.shape
         q, k, v = jnp.moveaxis(self.qkv(x).reshape(rows, length, 3, self.heads, -1), 2, 0)
         q, k = rotate(q, angles), rotate(k, angles)
-        mixed = attention(q, k, v, segments=segments, causal=False, implementation=implementation)
+        mixed = attention(
+            q, k, v, segment_ids=segment_ids, causal=False, implementation=implementation
+        )
         return self.out(mixed.reshape(rows, length, width))
 
 
@@ -96,16 +98,16 @@ class VisionBlock(nnx.Module):
         self,
         x: Float[Array, "rows length width"],
         angles: Float[Array, "rows length half"],
-        segments: Int[Array, "rows length"],
+        segment_ids: Int[Array, "rows length"],
         implementation: str,
     ) -> Float[Array, "rows length width"]:
         """Return the states after this block."""
-        x = x + self.attention(self.attention_norm(x), angles, segments, implementation)
+        x = x + self.attention(self.attention_norm(x), angles, segment_ids, implementation)
         return x + self.down(quick_gelu(self.up(self.mlp_norm(x))))
 
 
 class PatchMerger(nnx.Module):
-    """Join each block of neighbouring patches and project it to the decoder's width."""
+    """Join each block of neighboring patches and project it to the decoder's width."""
 
     def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
         joined = config.width * config.merged
@@ -135,7 +137,7 @@ class VisionTower(nnx.Module):
     def __call__(
         self,
         patches: UInt8[Array, "rows length values"],
-        segments: Int[Array, "rows length"],
+        segment_ids: Int[Array, "rows length"],
         positions: Int[Array, "rows length 2"],
         compute: ComputeConfig,
     ) -> Float[Array, "rows tokens out_width"]:
@@ -143,15 +145,17 @@ class VisionTower(nnx.Module):
 
         Args:
             patches: uint8 pixel values, channel by channel, in the order of `patch_positions`.
-            segments: Image of each patch; 0 is padding.
+            segment_ids: Number of the image of each patch; 0 is padding.
             positions: Row and column of each patch in its image.
             compute: How to run.
         """
         angles = axial_angles(positions, self.head_dim, self.rope_base)
 
         def block(x, layer: VisionBlock):
-            return pin_rows(layer(pin_rows(x), angles, segments, compute.attention)), None
+            return constrain_batch_sharding(
+                layer(constrain_batch_sharding(x), angles, segment_ids, compute.attention)
+            ), None
 
         x = self.patch_embedding(patches, compute.dtype)
-        x, _ = jax.lax.scan(rematerialise(block, compute.remat), x, self.blocks)
+        x, _ = jax.lax.scan(rematerialize(block, compute.remat), x, self.blocks)
         return self.merger(x)

@@ -1,8 +1,8 @@
-"""The arrangement of devices, and how a batch is spread over it.
+"""The mesh of devices, and how a batch is sharded over it.
 
-Items never see each other until the loss, so rows are spread over two of the three axes: "data",
-whose devices hold the same weights, and "fsdp", whose devices share them out. The devices along
-"tensor" work on the same rows, each on its own heads and hidden units.
+Items are independent until the loss, so rows are sharded over two of the three axes: "data", whose
+devices hold the same weights, and "fsdp", whose devices share them out. Devices along "tensor" work
+on the same rows, each on its own heads and hidden units.
 """
 
 from __future__ import annotations
@@ -14,40 +14,38 @@ from dataclasses import astuple, dataclass
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from puma_jax.axes import BATCH_AXES, MESH_AXES
 from puma_jax.errors import ConfigError
-from puma_jax.model.attention import HEAD_AXIS, ROW_AXES
-
-BATCH_AXES = ROW_AXES
-"""Rows, items and the loss are spread over both."""
-AXES = (*BATCH_AXES, HEAD_AXIS)
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How many devices stand along each axis; one of the three may be −1: what is left."""
+    """Number of devices along each axis; one of the three may be -1, for all devices left."""
 
     data: int = -1
-    """Parts of the batch whose devices hold whole copies of the weights."""
+    """Copies of the weights, each with its own part of the batch; -1 takes all devices left."""
     fsdp: int = 1
-    """Devices that share out the weights of one copy, each with its own part of the batch."""
+    """Devices that share out the weights of one copy, each with its own part of the batch; 1 by
+    default."""
     tensor: int = 1
-    """Devices that share out heads and hidden units, all with the same part of the batch."""
+    """Devices that share out heads and hidden units, all with the same part of the batch; 1 by
+    default."""
 
     def __post_init__(self) -> None:
-        """Check what is wrong for any number of devices."""
+        """Check what holds for any number of devices."""
         sizes = astuple(self)
         if any(size < 1 and size != -1 for size in sizes):
-            raise ConfigError(f"{self}: every axis must be at least 1, or -1 for what is left")
+            raise ConfigError(f"{self}: every axis must be at least 1, or -1 for all devices left")
         if sizes.count(-1) > 1:
-            raise ConfigError(f"{self}: only one axis can be -1, what is left")
+            raise ConfigError(f"{self}: only one axis can be -1, for all devices left")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Return the mesh of axes `AXES`, all of them left to the compiler (`AxisType.Auto`).
+    """Return the mesh of axes `MESH_AXES`, all of type `AxisType.Auto`.
 
     Args:
-        config: Devices along each axis.
-        devices: What to arrange; None takes all there are, of every host.
+        config: Number of devices along each axis.
+        devices: Devices to arrange; None takes all devices of all hosts.
 
     Raises:
         ConfigError: The axes do not multiply to the number of devices.
@@ -60,21 +58,21 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         raise ConfigError(f"{config} does not multiply to the {len(devices)} devices there are")
     return jax.make_mesh(
         tuple(left if size == -1 else size for size in sizes),
-        AXES,
-        axis_types=(AxisType.Auto,) * len(AXES),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
         devices=devices,
     )
 
 
-def groups(mesh: Mesh) -> int:
-    """Return into how many parts a batch divides: the `groups` of a `RowShape` for this mesh."""
+def data_shards(mesh: Mesh) -> int:
+    """Return the number of data-parallel devices: the `data_shards` of a `PackedShape`."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Return the sharding of an array whose axis of this number counts rows, slots or items.
+    """Return the sharding of an array whose given axis counts rows, slots or items.
 
-    Axis 0 is that of one chunk of rows, axis 1 that of several, `[chunks, rows, ...]`.
+    It is axis 0 in one chunk of rows and axis 1 in several, `[chunks, rows, ...]`.
     """
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXES))
 

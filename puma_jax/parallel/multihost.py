@@ -1,8 +1,8 @@
-"""Several processes, one program: how they find each other, and how they agree.
+"""Multi-process runs: start, work done by one process, agreement, arrays over all processes.
 
-Every process runs the same code and takes part in every computation over the mesh. What must happen
-once, such as making a folder, the first one does while the others wait; what goes wrong there goes
-wrong everywhere, with one message.
+Every process runs the same program and takes part in every computation over the mesh. Work that
+must happen once, such as making a folder, runs on process 0 while the others wait. An error in one
+process is raised in all of them, with the same message.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from puma_jax import errors
 from puma_jax.errors import ConfigError, PumaError
-from puma_jax.parallel.mesh import batch_sharding, groups, replicated
+from puma_jax.parallel.mesh import batch_sharding, data_shards, replicated
 from puma_jax.typing import AnyArray, Array, Bool, ndarray
 
 _MESSAGE_BYTES = 4096
@@ -29,21 +29,21 @@ _MESSAGE_BYTES = 4096
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """How the processes of a run find each other; by default there is one."""
+    """How the processes of a run find each other; the default is a single process."""
 
     coordinator: str | None = None
-    """Address and port of the first process, "10.0.0.1:8476"."""
+    """Address and port of process 0, such as "10.0.0.1:8476"; the default is a single process."""
     processes: int | None = None
-    """How many there are."""
+    """Number of processes in the run; needed together with `coordinator`."""
     process: int | None = None
-    """Number of this one, from 0."""
+    """Index of this process, counted from 0; needed together with `coordinator`."""
     auto: bool = False
-    """Ask the surroundings: the metadata of a TPU slice, SLURM, MPI or Kubernetes."""
+    """Whether to detect all of this from the metadata of a TPU slice, Slurm, MPI or Kubernetes."""
     timeout_s: int = 300
-    """How long to wait for the others at the start."""
+    """Seconds to wait for the other processes at the start."""
 
     def __post_init__(self) -> None:
-        """Check that all is given, or nothing."""
+        """Check that the three settings are given together or not at all."""
         given = [value is not None for value in (self.coordinator, self.processes, self.process)]
         if any(given) and not all(given) and not self.auto:
             raise ConfigError(
@@ -52,10 +52,10 @@ class DistributedConfig:
 
 
 def initialize(config: DistributedConfig) -> None:
-    """Join the other processes, before the first use of a device. Only the first one prints.
+    """Join the other processes; call it before the first use of a device. Only process 0 prints.
 
     Raises:
-        ConfigError: The others cannot be reached, or there is nothing to detect them by.
+        ConfigError: The other processes cannot be reached, or cannot be detected.
     """
     if config.coordinator is None and not config.auto:
         return
@@ -69,34 +69,35 @@ def initialize(config: DistributedConfig) -> None:
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{config}: the processes did not come together: {reason}") from error
-    # On CPUs those who first meet more than 30 seconds apart never do: not once one is at work.
-    together(lambda: None)
-    if not is_first():
+    # On CPUs, the first collective fails if one process reaches it 30 seconds after another: it
+    # runs here, before any process has long work to do.
+    run_on_all(lambda: None)
+    if not is_process_zero():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 
 
-def is_first() -> bool:
-    """Return whether this process is the one that writes and prints."""
+def is_process_zero() -> bool:
+    """Return whether this is process 0, which writes files and prints."""
     return jax.process_index() == 0
 
 
-def once(work: Callable[[], object]) -> None:
-    """Let the first process do some work while the others wait.
+def on_process_zero(work: Callable[[], object]) -> None:
+    """Run some work on process 0 while the others wait.
 
     Raises:
-        PumaError: What the work raised, in all processes.
+        PumaError: The error that the work raised, in all processes.
     """
     if jax.process_count() == 1:
         work()
         return
-    together(work if is_first() else lambda: None)
+    run_on_all(work if is_process_zero() else lambda: None)
 
 
-def together(work: Callable[[], object]) -> None:
-    """Do some work in every process, and go on when it went well in all of them.
+def run_on_all(work: Callable[[], object]) -> None:
+    """Run some work in every process, and return once it has succeeded in all of them.
 
     Raises:
-        PumaError: What the work raised in the first process that failed, in all processes.
+        PumaError: The error of the first process that failed, in all processes.
     """
     from jax.experimental import multihost_utils
 
@@ -120,73 +121,75 @@ def together(work: Callable[[], object]) -> None:
             raise failed
 
 
-def agreement(mesh: Mesh) -> Callable[[bool], bool]:
-    """Return a function that tells all processes alike whether a flag is set in any of them.
+def any_process(mesh: Mesh) -> Callable[[bool], bool]:
+    """Return a function that says, in all processes alike, whether any process has set a flag.
 
-    All must ask equally often. With several processes the answer is that to the question before,
-    so that no one waits for devices that are at work.
+    Every process must call it equally often. With several processes each call returns the answer to
+    the call before, so that no process waits for busy devices.
     """
     if jax.process_count() == 1:
         return lambda flag: flag
     any_of = jax.jit(jnp.any, out_shardings=replicated(mesh))
-    asked: list[Array] = []
+    pending: list[Array] = []
 
-    def ask(flag: bool) -> bool:
-        groups_here = groups(mesh) // share_of_rows(mesh)[1]
-        asked.append(any_of(put_part(np.full(groups_here, flag), batch_sharding(mesh))))
-        return len(asked) > 1 and bool(asked.pop(0))
+    def any_flag(flag: bool) -> bool:
+        local_shards = data_shards(mesh) // process_slice(mesh)[1]
+        pending.append(any_of(put_part(np.full(local_shards, flag), batch_sharding(mesh))))
+        return len(pending) > 1 and bool(pending.pop(0))
 
-    return ask
+    return any_flag
 
 
 def all_valid(valid: Bool[ndarray, "n"], mesh: Mesh) -> Array:
-    """Return, on all devices, where a column is true in every process."""
+    """Return, on all devices, the entries of a column that are true in every process."""
     if jax.process_count() == 1:
         return jax.device_put(valid, replicated(mesh))
-    groups_here = groups(mesh) // share_of_rows(mesh)[1]
-    columns = put_part(np.tile(valid, (groups_here, 1)), batch_sharding(mesh))
-    return _all_rows(columns, replicated(mesh))
+    local_shards = data_shards(mesh) // process_slice(mesh)[1]
+    columns = put_part(np.tile(valid, (local_shards, 1)), batch_sharding(mesh))
+    return _all_of_columns(columns, replicated(mesh))
 
 
-@functools.partial(jax.jit, static_argnames="where")
-def _all_rows(columns: Bool[Array, "groups n"], where: NamedSharding) -> Bool[Array, "n"]:
-    return jax.lax.with_sharding_constraint(columns.all(0), where)
+@functools.partial(jax.jit, static_argnames="sharding")
+def _all_of_columns(
+    columns: Bool[Array, "data_shards n"], sharding: NamedSharding
+) -> Bool[Array, "n"]:
+    return jax.lax.with_sharding_constraint(columns.all(0), sharding)
 
 
-def share_of_rows(mesh: Mesh) -> tuple[int, int]:
-    """Return which part of a batch's groups the devices of this process read, and of how many.
+def process_slice(mesh: Mesh) -> tuple[int, int]:
+    """Return the index of this process's slice of every batch, and the number of slices.
 
     Raises:
-        ConfigError: They are not one run of groups: rows are dealt out to hosts in order.
+        ConfigError: The devices of this process do not read one contiguous run of data shards.
     """
-    count = groups(mesh)
+    count = data_shards(mesh)
     indices = batch_sharding(mesh).addressable_devices_indices_map((count,))
     mine = sorted({index[0].indices(count)[0] for index in indices.values() if index})
     size = len(mine)
     if mine != list(range(mine[0], mine[0] + size)) or mine[0] % size or count % size:
         raise ConfigError(
-            f"the devices of process {jax.process_index()} read groups {mine} of {count}, expected "
-            "one run of them: choose other mesh axes"
+            f"the devices of process {jax.process_index()} read data shards {mine} of {count}, "
+            "expected one contiguous run: choose other mesh axes"
         )
     return mine[0] // size, count // size
 
 
 def put(value: AnyArray, sharding: NamedSharding) -> Array:
-    """Start the transfer of a value that every process has whole; each device gets its part."""
+    """Start the transfer of a value that every process holds whole; return the sharded array."""
     if sharding.is_fully_addressable:
         return jax.device_put(value, sharding)
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def put_part(value: AnyArray, sharding: NamedSharding) -> Array:
-    """Start the transfer of a value of which every process has what its own devices get."""
+    """Start the transfer of a value of which each process holds the part of its own devices."""
     if sharding.is_fully_addressable:
         return jax.device_put(value, sharding)
     return jax.make_array_from_process_local_data(sharding, value)
 
 
-def on_host(tree: Any) -> Any:
-    """Return a tree whose arrays this process can read, gathered where others hold parts."""
+def gather_to_host(tree: Any) -> Any:
+    """Return a tree of arrays that this process can read, gathered from the other processes."""
     from jax.experimental import multihost_utils
 
     def gathered(leaf: Array) -> AnyArray:
@@ -197,15 +200,17 @@ def on_host(tree: Any) -> Any:
     return jax.tree.map(gathered, tree)
 
 
-def spread(work: Callable[[Sequence[Any]], AnyArray]) -> Callable[[Sequence[Any]], AnyArray]:
-    """Return a function from items to rows that shares the items out to the processes.
+def map_across_processes(
+    work: Callable[[Sequence[Any]], AnyArray],
+) -> Callable[[Sequence[Any]], AnyArray]:
+    """Return a function that divides items among the processes and gathers the results.
 
     Args:
-        work: From items to an array with a row for each.
+        work: A function from items to an array with one row per item.
     """
     from jax.experimental import multihost_utils
 
-    def shared(items: Sequence[Any]) -> AnyArray:
+    def mapped(items: Sequence[Any]) -> AnyArray:
         count, number = jax.process_count(), jax.process_index()
         if count == 1:
             return work(items)
@@ -215,4 +220,4 @@ def spread(work: Callable[[Sequence[Any]], AnyArray]) -> Callable[[Sequence[Any]
         everyone = multihost_utils.process_allgather(padded)  # [processes, rows, width]
         return everyone.swapaxes(0, 1).reshape(-1, rows.shape[1])[: len(items)]
 
-    return shared
+    return mapped

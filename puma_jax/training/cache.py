@@ -1,18 +1,18 @@
-"""The states of a teacher, which never changes, computed once for all that steps may hold.
+"""Cache of the teacher's states, computed once for every item that a step may draw.
 
 ```
 teacher/{stage}/
-  cache.json    whose states of what items these are, and how many windows of them are done
-  states.npy    float32, a row for each item
+  cache.json    the teacher, the items, and how many windows of items are done
+  states.npy    float32, one row per item
 ```
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-import operator
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,19 +23,20 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from puma_jax.artifacts import write_json
 from puma_jax.config import ComputeConfig, ModelConfig
 from puma_jax.data.items import Item
 from puma_jax.data.packing import fill, place
-from puma_jax.data.pipeline import Batch, Loader, batches, on_device
+from puma_jax.data.pipeline import Batch, Loader, batches, prefetch_to_device
 from puma_jax.data.plan import Plan
 from puma_jax.data.shapes import batch_shape
 from puma_jax.errors import CheckpointError
-from puma_jax.files import write_json
+from puma_jax.forward import map_chunks
 from puma_jax.parallel import multihost
-from puma_jax.parallel.mesh import batch_sharding, replicated
-from puma_jax.rows import Rows, RowShape
-from puma_jax.training.step import Fixed, Targets
-from puma_jax.training.teacher import Teach
+from puma_jax.parallel.mesh import replicated
+from puma_jax.rows import PackedBatch, PackedShape
+from puma_jax.training.step import FrozenParams, PairStates
+from puma_jax.training.teacher import TeacherFn
 from puma_jax.typing import AnyArray, Array, Float, Int, ndarray
 
 _ABOUT_FILE = "cache.json"
@@ -44,16 +45,16 @@ _STATES_FILE = "states.npy"
 
 @dataclass(frozen=True)
 class Index:
-    """Numbers of all items that steps may hold: queries with each prompt, then candidates."""
+    """Numbers of all items that a step may draw: queries with each prompt, then candidates."""
 
     start: Int[ndarray, "rows_and_end"]
-    """Number of the first item of each query and then of each candidate; last, of all items."""
+    """Number of the first item of each query, then of each candidate; last, the item count."""
     queries: int
-    """Rows of the table of queries."""
+    """Number of rows in the table of queries."""
 
     @classmethod
     def of(cls, plan: Plan) -> Index:
-        """Return the index of what a plan may draw: its queries, and the positives of these."""
+        """Return the index of a plan's queries and of their positives."""
         table = plan.table
         queries = len(table.query_key)
         drawn = np.zeros(queries, bool)
@@ -66,25 +67,25 @@ class Index:
         return int(self.start[-1])
 
     def query(self, row: Int[ndarray, "n"], prompt: Int[ndarray, "n"]) -> Int[ndarray, "n"]:
-        """Return the numbers of queries asked with these prompts, −1 for none."""
+        """Return the item numbers of queries with these prompts; prompt −1 is none."""
         return self.start[row] + np.maximum(prompt, 0)
 
     def candidate(self, row: Int[ndarray, "n"]) -> Int[ndarray, "n"]:
-        """Return the numbers of candidates."""
+        """Return the item numbers of candidates."""
         return self.start[self.queries + row]
 
 
 @dataclass(frozen=True)
 class TeacherCache:
-    """The teacher's states of all items that steps may hold."""
+    """The teacher's states of all items that a step may draw."""
 
     index: Index
     states: Float[ndarray, "items width"]
-    """Mapped from a file."""
+    """Memory-mapped from a file."""
 
-    def targets(self, batch: Batch) -> Targets:
-        """Return the states for a batch as it is on the host; they are NumPy arrays too."""
-        return Targets(
+    def pair_states(self, batch: Batch) -> PairStates:
+        """Return the states of a batch on the host, as NumPy arrays."""
+        return PairStates(
             query=self.states[self.index.query(batch.query, batch.prompt)],
             candidate=self.states[self.index.candidate(batch.candidate)],
         )
@@ -93,31 +94,31 @@ class TeacherCache:
 def build(
     folder: Path,
     loader: Loader,
-    teach: Teach,
-    fixed: Fixed,
+    teacher_fn: TeacherFn,
+    frozen_params: FrozenParams,
     *,
     model: ModelConfig,
     compute: ComputeConfig,
     mesh: jax.sharding.Mesh,
     workers: int = 0,
 ) -> TeacherCache:
-    """Return the cache in a folder, once all that it lacks is computed.
+    """Return the cache in a folder; compute the states that it lacks first.
 
-    What is done is on disk after every window of items: after a kill the same call goes on.
+    Every window of items is on disk as soon as it is computed: rerun the same call after a kill.
 
     Args:
-        folder: Of this cache alone.
-        loader: Whose plan says which items there are; it also reads them.
-        teach: From `make_teacher`, for the groups of this mesh.
-        fixed: The teacher, and what the student leaves frozen.
+        folder: Folder of this cache alone.
+        loader: Reads the items; its plan says which there are.
+        teacher_fn: Function from `make_teacher`, for the data shards of this mesh.
+        frozen_params: Leaves of the teacher, and frozen leaves of the student.
         model: Config of the teacher.
         compute: How to run.
-        mesh: Devices that rows are spread over.
-        workers: Processes that read items; 0 reads them in threads of this one.
+        mesh: Devices over which rows are sharded.
+        workers: Number of processes that read items; 0 reads them in threads of this one.
 
     Raises:
         CheckpointError: The folder holds the states of another teacher or of other items, cannot
-            be read, or has no room.
+            be read, or the disk is full.
         DataError: See `Loader`.
     """
     index = Index.of(loader.plan)
@@ -125,64 +126,60 @@ def build(
     about = {
         **dataclasses.asdict(model),
         "dtype": compute.dtype,
-        "weights": _checksum(fixed),
+        "weights": _checksum(frozen_params),
         "items": len(index),
         "windows": windows.count,
         "data": windows.checksum(),
     }
     shape = len(index), model.decoder.width
-    multihost.once(lambda: _claim(folder, about, shape))
+    multihost.on_process_zero(lambda: _claim(folder, about, shape))
     done = _claim(folder, about, shape)
     if done == windows.count:
         return TeacherCache(index, _mapped(folder, "r"))
-    first = multihost.is_first()
+    first = multihost.is_process_zero()
     states = _mapped(folder, "r+" if first else "r")
-    # Every process computes with the others; the first one writes.
-    compiled, by_rows = jax.jit(teach, out_shardings=replicated(mesh)), batch_sharding(mesh)
+    # All processes compute; process 0 writes.
+    compiled = jax.jit(teacher_fn, out_shardings=replicated(mesh))
+    encode = functools.partial(compiled, frozen_params.teacher, frozen_params.student)
 
     def start(window: _Window) -> list[Array]:
-        chunks = range(len(window.rows.ret))
-        rows = [jax.tree.map(operator.itemgetter(chunk), window.rows) for chunk in chunks]
-        placed = [
-            jax.tree.map(lambda part: multihost.put(part, by_rows), of_chunk) for of_chunk in rows
-        ]
-        return [compiled(fixed.teacher, fixed.frozen, of_chunk) for of_chunk in placed]
+        return map_chunks(encode, window.rows, mesh)
 
     before = sum(len(windows.items(number)) for number in range(done))
     with tqdm(
         total=len(index), initial=before, desc="teacher", unit="item", disable=not first
     ) as bar:
         read = batches(windows, done, windows.count, workers=workers)
-        for window, chunks in on_device(read, start):
-            found = np.concatenate(jax.device_get(chunks))[window.slot]
+        for window, chunks in prefetch_to_device(read, start):
+            computed = np.concatenate(jax.device_get(chunks))[window.slot]
             done += 1
             if first:
-                states[window.item] = found
+                states[window.item] = computed
                 states.flush()
                 _note(folder, about, done)
             bar.update(len(window.item))
-    multihost.once(lambda: None)  # what is read next is written
+    multihost.on_process_zero(lambda: None)  # a barrier: the file is written before it is read
     return TeacherCache(index, _mapped(folder, "r"))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Window:
-    """Some items, packed."""
+    """A group of items, packed."""
 
-    rows: Rows
-    """With a leading axis of chunks."""
+    rows: PackedBatch
+    """Packed items, with a leading axis of chunks."""
     item: Int[AnyArray, "items"]
-    """Their numbers in the index."""
+    """Number of each item in the index."""
     slot: Int[AnyArray, "items"]
-    """Where the state of each is found, in those of all slots of all chunks."""
+    """Slot of each item, counted over all chunks."""
 
 
 class _Windows:
-    """Reads and packs a window of items, of about as many as a step has: what workers run.
+    """Reads and packs windows of items, each of about as many items as a step has.
 
-    Items are sorted by size and dealt to the windows in turn. Windows are then alike, and rows of
-    one shape, which is compiled once, hold any of them with little room left over.
+    Items are sorted by size and assigned to the windows in turn. All windows then have nearly the
+    same sizes, so rows of one shape, compiled once, hold any of them with little padding.
     """
 
     def __init__(self, loader: Loader, index: Index):
@@ -191,11 +188,11 @@ class _Windows:
         counts = np.diff(index.start)
         self.query = np.repeat(np.arange(index.queries), counts[: index.queries])
         self.candidate = np.flatnonzero(counts[index.queries :])
-        wording = np.arange(len(self.query)) - index.start[self.query]
-        self.prompt = np.where(plan.prompts(self.query) > 0, wording, -1)
+        prompt = np.arange(len(self.query)) - index.start[self.query]
+        self.prompt = np.where(plan.prompts(self.query) > 0, prompt, -1)
         sizes = plan.query_sizes(self.query, self.prompt), plan.candidate_sizes(self.candidate)
         self.lengths, self.patches = (np.concatenate(both) for both in zip(*sizes, strict=True))
-        self.count = -(-len(index) // (2 * plan.config.batch))
+        self.count = -(-len(index) // (2 * plan.config.batch_size))
         self._order = np.lexsort((self.lengths, self.patches))
         self._shape = self._fitting_shape()
 
@@ -204,59 +201,59 @@ class _Windows:
         return self._order[number :: self.count]
 
     def checksum(self) -> str:
-        """Return what other items would hardly have."""
+        """Return a SHA-256 digest of the items' rows, prompts and sizes."""
         digest = hashlib.sha256()
         for column in (self.query, self.prompt, self.candidate, self.lengths, self.patches):
             digest.update(column.astype(np.int64).tobytes())
         return digest.hexdigest()
 
     def __call__(self, number: int) -> _Window:
-        """Return a window, read and packed."""
+        """Read and pack a window, and return it."""
         items = self.items(number)
-        placement = place(self.lengths[items], self.patches[items], self._shape)
+        packing = place(self.lengths[items], self.patches[items], self._shape)
         vision = self.loader.plan.template.config.vision
         return _Window(
-            rows=fill([*map(self._read, items.tolist())], placement, self._shape, vision),
+            rows=fill([*map(self._read, items.tolist())], packing, self._shape, vision),
             item=items,
-            slot=placement.chunk * self._shape.slots + placement.slot,
+            slot=packing.chunk * self._shape.slots + packing.slot,
         )
 
     def _read(self, number: int) -> Item:
-        # An image that cannot be decoded is blank here too; its pair will not count.
+        # An image that cannot be decoded is blank here as in a step, where its pair is not valid.
         size = int(self.lengths[number]), int(self.patches[number])
         if number < len(self.query):
             row, prompt = int(self.query[number]), int(self.prompt[number])
             return self.loader.query(row, prompt, size)[0]
         return self.loader.candidate(int(self.candidate[number - len(self.query)]), size)[0]
 
-    def _fitting_shape(self) -> RowShape:
-        """Return a shape for as many chunks as a step has, tight for the fullest windows."""
+    def _fitting_shape(self) -> PackedShape:
+        """Return a shape for as many chunks as a step has that fits the fullest windows tightly."""
         sizes = self.lengths, self.patches
         window = np.arange(len(self._order)) % self.count
         fullest = {int(np.bincount(window, of[self._order]).argmax()) for of in sizes}
         return batch_shape(
             [tuple(of[self.items(number)] for of in sizes) for number in sorted(fullest)],
             self.loader.chunks,
-            self.loader.shape.groups,
+            self.loader.shape.data_shards,
             (int(self.lengths.max()), int(self.patches.max())),
         )
 
 
-def _checksum(fixed: Fixed) -> int:
-    """Return the sum of all bits of the teacher's weights, in words, modulo 2³².
+def _checksum(frozen_params: FrozenParams) -> int:
+    """Return the sum of the teacher's weights, read as unsigned integers, modulo 2³².
 
-    It is the same however leaves are split between teacher and student and over devices.
+    It does not depend on how leaves are divided between teacher and student, or over devices.
     """
 
     def words(leaf: Array) -> Array:
         kind = {2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
         return jax.lax.bitcast_convert_type(leaf, kind).astype(jnp.uint32).sum()
 
-    return int(jax.jit(lambda tree: sum(map(words, jax.tree.leaves(tree))))(fixed))
+    return int(jax.jit(lambda tree: sum(map(words, jax.tree.leaves(tree))))(frozen_params))
 
 
 def _claim(folder: Path, about: dict[str, Any], shape: tuple[int, int]) -> int:
-    """Make a folder that of this cache, or check that it is; return how many windows are done."""
+    """Create the folder of this cache, or check an existing one; return how many windows it has."""
     path = folder / _ABOUT_FILE
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -278,7 +275,7 @@ def _claim(folder: Path, about: dict[str, Any], shape: tuple[int, int]) -> int:
 
 
 def _allocate(path: Path, shape: tuple[int, int]) -> None:
-    """Make the file of states, with all of its room: a full disk would kill whoever maps it."""
+    """Create the file of states at its full size: a full disk would kill a process that maps it."""
     try:
         np.lib.format.open_memmap(path, "w+", np.float32, shape)
         if hasattr(os, "posix_fallocate"):
@@ -305,5 +302,5 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
 
 
 def _note(folder: Path, about: dict[str, Any], done: int) -> None:
-    """Write down what a folder holds, and how much of it."""
+    """Write what the cache holds, and how many of its windows are done."""
     write_json(folder / _ABOUT_FILE, {**about, "done": done})

@@ -1,4 +1,4 @@
-"""Every knob of a training run. A config file's `get_config()` returns a `TrainConfig`."""
+"""The config of a training run: a config file's `get_config()` returns a `TrainConfig`."""
 
 from __future__ import annotations
 
@@ -14,33 +14,36 @@ from puma_jax.config import (
     PromptConfig,
     require,
 )
-from puma_jax.data.mbeir.lines import OnBadRecord
+from puma_jax.data.lines import OnBadRecord
 from puma_jax.parallel.mesh import MeshConfig
 from puma_jax.parallel.multihost import DistributedConfig
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The contrastive loss; see `puma_jax.losses`."""
+    """The contrastive loss of a stage; see `puma_jax.losses`."""
 
     kind: Literal["info_nce", "mac", "mamcl"] = "info_nce"
-    """Which negatives count, and how hard: all, by modality, of the target's modality only."""
+    """Loss function: "info_nce" takes every other candidate as a negative, "mac" (MAC-Loss) gives
+    negatives of the target's modality a temperature of their own, "mamcl" keeps only those."""
     temperature: float = 0.05
-    """Of all scores; of MAC-Loss, that of negatives of other modalities (tau_norm)."""
+    """Temperature that divides all scores; in MAC-Loss, tau_norm, the temperature of negatives of
+    other modalities."""
     decay: float = 0.5
-    """MAC-Loss: how far the temperature of the target's modality falls until half time."""
+    """How far tau_hard of MAC-Loss falls: tau_norm · exp(-decay) from the middle of training on."""
     relative: bool = False
-    """MAC-Loss: temperatures divide differences to the positive's score, not scores."""
+    """Divide differences to the positive's score by the temperatures of MAC-Loss, in place of the
+    scores themselves."""
     learn_temperature: bool = False
-    """Train the temperature, from the one given."""
+    """Train the temperature, starting from `temperature`."""
     mask_same_document: bool = False
-    """Do not take the positive of another query for a negative if it is also one's own."""
-    rows: int | None = None
-    """Queries whose scores a device holds at a time; all of its own if not given. In a ring it is
-    the edge of a tile, for which 256 to 512 is good."""
-    over_devices: Literal["gather", "ring"] = "gather"
-    """Where several devices share the loss, each holds all candidates, or those of one device at a
-    time as they go round in a ring: for batches whose vectors and scores are too large."""
+    """Leave another query's positive out of the negatives if it is the query's own document."""
+    chunk_size: int | None = None
+    """Queries whose scores a device holds at a time; None holds those of all its queries. In a
+    ring it is the edge of a tile, and 256 to 512 is a good size."""
+    cross_device: Literal["gather", "ring"] = "gather"
+    """How devices compare their vectors: "gather" holds all candidates on each device, "ring"
+    passes them from device to device, for batches whose vectors and scores are too large."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,12 @@ class DistillConfig:
     """Layer-pruned self-distillation (arXiv 2507.08064, section 3.2)."""
 
     weight: tuple[float, float] = (0.0, 0.0)
-    """Share of distillation in the loss, at the start and at the end; the rest is contrastive."""
+    """Weight of distillation in the loss at the first and the last step, from 0 to 1; the rest is
+    contrastive. Two zeros train without a teacher."""
     scale: float = 0.05
-    """What the squared errors are multiplied with."""
+    """Factor that multiplies the squared errors."""
     cached: bool = False
-    """Compute the teacher's states of all items once, ahead, in place of in every step."""
+    """Compute the teacher's states of all items once before training, not in every step."""
 
     @property
     def on(self) -> bool:
@@ -62,47 +66,53 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW under a cosine with a warm-up (arXiv 2507.08064)."""
+    """AdamW with linear warmup and cosine decay (arXiv 2507.08064)."""
 
     learning_rate: float = 2e-4
-    """At its peak."""
-    first_layer: float = 1.0
-    """What the rate of the decoder's first layer is multiplied with."""
-    warmup: float = 0.03
-    """Fraction of the steps in which the rate rises."""
+    """Peak learning rate, reached at the end of warmup."""
+    first_layer_lr_scale: float = 1.0
+    """Factor on the learning rate of the decoder's first layer."""
+    warmup_ratio: float = 0.03
+    """Fraction of the steps over which the learning rate rises."""
     beta1: float = 0.9
+    """Decay rate of AdamW's first moment."""
     beta2: float = 0.98
+    """Decay rate of AdamW's second moment."""
     eps: float = 1e-7
+    """Constant in the denominator of AdamW's update."""
     weight_decay: float = 0.0
-    """Of matrices; biases, norms and the temperature do not decay."""
-    clip: float = 1.0
-    """The global norm of gradients is cut at this."""
+    """Weight decay of matrices; biases, norms and the temperature do not decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm if theirs is larger."""
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One stage: from the weights it starts with to those it hands on."""
+    """One stage: from the weights it starts with to the model it saves."""
 
     steps: int = 0
-    """How many steps; 0 counts epochs."""
+    """Optimizer steps; 0 trains for `epochs` instead."""
     epochs: float = 0.0
+    """Passes over the training pairs; 0 trains for `steps` instead."""
     model: str | None = None
-    """Hugging Face folder or hub id to start from; the stage before, or from scratch, if none."""
+    """Hugging Face folder or hub id to start from; None takes the model of the stage before, or
+    for the first stage the one made from scratch."""
     keep_layers: str = ""
-    """Layers of the decoder to keep, "12" for the first so many, or indices such as "0-10,27"; all
-    of them if empty. With distillation, those that are cut stay on as the teacher."""
-    root: Path | None = None
-    """Benchmark in M-BEIR layout to train on; the run's if not given."""
+    """Decoder layers to keep: "12" for the first twelve, or indices such as "0-10,27"; empty keeps
+    all. With distillation, the removed layers remain as part of the teacher."""
+    data_root: Path | None = None
+    """Benchmark in M-BEIR layout to train on; None takes data.root."""
     plan: PlanConfig = PlanConfig()
-    chunks: int = 1
+    grad_cache_chunks: int = 1
     """Parts of a batch that go through the model one after the other (GradCache,
-    arXiv 2101.06983). Memory is that of one part; with more than one, each is computed twice. A
-    batch that does not fit into the rows of so many takes more of them, and the log says so."""
+    arXiv 2101.06983). Activation memory is that of one part; from 2 on, the forward pass of each
+    part runs twice. A batch that does not fit into the rows of so many takes more, and the log says
+    so."""
     loss: LossConfig = LossConfig()
     distill: DistillConfig = DistillConfig()
-    train: Literal["lora", "full"] = "lora"
-    """Adapters on the decoder's linears, or all of the decoder."""
-    vision: bool = False
+    trainable: Literal["lora", "full"] = "lora"
+    """Weights to train: "lora" trains adapters on the decoder's linears, "full" the decoder."""
+    train_vision: bool = False
     """Train the vision tower too."""
     lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -113,88 +123,106 @@ class StageConfig:
             (self.steps > 0) != (self.epochs > 0),
             f"a stage has steps {self.steps} and epochs {self.epochs}: give one of them",
         )
-        require(self.chunks >= 1, f"chunks {self.chunks} must be at least 1")
+        require(
+            self.grad_cache_chunks >= 1,
+            f"grad_cache_chunks {self.grad_cache_chunks} must be at least 1",
+        )
 
 
 @dataclass(frozen=True)
 class ScratchConfig:
-    """A small Qwen2-VL that starts from random weights and a vocabulary of its own data."""
+    """A small Qwen2-VL with random weights and a tokenizer trained on the benchmark's texts."""
 
     vocab_size: int
-    """Rows of the token table, special tokens and [RET] among them."""
+    """Entries of the vocabulary, special tokens and [RET] included."""
     width: int
+    """Hidden size of the decoder."""
     layers: int
+    """Decoder layers."""
     heads: int
+    """Attention heads of the decoder."""
     kv_heads: int
+    """Key and value heads of the decoder."""
     mlp_width: int
+    """Hidden size of the decoder's MLP."""
     vision_width: int
+    """Hidden size of the vision tower."""
     vision_layers: int
+    """Blocks of the vision tower."""
     vision_heads: int
+    """Attention heads of the vision tower."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where data come from and who prepares them."""
+    """The training data, and who prepares the batches."""
 
     root: Path
-    """Folder in M-BEIR layout."""
+    """Benchmark in M-BEIR layout to train and evaluate on."""
     built: Path | None = None
-    """What `python -m puma_jax.data.builder` made of it; built in the workdir if not given."""
+    """Folder that `python -m puma_jax.data.builder` wrote for data.root; None builds the data in
+    the workdir."""
     on_bad_record: OnBadRecord = "error"
-    """Stop at an image that cannot be decoded, or leave its pair out of the loss."""
+    """"error" stops at a bad record, "skip" leaves it out: of the built data, or if its image
+    cannot be decoded, of the loss."""
     workers: int = 0
-    """Processes that make batches; 0 makes them in threads of this one."""
+    """Processes that make batches; 0 makes them in threads of the main process."""
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """When, and on how much, the model is measured."""
+    """When the model is evaluated, and on how much data."""
 
-    every: int = 0
-    """Steps between evaluations on a subset; 0 for none but those at the end of stages."""
+    every_steps: int = 0
+    """Steps between evaluations on a subset while training; 0 evaluates only finished stages."""
     split: str = "val"
-    """The split whose subset is used while training."""
-    queries: int = 50
-    """Of each set, while training."""
-    documents: int = 500
-    """Of each pool, while training."""
-    final: str = "test"
-    """The split that finished stages are measured on, with whole pools."""
+    """Split that is evaluated while training."""
+    max_queries: int = 50
+    """Queries of each set that are evaluated while training."""
+    max_candidates: int = 500
+    """Candidates of each local pool while training; the positives of the chosen queries are
+    always added."""
+    final_split: str = "test"
+    """Split that finished stages are evaluated on, with whole pools."""
     final_stages: tuple[str, ...] = ()
-    """Stages that are measured when they end; the last one always is."""
+    """Stages that are evaluated when they end; the last stage always is."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """How often a run is saved."""
+    """How often a run is saved, and how many checkpoints remain."""
 
-    every: int = 500
-    """Steps."""
-    keep: int = 2
-    """The latest so many are kept."""
+    every_steps: int = 500
+    """Steps between checkpoints; the last step of a stage is always saved."""
+    max_to_keep: int = 2
+    """Latest checkpoints of a stage to keep; older ones are deleted."""
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What is written while training."""
+    """Metrics and traces that are written while training."""
 
-    every: int = 10
-    """Steps between lines of metrics."""
+    every_steps: int = 10
+    """Steps between records of metrics; the last step of a stage is always recorded."""
     tensorboard: bool = True
+    """Write metrics for TensorBoard, too, into tensorboard/ of the workdir."""
     wandb: str | None = None
-    """Project of Weights & Biases to log to."""
+    """Weights & Biases project to log metrics to; None logs to none."""
     profile: tuple[int, int] | None = None
-    """First and last step of every stage to trace, for XProf or Perfetto, into profile/."""
+    """First and last step of every stage to trace, for XProf or Perfetto, into profile/ of the
+    workdir; None traces nothing."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A whole run."""
+    """A whole training run."""
 
     data: DataConfig
     stages: dict[str, StageConfig]
     seed: int = 0
+    """Seed of random weights, dropout and the order of the data; it is added to the plan's seed."""
     scratch: ScratchConfig | None = None
+    """Model to make from scratch, for a first stage that names no model."""
     images: ImageConfig = ImageConfig()
     prompt: PromptConfig = PromptConfig()
     compute: ComputeConfig = ComputeConfig()

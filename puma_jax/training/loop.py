@@ -1,4 +1,4 @@
-"""The loop over the steps of one stage: feed, step, watch, save."""
+"""The training loop of one stage: prefetch, step, monitor, save, evaluate."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from puma_jax.data.pipeline import Batch, Counters, batches, counted, on_device
+from puma_jax.data.pipeline import Batch, Counters, batches, prefetch_to_device, with_counters
 from puma_jax.errors import TrainingError
 from puma_jax.parallel import multihost
 from puma_jax.training.checkpoint import Checkpoints
 from puma_jax.training.config import TrainConfig
-from puma_jax.training.journal import Journal
-from puma_jax.training.observe import Trace, most_memory
+from puma_jax.training.metric_writer import MetricWriter
+from puma_jax.training.profiler import Profiler, peak_memory
 from puma_jax.training.stages import Stage
-from puma_jax.training.step import Metrics, Targets
-from puma_jax.training.transfer import put, put_targets
+from puma_jax.training.step import Metrics, PairStates
+from puma_jax.training.transfer import shard_batch, shard_pair_states
 
 _SHOWN_IDS = 32
 
 Measure = Callable[[Stage], dict[str, float]]
 
 
-class Stopped(Exception):  # noqa: N818 (nothing went wrong)
-    """Training was asked to stop, and its state is saved."""
+class Preempted(Exception):  # noqa: N818 (not an error)
+    """Raised when training was asked to stop and its state is saved."""
 
 
 def run_stage(
     stage: Stage,
     config: TrainConfig,
     folder: Path,
-    journal: Journal,
+    metric_writer: MetricWriter,
     measure: Measure,
 ) -> None:
-    """Take a stage from its latest checkpoint, or from its start, to its end.
+    """Train a stage from its latest checkpoint, or from its start, to its last step.
 
     Args:
-        stage: Changed: its state is that after the last step.
-        config: Of the run.
-        folder: For checkpoints of this stage.
-        journal: Where metrics go.
-        measure: Evaluates a stage as it is, every so often.
+        stage: Stage to train; its state is updated in place.
+        config: Config of the run.
+        folder: Folder for the checkpoints of this stage.
+        metric_writer: Writes the metrics of steps and evaluations.
+        measure: Evaluates the stage as it is, every `evaluation.every_steps` steps.
 
     Raises:
-        TrainingError: The loss is not finite.
-        Stopped: SIGTERM or Ctrl-C came; the state is saved.
+        TrainingError: The loss or the gradient norm is not finite.
+        Preempted: SIGTERM or Ctrl-C was received; the state is saved.
     """
     about = {
         "stage": stage.name,
@@ -61,7 +61,7 @@ def run_stage(
         "seed": config.seed,
         "kept_layers": list(stage.model.kept_layers),
     }
-    checkpoints = Checkpoints(folder, keep=config.checkpoint.keep, about=about)
+    checkpoints = Checkpoints(folder, max_to_keep=config.checkpoint.max_to_keep, about=about)
     if checkpoints.latest is not None:
         stage.state = checkpoints.restore(stage.state)
     start = int(stage.state.step)
@@ -74,172 +74,181 @@ def run_stage(
         desc=stage.name,
         unit="step",
         smoothing=0.05,
-        disable=not multihost.is_first(),
+        disable=not multihost.is_process_zero(),
     )
-    agreed = multihost.agreement(stage.mesh)
-    trace = Trace(folder.parent.parent / "profile" / stage.name, config.log.profile)
-    with bar, contextlib.closing(trace), _stop_requests() as stop_requested:
-        compiled_steps = _CompiledSteps(stage, bar)
-        watched: _Watch = _Watch(stage, config, journal, bar, start)
-        for (batch, on_devices), counters in _fed(stage, config, start):
-            compiled = compiled_steps.get(watched.step + 1, *on_devices)
-            trace.before(watched.step + 1)
-            stage.state, metrics = compiled(stage.state, stage.fixed, *on_devices)
-            watched.after(batch, metrics, counters)
-            done = watched.step
-            trace.after(done, metrics)
-            if agreed(stop_requested()) and done < stage.steps:
-                watched.settle()
+    any_process = multihost.any_process(stage.mesh)
+    profiler = Profiler(folder.parent.parent / "profile" / stage.name, config.log.profile)
+    with bar, contextlib.closing(profiler), _stop_requests() as stop_requested:
+        monitor = MetricsMonitor(stage, config, metric_writer, bar)
+        train_steps = _TrainSteps(stage, bar)
+        prefetched = prefetch(stage, config, start)
+        for step, (batch, device_batch, counters) in enumerate(prefetched, start + 1):
+            train_step = train_steps.compiled(step, *device_batch)
+            profiler.before(step)
+            with jax.transfer_guard("disallow"):
+                stage.state, metrics = train_step(stage.state, stage.frozen_params, *device_batch)
+            monitor.after(step, batch, metrics, counters)
+            profiler.after(step, metrics)
+            if any_process(stop_requested()) and step < stage.steps:
+                monitor.flush()
                 checkpoints.save(stage.state)
                 checkpoints.close()
-                raise Stopped
-            if done % config.checkpoint.every == 0 or done == stage.steps:
-                watched.settle()
+                raise Preempted
+            if step % config.checkpoint.every_steps == 0 or step == stage.steps:
+                monitor.flush()
                 began = time.perf_counter()
                 checkpoints.save(stage.state)
-                watched.seconds_saving += time.perf_counter() - began
-            if config.evaluation.every and done % config.evaluation.every == 0:
-                watched.settle()
-                journal.write(stage.name, done, measure(stage))
-        watched.settle()
+                monitor.seconds_saving += time.perf_counter() - began
+            if config.evaluation.every_steps and step % config.evaluation.every_steps == 0:
+                monitor.flush()
+                metric_writer.write(stage.name, step, measure(stage))
+        monitor.flush()
     checkpoints.close()
 
 
-def _fed(
+def prefetch(
     stage: Stage, config: TrainConfig, start: int
-) -> Iterator[tuple[tuple[Batch, tuple[Batch, Targets | None]], Counters]]:
-    """Yield every batch, as it is on the host and on the devices with its targets; how it came."""
+) -> Iterator[tuple[Batch, tuple[Batch, PairStates | None], Counters]]:
+    """Yield each batch on the host, the same on the devices, and counters of its loading.
 
-    def transfer(batch: Batch) -> tuple[Batch, Targets | None]:
-        targets = None
-        if stage.taught is not None:
-            targets = put_targets(stage.taught.targets(batch), stage.config.loss, stage.mesh)
-        return put(batch, stage.config.loss, stage.mesh), targets
+    The batch on the devices comes with the cached states of the teacher, or None.
+    """
 
-    made = batches(stage.loader, start, stage.steps, workers=config.data.workers)
-    return counted(on_device(made, transfer), lambda both: both[0])
+    def transfer(batch: Batch) -> tuple[Batch, PairStates | None]:
+        teacher_states = None
+        if stage.teacher_cache is not None:
+            teacher_states = shard_pair_states(
+                stage.teacher_cache.pair_states(batch), stage.config.loss, stage.mesh
+            )
+        return shard_batch(batch, stage.config.loss, stage.mesh), teacher_states
+
+    loaded = batches(stage.loader, start, stage.steps, workers=config.data.workers)
+    transferred = prefetch_to_device(loaded, transfer)
+    for (batch, device_batch), counters in with_counters(transferred, lambda pair: pair[0]):
+        yield batch, device_batch, counters
 
 
-class _CompiledSteps:
-    """The step of a stage, compiled ahead of time once for every number of chunks.
+class _TrainSteps:
+    """The train step of a stage, compiled ahead of time once for every number of chunks.
 
-    Most batches have the chunks that the stage asks for; one that does not fit has more. Whatever
-    else is not of the first batch's shapes is an error, and compiles nothing anew.
+    Most batches have the chunks that the stage is set to; one that does not fit has more. A batch
+    that differs from the first one in any other shape is an error, not a recompilation.
     """
 
     def __init__(self, stage: Stage, bar: tqdm):
         self._stage = stage
         self._bar = bar
         self._compiled: dict[int, jax.stages.Compiled] = {}
-        self._first: tuple[Batch, Targets | None] | None = None
-        """Shapes and shardings of the first batch and its targets."""
+        self._first: tuple[Batch, PairStates | None] | None = None
+        """Shapes and shardings of the first batch and its teacher states."""
 
-    def get(self, number: int, batch: Batch, targets: Targets | None) -> jax.stages.Compiled:
-        """Return the compiled step for a batch on the devices, that of step `number`."""
+    def compiled(
+        self, step: int, batch: Batch, teacher_states: PairStates | None
+    ) -> jax.stages.Compiled:
+        """Return the train step for the batch of a step, as it is on the devices."""
         chunks = batch.rows.tokens.shape[0]
         if chunks in self._compiled:
             return self._compiled[chunks]
-        wanted, name = self._stage.loader.chunks, self._stage.name
-        if chunks != wanted:
+        usual, name = self._stage.loader.chunks, self._stage.name
+        if chunks != usual:
             self._bar.write(
-                f"{name}, step {number}: its batch needs {chunks} chunks instead of {wanted}; "
+                f"{name}, step {step}: its batch needs {chunks} chunks instead of {usual}; "
                 f"compiling the step for {chunks} chunks"
             )
         self._bar.set_postfix_str("compiling")
         if self._first is None:
-            self._first = jax.tree.map(_abstract, (batch, targets))
-        like, like_targets = self._first
+            self._first = jax.tree.map(_abstract, (batch, teacher_states))
+        like, states_like = self._first
         rows = jax.tree.map(lambda leaf: _abstract(leaf, chunks), like.rows)
         like = dataclasses.replace(like, rows=rows)
-        lowered = self._stage.step.lower(self._stage.state, self._stage.fixed, like, like_targets)
+        stage = self._stage
+        lowered = stage.step.lower(stage.state, stage.frozen_params, like, states_like)
         self._compiled[chunks] = lowered.compile()
         return self._compiled[chunks]
 
 
 def _abstract(leaf: Any, chunks: int | None = None) -> jax.ShapeDtypeStruct:
-    """Return the shape and sharding of an array; with a leading axis of so many chunks if given."""
+    """Return the shape and sharding of an array, its leading axis set to `chunks` if given."""
     shape = leaf.shape if chunks is None else (chunks, *leaf.shape[1:])
     return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
 
 
-class _Watch:
-    """Looks at the metrics of a step while the device works on the next one."""
+class MetricsMonitor:
+    """Checks and reports the metrics of a step while the device works on the next one."""
 
-    def __init__(self, stage: Stage, config: TrainConfig, journal: Journal, bar: tqdm, start: int):
+    def __init__(self, stage: Stage, config: TrainConfig, metric_writer: MetricWriter, bar: tqdm):
         self.stage = stage
         self.config = config
-        self.journal = journal
+        self.metric_writer = metric_writer
         self.bar = bar
-        self.step = start
         self.seconds_saving = 0.0
-        """Since the last line of metrics, in which training stood still for a checkpoint."""
+        """Seconds for which checkpoints stopped training since metrics were last written."""
         self.steps_with_more_chunks = 0
-        """Since the last line of metrics, whose batch did not fit into the chunks asked for."""
-        self._waiting: tuple[int, Batch, Metrics, Counters] | None = None
+        """Steps since then whose batch did not fit into the chunks that the stage is set to."""
+        self._pending: tuple[int, Batch, Metrics, Counters] | None = None
 
-    def after(self, batch: Batch, metrics: Metrics, counters: Counters) -> None:
-        """Look at the step before this one."""
-        self.settle()
-        self.step += 1
-        self._waiting = self.step, batch, metrics, counters
+    def after(self, step: int, batch: Batch, metrics: Metrics, counters: Counters) -> None:
+        """Report the step before this one, and keep the metrics of this one for the next call."""
+        self.flush()
+        self._pending = step, batch, metrics, counters
 
-    def settle(self) -> None:
-        """Look at the last step now.
+    def flush(self) -> None:
+        """Report the last step now.
 
         Raises:
-            TrainingError: Its loss is not finite.
+            TrainingError: Its loss or gradient norm is not finite.
         """
-        if self._waiting is None:
+        if self._pending is None:
             return
-        step, batch, metrics, counters = self._waiting
-        self._waiting = None
+        step, batch, metrics, counters = self._pending
+        self._pending = None
         self.steps_with_more_chunks += len(batch.rows.tokens) > self.stage.loader.chunks
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         bad = [name for name in ("loss", "gradient_norm") if not math.isfinite(values[name])]
         if bad:
-            raise TrainingError(self._what_happened(step, batch, bad[0], values[bad[0]]))
+            raise TrainingError(self._not_finite(step, batch, bad[0], values[bad[0]]))
         self.bar.update()
         self.bar.set_postfix_str(
             f"loss {values['loss']:.3f}, {counters.pairs_per_second:.0f} pairs/s, "
             f"{counters.useful_tokens:.0%} useful tokens",
             refresh=False,
         )
-        if step % self.config.log.every == 0 or step == self.stage.steps:
+        if step % self.config.log.every_steps == 0 or step == self.stage.steps:
             costs = {
                 "seconds_saving": self.seconds_saving,
                 "steps_with_more_chunks": self.steps_with_more_chunks,
-                "most_memory": most_memory(),
+                "peak_memory": peak_memory(),
             }
-            self.journal.write(self.stage.name, step, {**values, **vars(counters), **costs})
+            self.metric_writer.write(self.stage.name, step, {**values, **vars(counters), **costs})
             self.seconds_saving, self.steps_with_more_chunks = 0.0, 0
 
-    def _what_happened(self, step: int, batch: Batch, name: str, value: float) -> str:
+    def _not_finite(self, step: int, batch: Batch, name: str, value: float) -> str:
         store = self.stage.loader.store
         ids = [store.query(int(row)).id for row in batch.query[:_SHOWN_IDS]]
         return (
-            f"stage {self.stage.name}, step {step}: the {name} is {value}. The last checkpoint "
-            f"before is kept. Queries of this step: {', '.join(ids)}"
+            f"stage {self.stage.name}, step {step}: the {name} is {value}, expected a finite "
+            f"number. The last checkpoint is kept. Queries of this step: {', '.join(ids)}"
             + (f" and {len(batch.query) - len(ids)} more" if len(batch.query) > len(ids) else "")
-            + "; lower optimizer.learning_rate, or look at these"
+            + "; lower optimizer.learning_rate, or check these queries"
         )
 
 
 @contextlib.contextmanager
 def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn SIGTERM and Ctrl-C into a question that the loop asks after each step.
+    """Yield a function that returns whether SIGTERM or Ctrl-C was received.
 
-    A second Ctrl-C stops at once.
+    A second Ctrl-C stops the process at once.
     """
-    asked: list[int] = []
+    received: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
-        if asked and number == signal.SIGINT:
+    def handle(number: int, frame: FrameType | None) -> None:
+        if received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.append(number)
+        received.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda: bool(asked)
+        yield lambda: bool(received)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

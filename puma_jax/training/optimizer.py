@@ -1,22 +1,21 @@
-"""AdamW over named leaves, a cosine with a warm-up, a rate of its own for the first layer."""
+"""AdamW over named leaves: warm-up and cosine schedule, and a scaled rate for the first layer."""
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 import optax
 
 from puma_jax.training.config import OptimizerConfig
-from puma_jax.typing import AnyArray, Array
+from puma_jax.typing import AnyArray
 
 Leaves = dict[str, AnyArray]
-"""Arrays by the names of `puma_jax.model.tree`."""
+"""Arrays by name; `puma_jax.model.tree` names them."""
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Return the rate of each step: from 0 to its peak and by half a cosine back to 0."""
-    warmup = round(config.warmup * steps)
+    """Return the schedule: a linear warm-up to the peak, then half a cosine down to 0."""
+    warmup = round(config.warmup_ratio * steps)
     return optax.warmup_cosine_decay_schedule(
-        init_value=config.learning_rate / (warmup + 1),  # a first step of nothing is wasted
+        init_value=config.learning_rate / (warmup + 1),  # not 0: the first step counts, too
         peak_value=config.learning_rate,
         warmup_steps=warmup,
         decay_steps=max(steps, warmup + 1),
@@ -27,14 +26,16 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     """Return AdamW for leaves by name (arXiv 1711.05101).
 
     Args:
-        config: How to step.
-        steps: Of the whole stage, over which the rate falls to 0.
+        config: Config of the optimizer.
+        steps: Number of steps of the stage, over which the rate falls to 0.
     """
     return optax.chain(
-        optax.clip_by_global_norm(config.clip),
+        optax.clip_by_global_norm(config.max_grad_norm),
         optax.scale_by_adam(config.beta1, config.beta2, config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=_decays),
-        optax.stateless(lambda updates, _: _with_slower_first_layer(updates, config.first_layer)),
+        optax.stateless(
+            lambda updates, _: _with_slower_first_layer(updates, config.first_layer_lr_scale)
+        ),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
 
@@ -44,15 +45,10 @@ def _decays(leaves: Leaves) -> dict[str, bool]:
 
 
 def _with_slower_first_layer(updates: Leaves, factor: float) -> Leaves:
-    """Return the updates, those of the first decoder layer multiplied by a factor."""
+    """Return the updates, with those of the first decoder layer multiplied by a factor."""
     if factor == 1.0:
         return updates
     return {
         name: update.at[0].multiply(factor) if name.startswith("decoder.layers.") else update
         for name, update in updates.items()
     }
-
-
-def global_norm(leaves: Leaves) -> Array:
-    """Return the Euclidean norm of all leaves together, float32."""
-    return jnp.sqrt(sum(jnp.sum(leaf.astype(jnp.float32) ** 2) for leaf in leaves.values()))

@@ -1,4 +1,4 @@
-"""A model that starts from nothing: random weights, and a vocabulary of its own data."""
+"""A base model from scratch: random weights, and a tokenizer trained on the training data."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def write_base(
     """Write a Hugging Face folder of a small Qwen2-VL with random float32 weights.
 
     Args:
-        folder: Must not exist, or be empty.
-        config: Sizes.
-        root: Benchmark in M-BEIR layout whose texts the vocabulary is made of.
+        folder: Folder to write; it must not exist, or be empty.
+        config: Sizes of the model and of its vocabulary.
+        root: Benchmark in M-BEIR layout; the tokenizer is trained on its texts.
         images: Limits on image sizes.
-        prompt: How items are worded.
-        seed: Of the weights.
+        prompt: Prompt of the model.
+        seed: Seed of the weights.
 
     Raises:
         ConfigError: The sizes do not fit together.
@@ -37,7 +37,7 @@ def write_base(
     """
     tokenizer = train_tokenizer(root, config.vocab_size)
     head_dim = config.width // config.heads
-    # Time, height and width turn shares of the frequencies as in Qwen2-VL: 2, 3 and 3 of 8.
+    # Time, height and width rotate 2, 3 and 3 of every 8 frequencies, as in Qwen2-VL.
     space = 3 * head_dim // 16
     sections = (head_dim // 2 - 2 * space, space, space)
     ids = tokenizer.get_added_vocab()

@@ -1,4 +1,8 @@
-"""One stage made ready: the model cut and adapted, the data planned, the step compiled."""
+"""One stage before its first step: its data, its student, its teacher, and its step.
+
+`build_stage` does all of it. `launch/aot_check.py` calls the same `build_student` and `build_step`
+on shapes instead of arrays.
+"""
 
 from __future__ import annotations
 
@@ -12,78 +16,61 @@ from puma_jax.config import ComputeConfig, ModelConfig
 from puma_jax.data.builder.build import Settings, build
 from puma_jax.data.pipeline import Loader
 from puma_jax.data.plan import Plan
-from puma_jax.data.prompts import Prompter, load_tokenizer
+from puma_jax.data.prompts import Processor, load_tokenizer, prompt_fingerprint
 from puma_jax.data.store import Store
 from puma_jax.embedder import Embedder
 from puma_jax.model import hf, lora
 from puma_jax.model.encoder import Encoder, keep_layers, layer_indices, parse_layers
 from puma_jax.model.tree import assemble, partition
 from puma_jax.parallel import multihost, rules
-from puma_jax.parallel.mesh import groups, replicated
+from puma_jax.parallel.mesh import data_shards, replicated
 from puma_jax.training import cache
 from puma_jax.training.config import StageConfig, TrainConfig
 from puma_jax.training.optimizer import Leaves
-from puma_jax.training.step import Fixed, State, init_state, make_loss, make_step
-from puma_jax.training.teacher import make_teacher, split_teacher
+from puma_jax.training.step import FrozenParams, TrainState, init_state, make_loss, make_step
+from puma_jax.training.teacher import TeacherFn, make_teacher, split_teacher
+from puma_jax.typing import PRNGKeyArray
 
 
 @dataclass
 class Stage:
-    """A stage that is ready to run, and its state as it runs."""
+    """A stage that is ready to run, and its state while it runs."""
 
     name: str
     config: StageConfig
     steps: int
     model: ModelConfig
-    """Of the student."""
-    prompter: Prompter
+    """Config of the student."""
+    processor: Processor
     source: hf.HubConfigs
-    """What came with the model that the stage starts from."""
+    """Configs that came with the model the stage starts from."""
     structure: Encoder
-    """The student, with adapters if it trains any; its leaves are shapes."""
+    """The student with its adapters, its leaves replaced by their shapes."""
     compute: ComputeConfig
     mesh: jax.sharding.Mesh
     loader: Loader
-    taught: cache.TeacherCache | None
-    """The teacher's states, where they are not computed in every step."""
-    fixed: Fixed
-    state: State
+    teacher_cache: cache.TeacherCache | None
+    """The teacher's states; None if every step computes them, or if there is no teacher."""
+    frozen_params: FrozenParams
+    state: TrainState
     step: jax.stages.Wrapped
-    """`step.make_step`, under `jax.jit`, the state given away."""
+    """`step.make_step` under `jax.jit`; it donates the state."""
 
     def embedder(self) -> Embedder:
         """Return an embedder of the student as it is now, adapters merged."""
-        leaves = {**self.fixed.frozen, **self.state.trained}
+        leaves = {**self.frozen_params.student, **self.state.trained}
         params = lora.merge(assemble(self.structure, leaves))
         return Embedder(
             self.model,
             params,
-            self.prompter.tokenizer,
+            self.processor.tokenizer,
             compute=self.compute,
             mesh=self.mesh,
             source=self.source,
         )
 
 
-def open_store(config: TrainConfig, root: Path, prompter: Prompter, workdir: Path) -> Store:
-    """Return the training data of a benchmark, built if they are not.
-
-    Raises:
-        DataError: There is nothing to train on, or a record is bad.
-        CheckpointError: They were built for another tokenizer.
-    """
-    if config.data.built is not None and root == config.data.root:
-        store = Store.open(config.data.built)
-    else:
-        out = workdir / "data" / root.resolve().name
-        settings = Settings(root=root, out=out, on_bad_record=config.data.on_bad_record)
-        multihost.once(lambda: build(settings, prompter))
-        store = Store.open(out)
-    store.check(prompter)
-    return store
-
-
-def prepare(
+def build_stage(
     name: str,
     config: TrainConfig,
     folder: str | Path,
@@ -93,105 +80,233 @@ def prepare(
     """Return a stage before its first step.
 
     Args:
-        name: Of the stage.
-        config: Of the run.
-        folder: Model to start from, or its hub id.
-        workdir: Of the run.
-        mesh: Devices.
+        name: Name of the stage in the config.
+        config: Config of the run.
+        folder: Folder or hub id of the model to start from.
+        workdir: Folder of the run.
+        mesh: Devices to train on.
     """
     stage = config.stages[name]
     checkpoint = hf.open_checkpoint(folder)
     base_config = dataclasses.replace(checkpoint.config, images=config.images, prompt=config.prompt)
-    prompter = Prompter(load_tokenizer(checkpoint.folder), base_config)
-    store = open_store(config, stage.root or config.data.root, prompter, workdir)
-    pairs = len(store.table.query_set)
-    if pairs < stage.plan.batch:
-        print(f"{name}: the data has {pairs} pairs, all of them make a batch")
-    plan_config = dataclasses.replace(
-        stage.plan, seed=stage.plan.seed + config.seed, batch=min(stage.plan.batch, pairs)
-    )
-    plan = Plan(store.table, store.instructions, prompter.template, plan_config)
-    steps = stage.steps or max(1, round(stage.epochs * plan.steps_per_epoch))
-    host, hosts = multihost.share_of_rows(mesh)
-    loader = Loader(
-        store,
-        plan,
-        plan.fitting_shape(stage.chunks, groups(mesh)),
-        stage.chunks,
-        host=host,
-        hosts=hosts,
-        on_bad_record=config.data.on_bad_record,
-    )
+    processor = Processor(load_tokenizer(checkpoint.folder), base_config)
+    loader, steps = open_data(name, config, processor, workdir, mesh)
     number = list(config.stages).index(name)
     key = jax.random.fold_in(jax.random.key(config.seed), number)
     student_key, dropout_key = jax.random.split(key)
 
-    kept = _kept_layers(stage, base_config.decoder.layers)
+    kept = kept_layers(stage, base_config.decoder.layers)
     model = base_config.with_layers(tuple(base_config.kept_layers[index] for index in kept))
-    distils = stage.distill.on
     base = checkpoint.read(
-        # Without a teacher, layers that are cut are never read.
-        None if distils else kept,
-        dtype="float32" if stage.train == "full" or stage.vision else config.compute.dtype,
-        placement=rules.placement(mesh, base_config),
+        # Without a teacher, removed layers are never read.
+        None if stage.distill.on else kept,
+        dtype=param_dtype(stage, config.compute),
+        shardings=rules.sharding_fn(mesh, base_config),
     )
-    student = keep_layers(base_config, base, kept)[1] if distils else base
-    if stage.train == "lora":
-        student = lora.add_lora(student, stage.lora, student_key)
-    trained, frozen = partition(student, lambda leaf: is_trained(leaf, stage))
-    frozen = {leaf: value.astype(config.compute.dtype) for leaf, value in frozen.items()}
+    student, trained, frozen_params = build_student(
+        stage, config.compute, base_config, base, student_key
+    )
     structure = jax.eval_shape(lambda: student)
-    fixed = Fixed(frozen, split_teacher(base, kept, trained) if distils else None)
-    # From here on, what is not of `trained` or `fixed` shall take no memory.
+    # Only the leaves of `trained` and `frozen_params` take memory from here on.
     del base, student
-    teach = make_teacher(base_config, kept, config.compute, groups(mesh)) if distils else None
-    taught = None
-    if teach is not None and stage.distill.cached:
-        taught = cache.build(
-            workdir / "teacher" / name,
-            loader,
-            teach,
-            fixed,
-            model=base_config,
-            compute=config.compute,
-            mesh=mesh,
-            workers=config.data.workers,
-        )
-        teach, fixed = None, dataclasses.replace(fixed, teacher=None)
+    teacher_fn, teacher_cache, frozen_params = build_teacher(
+        name, config, base_config, loader, frozen_params, workdir, mesh
+    )
 
-    def init(trained: Leaves) -> State:
+    def init(trained: Leaves) -> TrainState:
         return init_state(stage, steps, trained)
 
-    where = rules.shardings(jax.eval_shape(init, trained), mesh, model)
-    loss = make_loss(stage, steps, structure, config.compute, mesh, dropout_key, teach)
+    shardings = rules.shardings(jax.eval_shape(init, trained), mesh, model)
     return Stage(
         name=name,
         config=stage,
         steps=steps,
         model=model,
-        prompter=prompter,
+        processor=processor,
         source=checkpoint.source,
         structure=structure,
         compute=config.compute,
         mesh=mesh,
         loader=loader,
-        taught=taught,
-        fixed=fixed,
-        state=jax.jit(init, out_shardings=where)(trained),
-        step=jax.jit(
-            make_step(stage, steps, loss),
-            donate_argnums=0,
-            out_shardings=(where, replicated(mesh)),
+        teacher_cache=teacher_cache,
+        frozen_params=frozen_params,
+        state=jax.jit(init, out_shardings=shardings)(trained),
+        step=build_step(
+            stage,
+            steps,
+            structure,
+            shardings,
+            compute=config.compute,
+            mesh=mesh,
+            dropout_key=dropout_key,
+            teacher_fn=teacher_fn,
         ),
     )
 
 
+def open_data(
+    name: str, config: TrainConfig, processor: Processor, workdir: Path, mesh: jax.sharding.Mesh
+) -> tuple[Loader, int]:
+    """Return the loader of a stage's batches, and the number of its steps.
+
+    Raises:
+        DataError: There is nothing to train on, or a record is bad.
+        CheckpointError: The built data belong to another tokenizer.
+    """
+    stage = config.stages[name]
+    store = open_store(config, stage.data_root or config.data.root, processor, workdir)
+    pairs = len(store.table.query_set)
+    if pairs < stage.plan.batch_size:
+        print(
+            f"{name}: the data has {pairs} pairs, fewer than plan.batch_size "
+            f"{stage.plan.batch_size}: every batch holds all of them"
+        )
+    plan_config = dataclasses.replace(
+        stage.plan, seed=stage.plan.seed + config.seed, batch_size=min(stage.plan.batch_size, pairs)
+    )
+    plan = Plan(store.table, store.instructions, processor.template, plan_config)
+    host, hosts = multihost.process_slice(mesh)
+    loader = Loader(
+        store,
+        plan,
+        plan.fitting_shape(stage.grad_cache_chunks, data_shards(mesh)),
+        stage.grad_cache_chunks,
+        host=host,
+        hosts=hosts,
+        on_bad_record=config.data.on_bad_record,
+    )
+    return loader, stage.steps or max(1, round(stage.epochs * plan.steps_per_epoch))
+
+
+def open_store(config: TrainConfig, root: Path, processor: Processor, workdir: Path) -> Store:
+    """Return the training data of a benchmark; build them first if they are not built.
+
+    Raises:
+        DataError: There is nothing to train on, or a record is bad.
+        CheckpointError: The built data belong to another tokenizer.
+    """
+    if config.data.built is not None and root == config.data.root:
+        store = Store.open(config.data.built)
+    else:
+        out = workdir / "data" / root.resolve().name
+        settings = Settings(root=root, out=out, on_bad_record=config.data.on_bad_record)
+        multihost.on_process_zero(lambda: build(settings, processor))
+        store = Store.open(out)
+    store.check(prompt_fingerprint(processor))
+    return store
+
+
+def build_student(
+    config: StageConfig,
+    compute: ComputeConfig,
+    base_config: ModelConfig,
+    base: Encoder,
+    key: PRNGKeyArray,
+) -> tuple[Encoder, Leaves, FrozenParams]:
+    """Return the student of a stage, its trained leaves, and all frozen leaves.
+
+    Args:
+        config: Config of the stage.
+        compute: How to run; frozen leaves of the student are cast to its dtype.
+        base_config: Config of the whole base model.
+        base: The whole base model if the stage distills; otherwise only the layers it keeps.
+        key: Key from which new adapters are drawn.
+    """
+    kept = kept_layers(config, base_config.decoder.layers)
+    student = keep_layers(base_config, base, kept)[1] if config.distill.on else base
+    if config.trainable == "lora":
+        student = lora.add_lora(student, config.lora, key)
+    trained, frozen = partition(student, lambda leaf: is_trained(leaf, config))
+    frozen = {leaf: value.astype(compute.dtype) for leaf, value in frozen.items()}
+    teacher = split_teacher(base, kept, trained) if config.distill.on else None
+    return student, trained, FrozenParams(frozen, teacher)
+
+
+def build_teacher(
+    name: str,
+    config: TrainConfig,
+    base_config: ModelConfig,
+    loader: Loader,
+    frozen_params: FrozenParams,
+    workdir: Path,
+    mesh: jax.sharding.Mesh,
+) -> tuple[TeacherFn | None, cache.TeacherCache | None, FrozenParams]:
+    """Return the teacher of a stage: a function or a cache, and the leaves that steps still need.
+
+    With a cache, the teacher's own leaves are dropped. Without a teacher, both are None.
+
+    Raises:
+        CheckpointError: See `cache.build`.
+    """
+    stage = config.stages[name]
+    if not stage.distill.on:
+        return None, None, frozen_params
+    kept = kept_layers(stage, base_config.decoder.layers)
+    teacher_fn = make_teacher(base_config, kept, config.compute, data_shards(mesh))
+    if not stage.distill.cached:
+        return teacher_fn, None, frozen_params
+    teacher_cache = cache.build(
+        workdir / "teacher" / name,
+        loader,
+        teacher_fn,
+        frozen_params,
+        model=base_config,
+        compute=config.compute,
+        mesh=mesh,
+        workers=config.data.workers,
+    )
+    return None, teacher_cache, dataclasses.replace(frozen_params, teacher=None)
+
+
+def build_step(
+    config: StageConfig,
+    steps: int,
+    structure: Encoder,
+    shardings: TrainState,
+    *,
+    compute: ComputeConfig,
+    mesh: jax.sharding.Mesh,
+    dropout_key: PRNGKeyArray,
+    teacher_fn: TeacherFn | None,
+) -> jax.stages.Wrapped:
+    """Return the jitted step of a stage, which donates its state; see `step.make_step`.
+
+    Args:
+        config: Config of the stage.
+        steps: Number of steps of the stage.
+        structure: The student, its leaves replaced by their shapes.
+        shardings: Sharding of every leaf of the state.
+        compute: How to run.
+        mesh: Devices to train on.
+        dropout_key: Key from which dropout masks are drawn, by step.
+        teacher_fn: Computes the teacher's states in every step; None with a cache or no teacher.
+    """
+    loss = make_loss(config, steps, structure, compute, mesh, dropout_key, teacher_fn)
+    return jax.jit(
+        make_step(config, steps, loss),
+        donate_argnums=0,
+        out_shardings=(shardings, replicated(mesh)),
+    )
+
+
 def is_trained(name: str, config: StageConfig) -> bool:
-    """Whether a stage trains the leaf of this name."""
+    """Return whether a stage trains the leaf of this name."""
     if name.startswith("vision."):
-        return config.vision
-    return config.train == "full" or lora.is_lora(name)
+        return config.train_vision
+    return config.trainable == "full" or lora.is_lora(name)
 
 
-def _kept_layers(config: StageConfig, depth: int) -> tuple[int, ...]:
+def param_dtype(config: StageConfig, compute: ComputeConfig) -> str:
+    """Return the dtype in which a stage reads its base: float32 if it trains any leaf of it."""
+    if config.trainable == "full" or config.train_vision:
+        return "float32"
+    return compute.dtype
+
+
+def kept_layers(config: StageConfig, depth: int) -> tuple[int, ...]:
+    """Return the indices of the decoder layers that a stage keeps, of `depth` layers.
+
+    Raises:
+        LayerSelectionError: `keep_layers` names a layer that the base lacks.
+    """
     return layer_indices(parse_layers(config.keep_layers) if config.keep_layers else depth, depth)

@@ -1,8 +1,8 @@
 """One training step: chunks of rows → vectors of the whole batch → loss → new weights.
 
-Vectors come from a scan over chunks whose backward pass computes each chunk again: the gradient
-cache (arXiv 2101.06983) is one `jax.checkpoint`. The loss sees the vectors of the whole global
-batch; memory is that of one chunk, whatever the batch.
+Vectors come from a scan over chunks whose backward pass recomputes each chunk: the gradient cache
+(arXiv 2101.06983) is one `jax.checkpoint`. The loss sees the vectors of the whole global batch;
+activations take the memory of one chunk, whatever the size of the batch.
 """
 
 from __future__ import annotations
@@ -17,28 +17,29 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from puma_jax import losses
+from puma_jax.axes import BATCH_AXES
 from puma_jax.config import ComputeConfig
 from puma_jax.data.pipeline import Batch
 from puma_jax.model.dropout import token_keys
-from puma_jax.model.encoder import Encoder, encode, unit
+from puma_jax.model.encoder import Encoder, encode, l2_normalize
 from puma_jax.model.tree import assemble
-from puma_jax.parallel.mesh import BATCH_AXES, groups
-from puma_jax.rows import Rows
+from puma_jax.parallel.mesh import data_shards
+from puma_jax.rows import PackedBatch
 from puma_jax.training.config import LossConfig, StageConfig
-from puma_jax.training.optimizer import Leaves, global_norm, learning_rate, make_optimizer
-from puma_jax.training.teacher import Teach, Teacher
+from puma_jax.training.optimizer import Leaves, learning_rate, make_optimizer
+from puma_jax.training.teacher import Teacher, TeacherFn
 from puma_jax.typing import AnyArray, Array, Float, Int, PRNGKeyArray
 
 Metrics = dict[str, Array]
 
 TEMPERATURE = "log_scale"
-"""Name, among trained leaves, of the logarithm of 1 / temperature."""
+"""Name of the trained leaf that holds the logarithm of 1 / temperature."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class State:
-    """What a step changes."""
+class TrainState:
+    """Everything that a step updates, and a checkpoint holds."""
 
     step: AnyArray
     trained: Leaves
@@ -47,41 +48,43 @@ class State:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Fixed:
-    """What no step changes, and what is therefore never copied."""
+class FrozenParams:
+    """Parameters that no step updates; they are never copied."""
 
-    frozen: Leaves
+    student: Leaves
+    """Leaves of the student that it does not train; the teacher reads them, too."""
     teacher: Teacher | None = None
+    """Leaves that only the teacher has; None if steps compute no teacher's states."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Targets:
-    """States of the teacher for the items of a batch, where they come from a cache.
+class PairStates:
+    """Pooled states of the queries and the candidates of a batch, of student or teacher.
 
-    The arrays are NumPy's on the host and jax's on devices.
+    The arrays are NumPy's on the host and JAX's on devices.
     """
 
     query: Float[AnyArray, "pairs width"]
     candidate: Float[AnyArray, "pairs width"]
 
 
-Loss = Callable[[Leaves, Array, Fixed, Batch, Targets | None], tuple[Array, Metrics]]
-Step = Callable[[State, Fixed, Batch, Targets | None], tuple[State, Metrics]]
+Loss = Callable[[Leaves, Array, FrozenParams, Batch, PairStates | None], tuple[Array, Metrics]]
+Step = Callable[[TrainState, FrozenParams, Batch, PairStates | None], tuple[TrainState, Metrics]]
 
 
-def init_state(config: StageConfig, steps: int, trained: Leaves) -> State:
+def init_state(config: StageConfig, steps: int, trained: Leaves) -> TrainState:
     """Return the state before the first step.
 
     Args:
-        config: Of the stage.
-        steps: Of the stage.
-        trained: Leaves that shall be trained, float32.
+        config: Config of the stage.
+        steps: Number of steps of the stage.
+        trained: Leaves to train, float32.
     """
     if config.loss.learn_temperature:
         trained = {**trained, TEMPERATURE: -jnp.log(jnp.float32(config.loss.temperature))}
     optimizer = make_optimizer(config.optimizer, steps).init(trained)
-    return State(jnp.zeros((), jnp.int32), trained, optimizer)
+    return TrainState(jnp.zeros((), jnp.int32), trained, optimizer)
 
 
 def make_loss(
@@ -91,112 +94,120 @@ def make_loss(
     compute: ComputeConfig,
     mesh: jax.sharding.Mesh,
     key: PRNGKeyArray,
-    teach: Teach | None = None,
+    teacher_fn: TeacherFn | None = None,
 ) -> Loss:
-    """Return the loss of a stage: of trained leaves, the number of the step, and a batch.
+    """Return the loss of a stage, a function of trained leaves, step number and batch.
 
     Args:
-        config: Of the stage.
-        steps: Of the stage.
-        structure: The model, whatever its leaves are.
+        config: Config of the stage.
+        steps: Number of steps of the stage.
+        structure: The student; only its structure is used, not its leaves.
         compute: How to run.
-        mesh: Devices that rows, pairs and weights are spread over.
-        key: From which dropout is drawn, by step.
-        teach: The teacher, where its states do not come from a cache.
+        mesh: Devices over which rows, pairs and weights are sharded.
+        key: Key from which dropout masks are drawn, by step.
+        teacher_fn: Computes the teacher's states in every step; None if they come with the batch.
     """
 
     def loss(
-        trained: Leaves, step: Array, fixed: Fixed, batch: Batch, targets: Targets | None
+        trained: Leaves,
+        step: Array,
+        frozen_params: FrozenParams,
+        batch: Batch,
+        teacher_states: PairStates | None,
     ) -> tuple[Array, Metrics]:
-        params = assemble(structure, {**fixed.frozen, **trained})
+        params = assemble(structure, {**frozen_params.student, **trained})
         dropout = None
-        if config.train == "lora" and config.lora.dropout:
+        if config.trainable == "lora" and config.lora.dropout:
             dropout = jax.random.fold_in(key, step)
-        states, taught = _states(params, fixed, batch, compute, mesh, dropout, teach)
-        taught = taught if targets is None else targets
-        return _loss(config, states, taught, batch, step / steps, trained.get(TEMPERATURE), mesh)
+        states, computed = _pair_states(
+            params, frozen_params, batch, compute, mesh, dropout, teacher_fn
+        )
+        if teacher_states is None:
+            teacher_states = computed
+        log_scale = trained.get(TEMPERATURE)
+        return _loss(config, states, teacher_states, batch, step / steps, log_scale, mesh)
 
     return loss
 
 
 def make_step(config: StageConfig, steps: int, loss: Loss) -> Step:
-    """Return the step of a stage, a pure function to be compiled with its state given away.
+    """Return the step of a stage, a pure function; compile it with its state donated.
 
     Args:
-        config: Of the stage.
-        steps: Of the stage.
-        loss: From `make_loss`.
+        config: Config of the stage.
+        steps: Number of steps of the stage.
+        loss: Loss function from `make_loss`.
     """
     optimizer = make_optimizer(config.optimizer, steps)
     rate = learning_rate(config.optimizer, steps)
 
     def step(
-        state: State, fixed: Fixed, batch: Batch, targets: Targets | None
-    ) -> tuple[State, Metrics]:
+        state: TrainState,
+        frozen_params: FrozenParams,
+        batch: Batch,
+        teacher_states: PairStates | None,
+    ) -> tuple[TrainState, Metrics]:
         gradients, metrics = jax.grad(loss, has_aux=True)(
-            state.trained, state.step, fixed, batch, targets
+            state.trained, state.step, frozen_params, batch, teacher_states
         )
         updates, moments = optimizer.update(gradients, state.optimizer, state.trained)
         trained = optax.apply_updates(state.trained, updates)
-        metrics |= {"gradient_norm": global_norm(gradients), "learning_rate": rate(state.step)}
-        return State(state.step + 1, trained, moments), metrics
+        metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": rate(state.step)}
+        return TrainState(state.step + 1, trained, moments), metrics
 
     return step
 
 
-def _states(
+def _pair_states(
     params: Encoder,
-    fixed: Fixed,
+    frozen_params: FrozenParams,
     batch: Batch,
     compute: ComputeConfig,
     mesh: jax.sharding.Mesh,
     dropout: PRNGKeyArray | None,
-    teach: Teach | None,
-) -> tuple[Targets, Targets | None]:
-    """Return the states of all items of a batch, and what the teacher makes of them."""
-    parts = groups(mesh)
+    teacher_fn: TeacherFn | None,
+) -> tuple[PairStates, PairStates | None]:
+    """Return the student's states of a batch, and the teacher's if `teacher_fn` computes them."""
+    shards = data_shards(mesh)
     chunks = batch.rows.tokens.shape[0]
     items = _items_of_slots(batch)
 
-    def one(rows: Rows, items: Array) -> tuple[Array, Array | None]:
-        keys = None if dropout is None else token_keys(dropout, rows, items, groups=parts)
-        states = encode(params, rows, compute, groups=parts, dropout_keys=keys)
-        if teach is None or fixed.teacher is None:
+    def encode_chunk(rows: PackedBatch, items: Array) -> tuple[Array, Array | None]:
+        keys = None if dropout is None else token_keys(dropout, rows, items, data_shards=shards)
+        states = encode(params, rows, compute, data_shards=shards, dropout_keys=keys)
+        if teacher_fn is None or frozen_params.teacher is None:
             return states, None
-        return states, teach(fixed.teacher, fixed.frozen, rows)
+        return states, teacher_fn(frozen_params.teacher, frozen_params.student, rows)
 
     if chunks == 1:
-        # Nothing is gained by computing the only chunk twice.
-        states, taught = one(jax.tree.map(lambda leaf: leaf[0], batch.rows), items[0])
+        # Recomputing the only chunk would save no memory.
+        only = jax.tree.map(lambda leaf: leaf[0], batch.rows)
+        states, teacher_states = encode_chunk(only, items[0])
     else:
         # Inside a scan the compiler cannot undo the recomputation, so no barrier is needed.
-        chunk = jax.checkpoint(one, prevent_cse=False)
-        _, (states, taught) = jax.lax.scan(
-            lambda _, of_chunk: (None, chunk(*of_chunk)), None, (batch.rows, items)
+        recomputed = jax.checkpoint(encode_chunk, prevent_cse=False)
+        _, (states, teacher_states) = jax.lax.scan(
+            lambda _, chunk: (None, recomputed(*chunk)), None, (batch.rows, items)
         )
 
-    def pick(states: Array | None) -> Targets | None:
-        if states is None:
-            return None
+    def gather(states: Array) -> PairStates:
         states = states.reshape(-1, states.shape[-1])
-        return Targets(
+        return PairStates(
             *(
-                _over_devices(jnp.take(states, slots, axis=0, mode="clip"), mesh)
+                _shard_pairs(jnp.take(states, slots, axis=0, mode="clip"), mesh)
                 for slots in (batch.query_slot, batch.candidate_slot)
             )
         )
 
-    picked = pick(states)
-    assert picked is not None
-    return picked, pick(taught)
+    return gather(states), None if teacher_states is None else gather(teacher_states)
 
 
 def _items_of_slots(batch: Batch) -> Int[Array, "chunks slots"]:
-    """Return the number of the item in each slot, the same however the batch is packed; or −1."""
-    chunks, slots = batch.rows.ret.shape
+    """Return the number of the item in each slot, or −1; it does not depend on the packing."""
+    chunks, slots = batch.rows.pool_index.shape
     pairs = jnp.arange(len(batch.query_slot), dtype=jnp.int32)
     items = jnp.full(chunks * slots, -1, jnp.int32)
-    # Pairs that only fill up the batch point behind the last slot.
+    # The slots of padding pairs are out of range.
     items = items.at[batch.query_slot].set(2 * pairs, mode="drop")
     items = items.at[batch.candidate_slot].set(2 * pairs + 1, mode="drop")
     return items.reshape(chunks, slots)
@@ -204,25 +215,25 @@ def _items_of_slots(batch: Batch) -> Int[Array, "chunks slots"]:
 
 def _loss(
     config: StageConfig,
-    states: Targets,
-    taught: Targets | None,
+    states: PairStates,
+    teacher_states: PairStates | None,
     batch: Batch,
     progress: Array,
     log_scale: Array | None,
     mesh: jax.sharding.Mesh,
 ) -> tuple[Array, Metrics]:
-    """Return the loss of a batch, and what it is made of."""
+    """Return the loss of a batch, and its terms as metrics."""
     contrastive, temperature = _contrastive(
         config.loss, states, batch, progress, log_scale, _layout(config.loss, mesh)
     )
     metrics = {"contrastive": contrastive, "temperature": jnp.asarray(temperature)}
     loss = contrastive
-    if taught is not None:
+    if teacher_states is not None:
         start, end = config.distill.weight
         weight = start + (end - start) * progress
         distillation = config.distill.scale * (
-            losses.distill_loss(states.query, taught.query, valid=batch.valid)
-            + losses.distill_loss(states.candidate, taught.candidate, valid=batch.valid)
+            losses.distill_loss(states.query, teacher_states.query, valid=batch.valid)
+            + losses.distill_loss(states.candidate, teacher_states.candidate, valid=batch.valid)
         )
         loss = (1 - weight) * contrastive + weight * distillation
         metrics["distillation"] = distillation
@@ -231,17 +242,17 @@ def _loss(
 
 def _contrastive(
     config: LossConfig,
-    states: Targets,
+    states: PairStates,
     batch: Batch,
     progress: Array,
     log_scale: Array | None,
     layout: losses.Layout,
 ) -> tuple[Array, Array | float]:
-    """Return the contrastive loss and the temperature of the positives."""
+    """Return the contrastive loss, and the temperature to report with it."""
     temperature = (
         config.temperature if log_scale is None else losses.learnable_temperature(log_scale)
     )
-    queries, candidates = unit(states.query), unit(states.candidate)
+    queries, candidates = l2_normalize(states.query), l2_normalize(states.candidate)
     shared: dict[str, Any] = {
         "valid": batch.valid,
         "document": batch.candidate if config.mask_same_document else None,
@@ -269,12 +280,12 @@ def _contrastive(
 
 def _layout(config: LossConfig, mesh: jax.sharding.Mesh) -> losses.Layout:
     return losses.Layout(
-        config.rows, mesh if mesh.size > 1 else None, BATCH_AXES, config.over_devices
+        config.chunk_size, mesh if mesh.size > 1 else None, BATCH_AXES, config.cross_device
     )
 
 
-def _over_devices(vectors: Array, mesh: jax.sharding.Mesh) -> Array:
-    """Spread the vectors of pairs over the devices that share the loss."""
+def _shard_pairs(vectors: Array, mesh: jax.sharding.Mesh) -> Array:
+    """Shard the vectors of pairs over the devices that compute the loss."""
     if mesh.size == 1:
         return vectors
     return jax.lax.with_sharding_constraint(vectors, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))

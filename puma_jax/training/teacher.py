@@ -1,7 +1,7 @@
-"""The teacher of distillation: the whole model, frozen, without a second copy of what is shared.
+"""The teacher of distillation: the whole base model, frozen, without a copy of shared leaves.
 
-The student keeps some layers of a stack, and the teacher is the stack they were cut from. Leaves
-that the student does not train (with adapters, all of the base) exist once and both read them.
+The student keeps some decoder layers of the base model, and the teacher has all of them. Leaves
+that the student does not train (with adapters, the whole base) exist once, and both read them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax
 from puma_jax.config import ComputeConfig, ModelConfig
 from puma_jax.model.encoder import Encoder, abstract, encode
 from puma_jax.model.tree import assemble, named_leaves
-from puma_jax.rows import Rows
+from puma_jax.rows import PackedBatch
 from puma_jax.training.optimizer import Leaves
 from puma_jax.typing import Array, Float
 
@@ -25,25 +25,25 @@ _LAYERS = "decoder.layers."
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Teacher:
-    """What the teacher has beside the leaves that the student leaves frozen."""
+    """Leaves that only the teacher has; the others are those that the student leaves frozen."""
 
-    originals: Leaves
-    """As they were before training, those leaves of the student that it trains."""
+    initial_params: Leaves
+    """Leaves that the student trains, as they were before training."""
     removed: Leaves
-    """Stacks of the layers that were cut, by the names they have in a whole model."""
+    """Stacks of the removed decoder layers, by their names in the whole model."""
 
 
-Teach = Callable[[Teacher, Leaves, Rows], Float[Array, "slots width"]]
-"""The teacher's states for rows, from what it has and from what the student leaves frozen."""
+TeacherFn = Callable[[Teacher, Leaves, PackedBatch], Float[Array, "slots width"]]
+"""Returns the teacher's states of all slots, from its own leaves and the student's frozen ones."""
 
 
 def split_teacher(base: Encoder, kept: Sequence[int], trained: Leaves) -> Teacher:
-    """Return what the teacher needs for itself.
+    """Return the leaves that only the teacher has.
 
     Args:
-        base: The whole model.
-        kept: Indices of the layers that the student keeps.
-        trained: The leaves that the student trains.
+        base: The whole base model.
+        kept: Indices of the decoder layers that the student keeps.
+        trained: Leaves that the student trains, by name.
     """
     leaves = named_leaves(base)
     depth = len(leaves[f"{_LAYERS}attention_norm.scale"])
@@ -53,35 +53,35 @@ def split_teacher(base: Encoder, kept: Sequence[int], trained: Leaves) -> Teache
         for name, leaf in leaves.items()
         if name.startswith(_LAYERS)
     }
-    originals = {}
+    initial_params = {}
     for name in trained:
         if name in leaves:  # adapters have no original
             leaf = leaves[name]
-            # A copy: the student's own leaf is given away with every step.
-            originals[name] = (
+            # A copy, because every step donates the student's own leaf.
+            initial_params[name] = (
                 leaf[jax.numpy.array(kept)] if name.startswith(_LAYERS) else leaf.copy()
             )
-    return Teacher(originals, removed if cut else {})
+    return Teacher(initial_params, removed if cut else {})
 
 
 def make_teacher(
-    config: ModelConfig, kept: Sequence[int], compute: ComputeConfig, groups: int
-) -> Teach:
-    """Return the function that computes a teacher's states.
+    config: ModelConfig, kept: Sequence[int], compute: ComputeConfig, data_shards: int
+) -> TeacherFn:
+    """Return the function that computes the teacher's states.
 
     Args:
-        config: Of the whole model.
-        kept: Indices of the layers that the student keeps.
+        config: Config of the whole base model.
+        kept: Indices of the decoder layers that the student keeps.
         compute: How to run.
-        groups: Into how many parts rows divide.
+        data_shards: Number of parts that rows divide into, one for each data-parallel device.
     """
     kept = tuple(kept)
     cut = [index for index in range(config.decoder.layers) if index not in kept]
     student = abstract(config.with_layers(tuple(config.kept_layers[i] for i in kept)))
     runs = _runs(config.decoder.layers, kept)
 
-    def teach(teacher: Teacher, frozen: Leaves, rows: Rows) -> Array:
-        params = assemble(student, {**frozen, **teacher.originals})
+    def teacher_fn(teacher: Teacher, frozen: Leaves, rows: PackedBatch) -> Array:
+        params = assemble(student, {**frozen, **teacher.initial_params})
         stacks = {True: params.decoder.layers, False: None}
         if cut:
             stacks[False] = _stack(student, teacher.removed)
@@ -89,21 +89,23 @@ def make_teacher(
             jax.tree.map(lambda leaf, run=run: _part(leaf, run), stacks[of_student])
             for of_student, run in runs
         ]
-        return jax.lax.stop_gradient(encode(params, rows, compute, groups=groups, stacks=in_order))
+        states = encode(params, rows, compute, data_shards=data_shards, stacks=in_order)
+        return jax.lax.stop_gradient(states)
 
-    return teach
+    return teacher_fn
 
 
 def _stack(student: Encoder, removed: Leaves) -> Any:
-    """Return the layers that were cut, as a module."""
+    """Return the removed layers as a module."""
     layers = {name.removeprefix(_LAYERS): leaf for name, leaf in removed.items()}
     return assemble(student.decoder.layers, layers)
 
 
 def _runs(depth: int, kept: tuple[int, ...]) -> list[tuple[bool, range]]:
-    """Return the runs of neighbours in the whole stack: of the student's or not, and which there.
+    """Return the layers of the whole stack as runs: whether the student's, and their indices.
 
-    Where the first layers are kept these are two, and each is a whole stack.
+    The indices count within the student's stack or the removed one. If the student keeps the first
+    layers, there are two runs, and each is a whole stack.
     """
     order = [
         (True, kept.index(i)) if i in kept else (False, i - sum(k < i for k in kept))
@@ -119,5 +121,5 @@ def _runs(depth: int, kept: tuple[int, ...]) -> list[tuple[bool, range]]:
 
 
 def _part(leaf: Array, run: range) -> Array:
-    """Return some layers of a stack, and a whole stack as it is."""
+    """Return some layers of a stack, without a copy if they are all of them."""
     return leaf if len(run) == len(leaf) else leaf[run.start : run.stop]

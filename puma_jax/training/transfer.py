@@ -1,4 +1,4 @@
-"""From the host to the devices: a batch, and the states that are its targets."""
+"""Transfers from the host to the devices: a batch, and the teacher's states for it."""
 
 from __future__ import annotations
 
@@ -10,53 +10,55 @@ import numpy as np
 
 from puma_jax.data.pipeline import Batch
 from puma_jax.parallel import multihost
-from puma_jax.parallel.mesh import batch_sharding, groups, replicated
+from puma_jax.parallel.mesh import batch_sharding, data_shards, replicated
 from puma_jax.training.config import LossConfig
-from puma_jax.training.step import Targets
+from puma_jax.training.step import PairStates
 
 
-def put(batch: Batch, config: LossConfig, mesh: jax.sharding.Mesh) -> Batch:
-    """Start the transfer of a batch: rows over the devices, the pairs' numbers to all of them.
+def shard_batch(batch: Batch, config: LossConfig, mesh: jax.sharding.Mesh) -> Batch:
+    """Start the transfer of a batch: rows are sharded, columns of pairs are replicated.
 
-    Pairs are filled up with ones that are not valid, until they divide among devices and rows of
-    the loss.
+    Pairs that are not valid are appended until the pairs divide among devices and chunks of the
+    loss.
     """
     missing = _missing(len(batch.query), config, mesh)
-    behind = batch.rows.ret.size * multihost.share_of_rows(mesh)[1]
+    out_of_range = batch.rows.pool_index.size * multihost.process_slice(mesh)[1]
 
-    def filled(column: Any, value: int | bool) -> Any:
+    def padded(column: Any, value: int | bool) -> Any:
         return np.pad(column, (0, missing), constant_values=value)
 
     columns = {
-        "query_slot": filled(batch.query_slot.astype(np.int32), behind),
-        "candidate_slot": filled(batch.candidate_slot.astype(np.int32), behind),
-        "modality": filled(batch.modality, 0),
-        "query": filled(batch.query.astype(np.int32), 0),
-        "candidate": filled(batch.candidate.astype(np.int32), 0),
-        "prompt": filled(batch.prompt.astype(np.int32), -1),
+        "query_slot": padded(batch.query_slot.astype(np.int32), out_of_range),
+        "candidate_slot": padded(batch.candidate_slot.astype(np.int32), out_of_range),
+        "modality": padded(batch.modality, 0),
+        "query": padded(batch.query.astype(np.int32), 0),
+        "candidate": padded(batch.candidate.astype(np.int32), 0),
+        "prompt": padded(batch.prompt.astype(np.int32), -1),
     }
     by_rows = batch_sharding(mesh, axis=1)
     return dataclasses.replace(
         batch,
         rows=jax.tree.map(lambda part: multihost.put_part(part, by_rows), batch.rows),
-        valid=multihost.all_valid(filled(batch.valid, False), mesh),
+        valid=multihost.all_valid(padded(batch.valid, False), mesh),
         **{name: multihost.put(column, replicated(mesh)) for name, column in columns.items()},
     )
 
 
-def put_targets(targets: Targets, config: LossConfig, mesh: jax.sharding.Mesh) -> Targets:
-    """Start the transfer of states for a batch, filled up with zeros where `put` fills it up."""
-    missing = _missing(len(targets.query), config, mesh)
-    over_devices = batch_sharding(mesh)
+def shard_pair_states(
+    states: PairStates, config: LossConfig, mesh: jax.sharding.Mesh
+) -> PairStates:
+    """Start the transfer of the states of a batch, padded with zeros as `shard_batch` pads."""
+    missing = _missing(len(states.query), config, mesh)
+    sharding = batch_sharding(mesh)
     return jax.tree.map(
-        lambda states: multihost.put(np.pad(states, ((0, missing), (0, 0))), over_devices), targets
+        lambda leaf: multihost.put(np.pad(leaf, ((0, missing), (0, 0))), sharding), states
     )
 
 
 def _missing(pairs: int, config: LossConfig, mesh: jax.sharding.Mesh) -> int:
-    """Return how many pairs a batch lacks to divide among devices and rows of the loss."""
-    parts = groups(mesh)
-    of_device = -(-pairs // parts)
-    if config.rows is not None and config.rows < of_device:
-        of_device = -(-of_device // config.rows) * config.rows
-    return of_device * parts - pairs
+    """Return how many pairs a batch lacks to divide among devices and chunks of the loss."""
+    shards = data_shards(mesh)
+    per_device = -(-pairs // shards)
+    if config.chunk_size is not None and config.chunk_size < per_device:
+        per_device = -(-per_device // config.chunk_size) * config.chunk_size
+    return per_device * shards - pairs

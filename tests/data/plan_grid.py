@@ -18,20 +18,15 @@ from pathlib import Path
 
 import numpy as np
 
-from puma_jax.config import (
-    DecoderConfig,
-    ModelConfig,
-    PlanConfig,
-    VisionConfig,
-)
-from puma_jax.data.items import Template
-from puma_jax.data.packing import Placement
+from puma_jax.config import DecoderConfig, ModelConfig, PlanConfig, VisionConfig
+from puma_jax.data.items import TokenizedTemplate
+from puma_jax.data.packing import Packing
 from puma_jax.data.plan import Plan
-from puma_jax.data.prompts import Prompter, load_tokenizer
+from puma_jax.data.prompts import Processor, load_tokenizer
 from puma_jax.data.store import Instructions, Prompt
 from puma_jax.data.table import LengthTable
 from puma_jax.model import hf
-from puma_jax.rows import RowShape
+from puma_jax.rows import PackedShape
 from puma_jax.train import load_config
 from puma_jax.training.scratch import write_base
 from puma_jax.training.stages import open_store
@@ -87,7 +82,7 @@ def table_of(lengths: Lengths) -> LengthTable:
     zeros = np.zeros(lengths.queries, int)
     return LengthTable(
         **columns,
-        query_text=columns["query_tokens"],
+        query_text_length=columns["query_tokens"],
         query_plain_tokens=columns["query_tokens"],
         query_key=zeros,
         query_set=zeros,
@@ -104,7 +99,7 @@ def plan_of(lengths: Lengths, table: LengthTable, config: PlanConfig) -> Plan:
     """Return a plan of a made-up table."""
     prompts = tuple(Prompt("", tuple(range(length))) for length in lengths.prompts)
     instructions = Instructions((("0", "text", "image"),), (prompts,), ("made up",))
-    template = Template(MODEL, (), tuple(range(lengths.frame)), (), ())
+    template = TokenizedTemplate(MODEL, (), tuple(range(lengths.frame)), (), ())
     return Plan(table, instructions, template, config)
 
 
@@ -121,44 +116,44 @@ def _side(rng: np.random.Generator, lengths: Lengths, rows: int) -> dict[str, np
 
 
 def plan_all(
-    plan: Plan, chunks: int, groups: int, steps: int, shape: RowShape | None = None
+    plan: Plan, chunks: int, data_shards: int, steps: int, shape: PackedShape | None = None
 ) -> Iterator[int]:
     """Yield the number of chunks of each step, once all its items are found to lie well."""
-    shape = shape or plan.fitting_shape(chunks, groups)
+    shape = shape or plan.fitting_shape(chunks, data_shards)
     for number in range(steps):
         step = plan.step(number, shape, chunks)
-        assert len(step.pairs.query) == len(step.lengths) / 2 == plan.config.batch
-        check_placement(step.lengths, step.patches, step.placement, shape)
-        yield step.placement.chunks
+        assert len(step.pairs.query) == len(step.lengths) / 2 == plan.config.batch_size
+        check_packing(step.lengths, step.patches, step.packing, shape)
+        yield step.packing.chunks
 
 
-def check_placement(
-    lengths: np.ndarray, patches: np.ndarray, placement: Placement, shape: RowShape
+def check_packing(
+    lengths: np.ndarray, patches: np.ndarray, packing: Packing, shape: PackedShape
 ) -> None:
-    """Assert that every item lies whole in one group, in a row and a slot that it shares with none.
+    """Assert that every item lies whole in one data shard and overlaps with no other.
 
     Raises:
         AssertionError: It does not.
     """
     rows, patch_rows, slots = (
-        size // shape.groups for size in (shape.rows, shape.patch_rows, shape.slots)
+        size // shape.data_shards for size in (shape.rows, shape.patch_rows, shape.slots)
     )
-    assert placement.chunk.min() >= 0
-    assert placement.chunk.max() < placement.chunks
-    group = placement.slot // slots
-    assert group.min() >= 0
-    assert group.max() < shape.groups
-    at = placement.chunk * shape.slots + placement.slot
+    assert packing.chunk.min() >= 0
+    assert packing.chunk.max() < packing.chunks
+    shard = packing.slot // slots
+    assert shard.min() >= 0
+    assert shard.max() < shape.data_shards
+    at = packing.chunk * shape.slots + packing.slot
     assert len(np.unique(at)) == len(lengths)
-    np.testing.assert_array_equal(placement.row // rows, group)
-    row = placement.chunk * shape.rows + placement.row
-    _check_that_none_overlap(row, placement.column, lengths, shape.length)
+    np.testing.assert_array_equal(packing.row // rows, shard)
+    row = packing.chunk * shape.rows + packing.row
+    _check_that_none_overlap(row, packing.column, lengths, shape.length)
     image = np.flatnonzero(patches)
     if len(image):
-        np.testing.assert_array_equal(placement.patch_row[image] // patch_rows, group[image])
-        row = (placement.chunk * shape.patch_rows + placement.patch_row)[image]
+        np.testing.assert_array_equal(packing.patch_row[image] // patch_rows, shard[image])
+        row = (packing.chunk * shape.patch_rows + packing.patch_row)[image]
         _check_that_none_overlap(
-            row, placement.patch_column[image], patches[image], shape.patch_length
+            row, packing.patch_column[image], patches[image], shape.patch_length
         )
 
 
@@ -172,10 +167,10 @@ def _check_that_none_overlap(
     assert (end[:-1] <= start[1:])[row[:-1] == row[1:]].all()
 
 
-def _report(name: str, batch: int, groups: int, chunks: int, found: list[int]) -> None:
+def _report(name: str, batch: int, devices: int, chunks: int, found: list[int]) -> None:
     more = sum(number > chunks for number in found)
     print(
-        f"{name:16} batch {batch:4}  devices {groups}  chunks {chunks}  steps {len(found):7,}  "
+        f"{name:16} batch {batch:4}  devices {devices}  chunks {chunks}  steps {len(found):7,}  "
         f"with more chunks {more:5} ({more / len(found):.3%})  at most {max(found)}",
         flush=True,
     )
@@ -186,12 +181,12 @@ def _made_up(names: Sequence[str], seeds: int, steps: int) -> None:
         lengths = TABLES[name]
         table = table_of(lengths)
         for batch, chunks in ((256, 4 if name == "long-tailed" else 1), (16, 1)):
-            for groups in (1, 8):
+            for data_shards in (1, 8):
                 found: list[int] = []
                 for seed in range(seeds):
-                    plan = plan_of(lengths, table, PlanConfig(batch=batch, seed=seed))
-                    found += plan_all(plan, chunks, groups, steps)
-                _report(name, batch, groups, chunks, found)
+                    plan = plan_of(lengths, table, PlanConfig(batch_size=batch, seed=seed))
+                    found += plan_all(plan, chunks, data_shards, steps)
+                _report(name, batch, data_shards, chunks, found)
 
 
 def _of_config(path: Path, root: Path, seeds: int) -> None:
@@ -203,20 +198,26 @@ def _of_config(path: Path, root: Path, seeds: int) -> None:
         write_base(base, config.scratch, root, config.images, config.prompt, config.seed)
         checkpoint = hf.open_checkpoint(base)
         model = dataclasses.replace(checkpoint.config, images=config.images, prompt=config.prompt)
-        prompter = Prompter(load_tokenizer(base), model)
-        store = open_store(config, root, prompter, workdir)
+        processor = Processor(load_tokenizer(base), model)
+        store = open_store(config, root, processor, workdir)
         for seed in range(seeds):
             for name, stage in config.stages.items():
                 settings = dataclasses.replace(
                     stage.plan,
                     seed=stage.plan.seed + seed,
-                    batch=min(stage.plan.batch, len(store.table.query_set)),
+                    batch_size=min(stage.plan.batch_size, len(store.table.query_set)),
                 )
-                plan = Plan(store.table, store.instructions, prompter.template, settings)
+                plan = Plan(store.table, store.instructions, processor.template, settings)
                 steps = stage.steps or max(1, round(stage.epochs * plan.steps_per_epoch))
-                for groups in (1, 8):
-                    found = list(plan_all(plan, stage.chunks, groups, steps))
-                    _report(f"seed {seed} {name}", settings.batch, groups, stage.chunks, found)
+                for data_shards in (1, 8):
+                    found = list(plan_all(plan, stage.grad_cache_chunks, data_shards, steps))
+                    _report(
+                        f"seed {seed} {name}",
+                        settings.batch_size,
+                        data_shards,
+                        stage.grad_cache_chunks,
+                        found,
+                    )
 
 
 def main() -> None:

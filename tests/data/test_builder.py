@@ -16,7 +16,7 @@ from puma_jax.data.builder.__main__ import main
 from puma_jax.data.examples import Record
 from puma_jax.data.mbeir import Candidate, Query
 from puma_jax.data.mbeir.records import modality_code
-from puma_jax.data.prompts import normalise, query_text
+from puma_jax.data.prompts import normalize_text, query_text
 from puma_jax.data.store import Store
 from puma_jax.errors import ConfigError, DataError
 from tests.data import fake_mbeir
@@ -28,16 +28,16 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def prompter(tiny):
-    return tiny.prompter
+def processor(tiny):
+    return tiny.processor
 
 
 @pytest.fixture
-def built(root, prompter, tmp_path):
+def built(root, processor, tmp_path):
     """A function that builds with small shards and opens what it has built."""
 
     def run(root=root, out=tmp_path / "out", **settings) -> Store:
-        build(Settings(root, out, **{"shard_items": 5, "workers": 1} | settings), prompter)
+        build(Settings(root, out, **{"shard_items": 5, "workers": 1} | settings), processor)
         return Store.open(out)
 
     return run
@@ -80,29 +80,31 @@ def image_fields(root: Path, item: Query | Candidate) -> tuple[bytes | None, int
     return (root / item.image).read_bytes(), 28 + 7 * int(Path(item.image).stem), 60
 
 
-def test_candidates_come_back_in_the_order_of_the_pool(built, root, prompter):
+def test_candidates_come_back_in_the_order_of_the_pool(built, root, processor):
     stored = candidates_of(built())
     assert len(stored) == 12
     for record, candidate in zip(stored, fake_mbeir.candidates(), strict=True):
-        body = prompter.body(normalise(candidate.text), image=candidate.image is not None)
+        body = processor.tokenize_text(
+            normalize_text(candidate.text), image=candidate.image is not None
+        )
         image, height, width = image_fields(root, candidate)
         assert (record.image, record.height, record.width) == (image, height, width)
         assert (record.id, record.modality) == (candidate.did, modality_code(candidate.modality))
-        assert (tuple(record.tokens), record.text_length) == (body.tokens, body.text)
+        assert (tuple(record.tokens), record.text_length) == (body.tokens, body.text_length)
         assert len(record.plain_tokens) == 0
 
 
-def test_queries_come_back_with_and_without_room_for_an_instruction(built, root, prompter):
+def test_queries_come_back_with_and_without_room_for_an_instruction(built, root, processor):
     stored = queries_of(built())
     assert len(stored) == 13
     for record, query in zip(stored, fake_mbeir.queries(), strict=True):
         assert (record.id, record.modality) == (query.qid, modality_code(query.modality))
         assert (record.image, record.height, record.width) == image_fields(root, query)
         with_image = query.image is not None
-        instructed = prompter.body(query_text("find it", query.text), image=with_image)
-        together = (*prompter.instruction("find it"), *record.tokens)
+        instructed = processor.tokenize_text(query_text("find it", query.text), image=with_image)
+        together = (*processor.tokenize_instruction("find it"), *record.tokens)
         assert together == instructed.tokens
-        plain = prompter.body(query_text(None, query.text), image=with_image)
+        plain = processor.tokenize_text(query_text(None, query.text), image=with_image)
         assert tuple(record.plain_tokens) == plain.tokens
 
 
@@ -112,7 +114,7 @@ def test_the_table_holds_what_the_records_hold(built):
     for row, record in enumerate(queries_of(store)):
         assert table.query_tokens[row] == len(record.tokens)
         assert table.query_plain_tokens[row] == len(record.plain_tokens)
-        assert table.query_text[row] == record.text_length
+        assert table.query_text_length[row] == record.text_length
         assert (table.query_height[row], table.query_width[row]) == (record.height, record.width)
     for row, record in enumerate(candidates_of(store)):
         assert table.candidate_tokens[row] == len(record.tokens)
@@ -131,13 +133,15 @@ def test_positives_and_negatives_are_rows_of_candidates(built):
     assert "9:999" not in rows
 
 
-def test_instructions_are_tokenised_and_queries_know_theirs(built, prompter):
+def test_instructions_are_tokenized_and_queries_know_theirs(built, processor):
     store = built()
     instructions = store.instructions
     assert instructions.keys == tuple(row.key for row in fake_mbeir.INSTRUCTIONS)
     for prompts, row in zip(instructions.prompts, fake_mbeir.INSTRUCTIONS, strict=True):
         assert tuple(prompt.text for prompt in prompts) == row.prompts
-        assert [prompt.tokens for prompt in prompts] == [*map(prompter.instruction, row.prompts)]
+        assert [prompt.tokens for prompt in prompts] == [
+            *map(processor.tokenize_instruction, row.prompts)
+        ]
     assert instructions.sets == ("mscoco_task0", "mscoco_task3", "oven_task8", "mine_task4")
     assert store.table.query_key.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [-1]
     assert store.table.query_set.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3]
@@ -295,10 +299,10 @@ def with_bad_records(root: Path) -> Path:
     return root
 
 
-def test_bad_records_are_skipped_and_counted(built, prompter, tmp_path):
+def test_bad_records_are_skipped_and_counted(built, processor, tmp_path):
     root = with_bad_records(tmp_path / "bad")
     settings = Settings(root, tmp_path / "out", shard_items=5, workers=1, on_bad_record="skip")
-    summary = build(settings, prompter)
+    summary = build(settings, processor)
     store = Store.open(settings.out)
     bad = {0, 3, 4, 7, 8, 11} - {4, 7}  # of the images 0 and 3; 4 and 7 are texts
     expected = [row.did for n, row in enumerate(fake_mbeir.candidates()) if n not in bad]
@@ -315,7 +319,7 @@ def test_bad_records_are_skipped_and_counted(built, prompter, tmp_path):
     assert f"cand_pool.jsonl:1: img_path {fake_mbeir.image_path(0)} cannot be decoded" in messages
     assert f"img_path {fake_mbeir.image_path(3)} does not exist" in messages
     assert 'cand_pool.jsonl:13: txt is "\\"\\"", which leaves no text' in messages
-    again = build(settings, prompter)
+    again = build(settings, processor)
     assert (again.skipped.count, again.skipped.messages) == (
         summary.skipped.count,
         summary.skipped.messages,
@@ -324,7 +328,7 @@ def test_bad_records_are_skipped_and_counted(built, prompter, tmp_path):
     assert summary.skipped.count == lost
     # What was skipped once is not forgotten by a run that would not have skipped it.
     with pytest.raises(DataError, match=r"train.jsonl:1: pos_cand_list is empty"):
-        build(dataclasses.replace(settings, on_bad_record="error"), prompter)
+        build(dataclasses.replace(settings, on_bad_record="error"), processor)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -367,17 +371,17 @@ def test_a_benchmark_without_a_way_to_train_is_refused(built, tmp_path):
 def test_queries_none_of_which_can_be_answered_are_no_data(built, tmp_path):
     root = fake_mbeir.write_union(tmp_path / "pool")
     mbeir.write_candidates(root / fake_mbeir.UNION_POOL, [Candidate("7:1", "else", None, "text")])
-    with pytest.raises(DataError, match="of the queries to train on, none is left"):
+    with pytest.raises(DataError, match="no queries are left to train on"):
         built(root, on_bad_record="skip")
 
 
 def test_another_build_is_not_overwritten(built, tmp_path):
     store = built()
-    with pytest.raises(ConfigError, match="was built with images inline, wanted path: choose"):
+    with pytest.raises(ConfigError, match="was built with images inline, expected path: choose"):
         built(images="path")
     (tmp_path / "own").mkdir()
     (tmp_path / "own/thesis.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="own exists and is no build of this kind"):
+    with pytest.raises(ConfigError, match="own exists and is not a build of training data"):
         built(out=tmp_path / "own")
     (Path(store.path) / "build.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"build.json cannot be read"):
@@ -402,7 +406,7 @@ def test_the_command_says_what_it_has_built_and_where(root, tiny, tmp_path, caps
     assert capsys.readouterr().out == (
         "1 bad records were skipped, the first of them:\n"
         "  mbeir_union_train_cand_pool.jsonl:13: did is missing, expected an id\n"
-        "1 texts fill the 450 tokens at which texts are cut\n"
+        "1 texts fill the limit of 450 tokens at which text is truncated\n"
         "13 queries of mscoco_task0, mscoco_task3, oven_task8, mine_task4\n"
         f"and 12 candidates are in {tmp_path / 'out'}\n"
     )

@@ -14,7 +14,7 @@ from countryinfo import CountryInfo
 from PIL import Image
 
 from puma_jax.data import mbeir
-from puma_jax.data.openmoji import Settings, build, drawings, names, packages, signs
+from puma_jax.data.openmoji import Settings, build, drawings, emoji_codes, names, packages
 from puma_jax.data.openmoji.countries import load_countries
 from puma_jax.errors import ConfigError, DataError
 
@@ -231,9 +231,9 @@ def test_each_base_is_seen_in_three_of_its_five_skin_tones(built):
     def tones(documents):
         found = defaultdict(set)
         for document in documents:
-            sign = signs.read_sign(document.source)
-            if len(sign.traits.tones) == 1:
-                found[sign.base].add(sign.traits.tones)
+            code = emoji_codes.parse_emoji_code(document.source)
+            if len(code.traits.tones) == 1:
+                found[code.base].add(code.traits.tones)
         return {base: len(some) for base, some in found.items()}
 
     known = tones(built.pools[0])
@@ -265,7 +265,7 @@ def test_held_out_pairs_of_word_drawing_and_name_are_joined_by_training_only_thr
 
 
 def test_borders_are_held_out_in_both_directions(built):
-    # By looks: Chad and Romania have one flag, and a query does not say which it shows.
+    # By appearance: Chad and Romania have one flag, and a query does not say which it shows.
     def borders(split):
         return {
             frozenset((built.pixels(query.image), built.pixels(answer.image)))
@@ -409,7 +409,7 @@ def test_a_finished_build_is_left_alone_and_others_are_refused(tmp_path):
     assert contents(settings.out) == before
     with pytest.raises(ConfigError, match="was built with seed 0, wanted 1"):
         build(Settings(settings.out, seed=1, size=28))
-    with pytest.raises(ConfigError, match="is no build of this benchmark"):
+    with pytest.raises(ConfigError, match="is not a build of this benchmark"):
         build(Settings(tmp_path))
 
 
@@ -435,7 +435,7 @@ def test_a_folder_of_others_is_not_taken_for_the_rest_of_a_build(tmp_path):
     kept = tmp_path / "bench.partial/letter.txt"
     kept.parent.mkdir()
     kept.write_text("dear")
-    with pytest.raises(ConfigError, match="no build has left it"):
+    with pytest.raises(ConfigError, match="was not left by a build"):
         build(Settings(tmp_path / "bench"), stems(*FEW))
     assert kept.read_text() == "dear"
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from puma_jax.data.openmoji import drawings, signs
-from puma_jax.data.openmoji.split import connected, hold_out, in_lot_order
+from puma_jax.data.openmoji import drawings, emoji_codes
+from puma_jax.data.openmoji.split import connected, hash_order, hold_out
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,12 @@ from puma_jax.data.openmoji.split import connected, hold_out, in_lot_order
     ],
 )
 def test_an_edit_names_the_one_trait_that_differs(source, target, edit):
-    assert signs.edit_between(signs.read_sign(source), signs.read_sign(target)) == edit
+    assert (
+        emoji_codes.edit_between(
+            emoji_codes.parse_emoji_code(source), emoji_codes.parse_emoji_code(target)
+        )
+        == edit
+    )
 
 
 def test_pictures_look_alike_up_to_the_noise_of_rendering():
@@ -44,10 +49,10 @@ def test_holding_out_leaves_every_part_in_training():
 
 
 def test_lots_do_not_depend_on_the_other_items():
-    order = in_lot_order(range(20), 3, "test")
+    order = hash_order(range(20), 3, "test")
     assert order != sorted(order)
-    assert [item for item in order if item < 10] == in_lot_order(range(10), 3, "test")
-    assert order != in_lot_order(range(20), 4, "test")
+    assert [item for item in order if item < 10] == hash_order(range(10), 3, "test")
+    assert order != hash_order(range(20), 4, "test")
 
 
 def test_connected_nodes_share_the_smallest_one():

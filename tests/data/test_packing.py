@@ -11,23 +11,23 @@ from puma_jax.data.items import Item
 from puma_jax.data.packing import fill, place, place_in, rows_filled, rows_needed
 from puma_jax.data.shapes import batch_shape, fitting_shape
 from puma_jax.errors import PackingError
-from puma_jax.rows import RowShape
-from tests.data.plan_grid import check_placement
+from puma_jax.rows import PackedShape
+from tests.data.plan_grid import check_packing
 from tests.reference import VISION
 
 # The smallest patch there is: three values.
 SMALL = dataclasses.replace(VISION, patch_size=1)
-SHAPE = RowShape(rows=4, length=64, patch_rows=4, patch_length=96, slots=24, groups=2)
+SHAPE = PackedShape(rows=4, length=64, patch_rows=4, patch_length=96, slots=24, data_shards=2)
 
 
 def made_up(number: int, length: int, visual: int) -> Item:
     """An item all of whose values tell which item they belong to."""
-    is_visual = np.zeros(length, bool)
-    is_visual[:visual] = True
+    image_token_mask = np.zeros(length, bool)
+    image_token_mask[:visual] = True
     return Item(
         tokens=np.full(length, number, np.int32),
         positions=np.arange(length, dtype=np.int32)[:, None].repeat(3, 1),
-        visual=is_visual,
+        image_token_mask=image_token_mask,
         patches=np.full((4 * visual, 3), number % 256, np.uint8),
         patch_positions=np.arange(4 * visual, dtype=np.int32)[:, None].repeat(2, 1),
         patch_images=np.zeros(4 * visual, np.int32),
@@ -47,41 +47,41 @@ def test_every_item_lies_whole_in_one_place(sizes):
     items = [made_up(i + 1, *size) for i, size in enumerate(sizes)]
     lengths = np.array([len(item.tokens) for item in items])
     patches = np.array([len(item.patches) for item in items])
-    placement = place(lengths, patches, SHAPE)
-    rows = fill(items, placement, SHAPE, SMALL)
+    packing = place(lengths, patches, SHAPE)
+    rows = fill(items, packing, SHAPE, SMALL)
 
-    assert (rows.segments > 0).sum() == lengths.sum()
-    assert (rows.patch_segments > 0).sum() == patches.sum()
-    np.testing.assert_array_equal(rows.segments > 0, rows.tokens > 0)
-    group_rows, group_patch_rows = SHAPE.rows // 2, SHAPE.patch_rows // 2
-    group_slots = SHAPE.slots // 2
+    assert (rows.segment_ids > 0).sum() == lengths.sum()
+    assert (rows.patch_segment_ids > 0).sum() == patches.sum()
+    np.testing.assert_array_equal(rows.segment_ids > 0, rows.tokens > 0)
+    shard_rows, shard_patch_rows = SHAPE.rows // 2, SHAPE.patch_rows // 2
+    shard_slots = SHAPE.slots // 2
     for i, item in enumerate(items):
-        chunk, row, column = placement.chunk[i], placement.row[i], placement.column[i]
+        chunk, row, column = packing.chunk[i], packing.row[i], packing.column[i]
         here = rows.tokens[chunk] == i + 1
         assert here.sum() == len(item.tokens)
         assert here[row, column : column + len(item.tokens)].all()
-        # One segment of its own.
-        segment = rows.segments[chunk, row][here[row]]
+        # A segment id of its own.
+        segment = rows.segment_ids[chunk, row][here[row]]
         assert len(set(segment.tolist())) == 1
-        assert (rows.segments[chunk, row] == segment[0]).sum() == len(item.tokens)
-        # [RET] is found by its slot, inside the group.
-        group = row // group_rows
-        slot = placement.slot[i]
-        assert slot // group_slots == group
-        mine = rows.tokens[chunk, group * group_rows : (group + 1) * group_rows].reshape(-1)
-        at = rows.ret[chunk, slot]
+        assert (rows.segment_ids[chunk, row] == segment[0]).sum() == len(item.tokens)
+        # [RET] is found by its slot, inside the data shard.
+        shard = row // shard_rows
+        slot = packing.slot[i]
+        assert slot // shard_slots == shard
+        mine = rows.tokens[chunk, shard * shard_rows : (shard + 1) * shard_rows].reshape(-1)
+        at = rows.pool_index[chunk, slot]
         assert mine[at] == i + 1
         assert at == len(mine) - 1 or mine[at + 1] != i + 1
-        # Visual tokens point at merged patches of this item, in order, inside the group.
-        pointed = rows.visual[chunk][here][item.visual]
-        assert (rows.visual[chunk][here][~item.visual] == -1).all()
-        part = slice(group * group_patch_rows, (group + 1) * group_patch_rows)
+        # Visual tokens point at merged patches of this item, in order, inside the data shard.
+        pointed = rows.image_token_index[chunk][here][item.image_token_mask]
+        assert (rows.image_token_index[chunk][here][~item.image_token_mask] == -1).all()
+        part = slice(shard * shard_patch_rows, (shard + 1) * shard_patch_rows)
         merged = rows.patches[chunk, part].reshape(-1, 4, 3)
         order = rows.patch_positions[chunk, part].reshape(-1, 4, 2)
         assert (merged[pointed] == (i + 1) % 256).all()
         np.testing.assert_array_equal(order[pointed].reshape(-1, 2), item.patch_positions)
-    for chunk in range(placement.chunks):
-        slots = placement.slot[placement.chunk == chunk]
+    for chunk in range(packing.chunks):
+        slots = packing.slot[packing.chunk == chunk]
         assert len(set(slots.tolist())) == len(slots)
 
 
@@ -117,15 +117,15 @@ def test_an_item_larger_than_a_row_is_an_error_that_names_settings(lengths, patc
 def test_items_that_do_not_fit_take_the_fewest_chunks_that_hold_them(lengths, patches, chunks):
     lengths, patches = np.array(lengths), np.array(patches)
     for asked in range(1, 5):
-        placement = place(lengths, patches, SHAPE, asked)
-        assert placement.chunks == max(asked, chunks)
-        check_placement(lengths, patches, placement, SHAPE)
+        packing = place(lengths, patches, SHAPE, asked)
+        assert packing.chunks == max(asked, chunks)
+        check_packing(lengths, patches, packing, SHAPE)
     assert place_in(lengths, patches, SHAPE, chunks - 1) is None
 
 
 def test_images_in_a_shape_without_patch_rows_are_an_error():
     with pytest.raises(PackingError, match="a row holds 0"):
-        place(np.array([9]), np.array([16]), RowShape(1, 64, 0, 128, 4))
+        place(np.array([9]), np.array([16]), PackedShape(1, 64, 0, 128, 4))
 
 
 @settings(max_examples=300, deadline=None)
@@ -134,17 +134,17 @@ def test_a_fitting_shape_fits(sizes, tokens):
     lengths = np.array([length for length, _ in sizes])
     patches = np.array([4 * visual for _, visual in sizes])
     shape = fitting_shape(lengths, patches, tokens)
-    placement = place(lengths, patches, shape)
+    packing = place(lengths, patches, shape)
     if lengths.sum() <= tokens:
-        assert placement.chunks == 1
+        assert packing.chunks == 1
 
 
 def test_a_long_job_of_one_size_wastes_little():
     lengths, patches = np.full(1000, 111), np.full(1000, 324)
     shape = fitting_shape(lengths, patches, 4096)
-    placement = place(lengths, patches, shape)
-    assert lengths.sum() / (placement.chunks * shape.rows * shape.length) > 0.85
-    assert patches.sum() / (placement.chunks * shape.patch_rows * shape.patch_length) > 0.85
+    packing = place(lengths, patches, shape)
+    assert lengths.sum() / (packing.chunks * shape.rows * shape.length) > 0.85
+    assert patches.sum() / (packing.chunks * shape.patch_rows * shape.patch_length) > 0.85
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -158,15 +158,15 @@ def test_batches_of_short_texts_go_into_short_rows(seed):
 
 
 @pytest.mark.parametrize("size", [60, 350, 700, 1100, 1500])
-@pytest.mark.parametrize(("items", "groups"), [(7, 1), (60, 1), (300, 1), (300, 8)])
-def test_items_of_one_size_find_a_shape_however_much_of_a_row_they_leave(size, items, groups):
+@pytest.mark.parametrize(("items", "data_shards"), [(7, 1), (60, 1), (300, 1), (300, 8)])
+def test_items_of_one_size_find_a_shape_however_much_of_a_row_they_leave(size, items, data_shards):
     """Images of one size, say: rows filled to the sum of their tokens would not hold them."""
     lengths, patches = np.full(items, size), np.full(items, 4 * size)
-    shape = batch_shape([(lengths, patches)], 1, groups, (size, 4 * size))
-    placement = place(lengths, patches, shape)
-    assert placement.chunks == 1
-    check_placement(lengths, patches, placement, shape)
-    if (items, groups) == (300, 1):
+    shape = batch_shape([(lengths, patches)], 1, data_shards, (size, 4 * size))
+    packing = place(lengths, patches, shape)
+    assert packing.chunks == 1
+    check_packing(lengths, patches, packing, shape)
+    if (items, data_shards) == (300, 1):
         assert lengths.sum() > 0.85 * shape.rows * shape.length
 
 

@@ -11,13 +11,13 @@ from puma_jax.data import mbeir
 from puma_jax.data.builder import Settings, build
 from puma_jax.data.images import open_image, patchify
 from puma_jax.data.mbeir import Candidate, Instruction, Query
-from puma_jax.data.pipeline import Loader, batches, counted, on_device
+from puma_jax.data.pipeline import Loader, batches, prefetch_to_device, with_counters
 from puma_jax.data.plan import Plan
-from puma_jax.data.prompts import Prompter, normalise, query_text
+from puma_jax.data.prompts import Processor, normalize_text, query_text
 from puma_jax.data.store import Store
 from puma_jax.errors import ConfigError, DataError
 from puma_jax.model import encoder
-from puma_jax.rows import Rows
+from puma_jax.rows import PackedBatch
 from tests.reference import FLOAT32, byte_tokenizer, random_image
 
 INSTRUCTION = Instruction("image,text", "text", "mine", "m", ("find the text", "Which text is it?"))
@@ -51,20 +51,25 @@ def config(tiny):
 
 
 @pytest.fixture(scope="module")
-def prompter(config):
-    return Prompter(byte_tokenizer(), config)
+def processor(config):
+    return Processor(byte_tokenizer(), config)
 
 
 @pytest.fixture(scope="module")
-def store(root, prompter, tmp_path_factory):
+def store(root, processor, tmp_path_factory):
     out = tmp_path_factory.mktemp("built") / "data"
-    build(Settings(root=root, out=out, workers=1), prompter)
+    build(Settings(root=root, out=out, workers=1), processor)
     return Store.open(out)
 
 
 @pytest.fixture(scope="module")
-def plan(store, prompter):
-    return Plan(store.table, store.instructions, prompter.template, PlanConfig(batch=16, window=4))
+def plan(store, processor):
+    return Plan(
+        store.table,
+        store.instructions,
+        processor.template,
+        PlanConfig(batch_size=16, balance_window=4),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -130,26 +135,26 @@ def test_hosts_agree_on_the_chunks_of_a_batch_that_does_not_fit(store, plan, sha
 
 
 def test_groups_that_do_not_divide_among_hosts_are_refused(store, plan, shape):
-    with pytest.raises(ConfigError, match="4 groups do not divide among 3 hosts"):
+    with pytest.raises(ConfigError, match="4 data shards do not divide among 3 hosts"):
         Loader(store, plan, shape, CHUNKS, host=0, hosts=3)
 
 
 def test_a_batch_holds_the_items_that_were_planned(
-    root, loader, plan, shape, expected, prompter, tiny, config
+    root, loader, plan, shape, expected, processor, tiny, config
 ):
     """Read back through the model: each slot's vector is that of the item made from the files."""
     queries = list(mbeir.read_queries(root / "query/union_train/mbeir_union_up_train.jsonl"))
     pool = root / "cand_pool/global/mbeir_union_train_cand_pool.jsonl"
     candidates = list(mbeir.read_candidates(pool))
     batch, pairs = expected[2], plan.pairs(2)
-    run = jax.jit(encoder.encode, static_argnames=("compute", "groups"))
+    run = jax.jit(encoder.encode, static_argnames=("compute", "data_shards"))
     states = np.concatenate(
         [
             run(
                 tiny.params,
                 jax.tree.map(lambda a, c=c: jax.numpy.asarray(a[c]), batch.rows),
                 FLOAT32,
-                groups=GROUPS,
+                data_shards=GROUPS,
             )
             for c in range(CHUNKS)
         ]
@@ -157,7 +162,7 @@ def test_a_batch_holds_the_items_that_were_planned(
 
     def alone(text, image):
         cut = patchify(open_image(root / image), config.vision, config.images) if image else ()
-        item = prompter.item(text, *cut)
+        item = processor.item(text, *cut)
         return tiny.expected(item)
 
     for number in (0, 5, 11, 15):
@@ -169,7 +174,7 @@ def test_a_batch_holds_the_items_that_were_planned(
         theirs = alone(query_text(instruction, query.text), query.image)
         np.testing.assert_allclose(found, theirs, rtol=0, atol=1e-4)
         found = states[batch.candidate_slot[number]]
-        theirs = alone(normalise(candidate.text), candidate.image)
+        theirs = alone(normalize_text(candidate.text), candidate.image)
         np.testing.assert_allclose(found, theirs, rtol=0, atol=1e-4)
         assert batch.modality[number] == mbeir.modality_code(candidate.modality)
 
@@ -181,14 +186,14 @@ def test_transfers_run_ahead_and_nothing_is_lost_or_reordered(expected):
         started.append(len(started))
         return len(started)
 
-    for number, (batch, token) in enumerate(on_device(iter(expected), put, ahead=2)):
+    for number, (batch, token) in enumerate(prefetch_to_device(iter(expected), put, ahead=2)):
         assert batch is expected[number]
         assert token == number + 1
         assert len(started) == min(number + 3, 6)
 
 
 def test_counters_say_how_full_the_rows_are(loader, plan, shape):
-    pairs = list(counted(batches(loader, 0, 3), lambda batch: batch))
+    pairs = list(with_counters(batches(loader, 0, 3), lambda batch: batch))
     assert len(pairs) == 3
     for step, (_, counters) in enumerate(pairs):
         made = plan.step(step, shape, CHUNKS)
@@ -200,12 +205,12 @@ def test_counters_say_how_full_the_rows_are(loader, plan, shape):
 
 
 def test_an_image_that_cannot_be_decoded_stops_the_run_or_is_left_blank(
-    root, prompter, plan, shape, tmp_path
+    root, processor, plan, shape, tmp_path
 ):
     import shutil
 
     copy = shutil.copytree(root, tmp_path / "mbeir")
-    build(Settings(root=copy, out=tmp_path / "data", images="path", workers=1), prompter)
+    build(Settings(root=copy, out=tmp_path / "data", images="path", workers=1), processor)
     store = Store.open(tmp_path / "data")
     path = copy / "images/3.png"
     path.write_bytes(path.read_bytes()[:200])
@@ -223,18 +228,18 @@ def test_an_image_that_cannot_be_decoded_stops_the_run_or_is_left_blank(
         np.testing.assert_array_equal(~batch.valid, queries | candidates)
 
 
-def test_data_that_changed_since_it_was_built_is_found(root, prompter, plan, shape, tmp_path):
+def test_data_that_changed_since_it_was_built_is_found(root, processor, plan, shape, tmp_path):
     import shutil
 
     copy = shutil.copytree(root, tmp_path / "mbeir")
-    build(Settings(root=copy, out=tmp_path / "data", images="path", workers=1), prompter)
+    build(Settings(root=copy, out=tmp_path / "data", images="path", workers=1), processor)
     random_image(300, 40).save(copy / "images/3.png")
     store = Store.open(tmp_path / "data")
     loader = Loader(store, plan, shape, CHUNKS)
-    with pytest.raises(DataError, match=r"planned were .* build the data again"):
+    with pytest.raises(DataError, match=r"the plan has .* build the data again"):
         list(map(loader, range(plan.steps_per_epoch)))
 
 
 def test_rows_of_a_batch_are_plain_numpy(expected):
-    assert isinstance(expected[0].rows, Rows)
+    assert isinstance(expected[0].rows, PackedBatch)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(expected[0]))

@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puma_jax.config import PlanConfig
-from puma_jax.data.items import Template
+from puma_jax.data.items import TokenizedTemplate
 from puma_jax.data.packing import place_in
 from puma_jax.data.plan import Plan, _shuffle
 from puma_jax.data.shapes import batch_shape
 from puma_jax.data.store import Instructions, Prompt
 from puma_jax.data.table import LengthTable
 from puma_jax.errors import ConfigError, PackingError
-from puma_jax.rows import RowShape
-from tests.data.plan_grid import check_placement
+from puma_jax.rows import PackedShape
+from tests.data.plan_grid import check_packing
 
 QUERIES, CANDIDATES = 1003, 300
 SETS = ("large", "small", "tiny")
@@ -35,7 +35,7 @@ def table():
             f"{side}_height": np.where(kind != 1, 56, 0),
             f"{side}_width": np.where(kind != 1, 28 * rng.integers(2, 20, n), 0),
         }
-        sides |= {"query_text": text} if side == "query" else {"candidate_modality": kind}
+        sides |= {"query_text_length": text} if side == "query" else {"candidate_modality": kind}
     positives = rng.integers(1, 5, QUERIES)
     start = np.append(0, np.cumsum(positives))
     return LengthTable(
@@ -57,7 +57,7 @@ def plan_of(table, tiny):
     prompts = tuple(tuple(Prompt("", (7,) * n) for n in lengths) for lengths in ((3, 5, 9), (4,)))
     keys = (("0", "text", "image"), ("1", "text", "image"))
     instructions = Instructions(keys, prompts, SETS)
-    template = Template(tiny.config, (1,) * 14, (2,) * 6, (3,) * 8, (4,) * 10)
+    template = TokenizedTemplate(tiny.config, (1,) * 14, (2,) * 6, (3,) * 8, (4,) * 10)
     return lambda **settings: Plan(table, instructions, template, PlanConfig(**settings))
 
 
@@ -81,9 +81,9 @@ def test_shuffles_of_two_seeds_have_nothing_in_common():
     assert (one == other).sum() < 10
 
 
-@pytest.mark.parametrize("settings", [{}, {"one_set_per_batch": True}, {"window": 5}])
+@pytest.mark.parametrize("settings", [{}, {"homogeneous_batches": True}, {"balance_window": 5}])
 def test_no_query_comes_twice_in_an_epoch_and_all_but_the_rest_come(plan_of, settings):
-    plan = plan_of(batch=20, **settings)
+    plan = plan_of(batch_size=20, **settings)
     for epoch in range(2):
         steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
         seen = np.concatenate([plan.pairs(step).query for step in steps])
@@ -92,16 +92,16 @@ def test_no_query_comes_twice_in_an_epoch_and_all_but_the_rest_come(plan_of, set
 
 
 def test_any_step_is_planned_the_same_without_those_before(plan_of):
-    plan = plan_of(batch=16)
+    plan = plan_of(batch_size=16)
     in_order = [plan.pairs(step) for step in range(130)]
     for step in (129, 0, 64, 31, 32, 99):
-        assert same(plan_of(batch=16).pairs(step), in_order[step])
+        assert same(plan_of(batch_size=16).pairs(step), in_order[step])
 
 
 def test_another_seed_or_epoch_is_another_order_and_other_choices(plan_of):
-    plan = plan_of(batch=500)
+    plan = plan_of(batch_size=500)
     first = np.sort(plan.pairs(0).query)
-    assert not np.array_equal(first, np.sort(plan_of(batch=500, seed=1).pairs(0).query))
+    assert not np.array_equal(first, np.sort(plan_of(batch_size=500, seed=1).pairs(0).query))
     again = {q: (c, p) for q, c, p in zip(*vars(plan.pairs(0)).values(), strict=True)}
     later = {q: (c, p) for q, c, p in zip(*vars(plan.pairs(2)).values(), strict=True)}
     both = set(again) & set(later)
@@ -110,7 +110,7 @@ def test_another_seed_or_epoch_is_another_order_and_other_choices(plan_of):
 
 
 def test_positives_and_prompts_are_those_of_the_query_all_of_them_sometimes(plan_of, table):
-    plan = plan_of(batch=500)
+    plan = plan_of(batch_size=500)
     drawn = {}
     for step in range(60):
         for query, candidate, prompt in zip(*vars(plan.pairs(step)).values(), strict=True):
@@ -128,7 +128,7 @@ def test_positives_and_prompts_are_those_of_the_query_all_of_them_sometimes(plan
 
 
 def test_without_instructions_no_prompt_is_drawn(plan_of):
-    plan = plan_of(batch=100, instructions=False)
+    plan = plan_of(batch_size=100, instructions=False)
     pairs = plan.pairs(0)
     assert (pairs.prompt == -1).all()
     lengths, patches = plan.item_sizes(pairs)
@@ -140,7 +140,7 @@ def test_without_instructions_no_prompt_is_drawn(plan_of):
 
 def test_weights_are_kept_in_every_window(plan_of):
     weights = (("large", 1.0), ("tiny", 0.5), ("small", 2.5))
-    plan = plan_of(batch=40, weights=weights)
+    plan = plan_of(batch_size=40, mixture_weights=weights)
     counts = np.array(
         [
             np.bincount(plan.table.query_set[plan.pairs(step).query], minlength=3)
@@ -157,7 +157,7 @@ def test_weights_are_kept_in_every_window(plan_of):
 
 
 def test_a_batch_of_one_set_is_of_one_set_in_proportion(plan_of):
-    plan = plan_of(batch=20, one_set_per_batch=True)
+    plan = plan_of(batch_size=20, homogeneous_batches=True)
     sets = [
         set(plan.table.query_set[plan.pairs(s).query].tolist()) for s in range(plan.steps_per_epoch)
     ]
@@ -168,7 +168,7 @@ def test_a_batch_of_one_set_is_of_one_set_in_proportion(plan_of):
 
 def test_dealing_makes_all_steps_alike(plan_of):
     def spread(window):
-        plan = plan_of(batch=30, window=window)
+        plan = plan_of(batch_size=30, balance_window=window)
         sizes = [plan.item_sizes(plan.pairs(step)) for step in range(32)]
         return [np.std([size[i].sum() for size in sizes]) for i in (0, 1)]
 
@@ -178,26 +178,26 @@ def test_dealing_makes_all_steps_alike(plan_of):
 
 
 def test_batches_of_one_set_fit_too_however_rare_the_set(plan_of):
-    plan = plan_of(batch=20, one_set_per_batch=True)
-    shape = plan.fitting_shape(chunks=1, groups=1)
+    plan = plan_of(batch_size=20, homogeneous_batches=True)
+    shape = plan.fitting_shape(chunks=1, data_shards=1)
     for step in range(plan.steps_per_epoch):
         plan.step(step, shape, 1)
 
 
-@pytest.mark.parametrize("groups", [1, 8])
-def test_the_fitting_shape_fits_every_step_of_an_epoch_and_wastes_little(plan_of, groups):
-    plan = plan_of(batch=100)
-    shape = plan.fitting_shape(chunks=2, groups=groups)
+@pytest.mark.parametrize("data_shards", [1, 8])
+def test_the_fitting_shape_fits_every_step_of_an_epoch_and_wastes_little(plan_of, data_shards):
+    plan = plan_of(batch_size=100)
+    shape = plan.fitting_shape(chunks=2, data_shards=data_shards)
     for step in range(plan.steps_per_epoch):
         made = plan.step(step, shape, 2)
-        assert made.placement.chunk.max() < 2
-        if groups == 1:
+        assert made.packing.chunk.max() < 2
+        if data_shards == 1:
             assert made.lengths.sum() > 0.85 * 2 * shape.rows * shape.length
 
 
 def test_rows_hold_the_largest_item_of_all_not_only_of_the_steps_looked_at(plan_of):
-    plan = plan_of(batch=4)
-    shape = plan.fitting_shape(chunks=1, groups=1, looked_at=1)
+    plan = plan_of(batch_size=4)
+    shape = plan.fitting_shape(chunks=1, data_shards=1, looked_at=1)
     sizes = [plan.item_sizes(plan.pairs(step)) for step in range(2 * plan.steps_per_epoch)]
     most = tuple(max(int(size[i].max()) for size in sizes) for i in (0, 1))
     assert plan.largest_item()[0] >= most[0]
@@ -207,33 +207,33 @@ def test_rows_hold_the_largest_item_of_all_not_only_of_the_steps_looked_at(plan_
 
 
 def test_a_batch_that_does_not_fit_takes_the_fewest_chunks_that_hold_it(plan_of):
-    plan, shape = plan_of(batch=100), RowShape(8, 512, 8, 512, 80, groups=2)
+    plan, shape = plan_of(batch_size=100), PackedShape(8, 512, 8, 512, 80, data_shards=2)
     for number in range(plan.steps_per_epoch):
         step = plan.step(number, shape, 1)
-        assert step.placement.chunks > 1
-        assert place_in(step.lengths, step.patches, shape, step.placement.chunks - 1) is None
-        check_placement(step.lengths, step.patches, step.placement, shape)
-        assert same(plan_of(batch=100).step(number, shape, 1).placement, step.placement)
+        assert step.packing.chunks > 1
+        assert place_in(step.lengths, step.patches, shape, step.packing.chunks - 1) is None
+        check_packing(step.lengths, step.patches, step.packing, shape)
+        assert same(plan_of(batch_size=100).step(number, shape, 1).packing, step.packing)
 
 
 def test_an_item_larger_than_a_row_is_an_error_that_names_settings(plan_of):
     with pytest.raises(PackingError, match=r"a row holds 32: .* lower prompt.max_text_tokens"):
-        plan_of(batch=100).step(0, RowShape(2, 32, 2, 512, 300), 1)
+        plan_of(batch_size=100).step(0, PackedShape(2, 32, 2, 512, 300), 1)
 
 
 def test_rows_hold_images_also_if_no_step_that_was_looked_at_has_one(plan_of):
-    plan = plan_of(batch=100)
+    plan = plan_of(batch_size=100)
     lengths, patches = plan.item_sizes(plan.pairs(0))
     shape = batch_shape([(lengths, 0 * patches)], 1, 8, plan.largest_item())
     step = plan.step(0, shape, 1)
     assert step.patches.any()
-    check_placement(step.lengths, step.patches, step.placement, shape)
+    check_packing(step.lengths, step.patches, step.packing, shape)
 
 
 def test_sets_that_are_never_drawn_make_no_rows_longer(table, plan_of):
     """Neither their queries nor the candidates that answer no other."""
-    longest = np.where(np.arange(QUERIES) == QUERIES - 1, 999, table.query_text)
-    plan = plan_of(batch=4, weights=(("large", 1.0),), instructions=False)
+    longest = np.where(np.arange(QUERIES) == QUERIES - 1, 999, table.query_text_length)
+    plan = plan_of(batch_size=4, mixture_weights=(("large", 1.0),), instructions=False)
     plan.table = dataclasses.replace(table, query_plain_tokens=longest + 9)
     drawn = plan.query_sizes(plan.queries(), np.full(800, -1))[0].max()
     answers = np.unique(table.positive_row[: table.positive_start[800]])
@@ -244,12 +244,19 @@ def test_sets_that_are_never_drawn_make_no_rows_longer(table, plan_of):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch": 2000}, "batch 2000 is larger than the data: 1003 pairs"),
-        ({"batch": 900, "one_set_per_batch": True}, "larger than the data"),
-        ({"weights": (("none", 1.0),)}, "names none; the sets are large, small, tiny"),
-        ({"batch": 1, "window": 2, "weights": (("tiny", 1.0), ("large", 9.0))}, "less than two"),
-        ({"weights": (("tiny", 1.0),), "one_set_per_batch": True}, "exclude each other"),
-        ({"batch": 0}, "must be at least 1"),
+        ({"batch_size": 2000}, "batch_size 2000 is larger than the data: 1003 pairs"),
+        ({"batch_size": 900, "homogeneous_batches": True}, "larger than the data"),
+        ({"mixture_weights": (("none", 1.0),)}, "names none; the sets are large, small, tiny"),
+        (
+            {
+                "batch_size": 1,
+                "balance_window": 2,
+                "mixture_weights": (("tiny", 1.0), ("large", 9.0)),
+            },
+            "less than two",
+        ),
+        ({"mixture_weights": (("tiny", 1.0),), "homogeneous_batches": True}, "exclude each other"),
+        ({"batch_size": 0}, "must be at least 1"),
     ],
 )
 def test_settings_that_cannot_be_are_named(plan_of, settings, message):
@@ -260,5 +267,5 @@ def test_settings_that_cannot_be_are_named(plan_of, settings, message):
 def test_a_plan_can_be_sent_to_a_worker(plan_of):
     import pickle
 
-    plan = plan_of(batch=16)
+    plan = plan_of(batch_size=16)
     assert same(pickle.loads(pickle.dumps(plan)).pairs(40), plan.pairs(40))

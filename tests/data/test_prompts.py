@@ -9,14 +9,14 @@ import pytest
 from puma_jax.config import PromptConfig
 from puma_jax.data.builder.shards import instructed_text
 from puma_jax.data.prompts import (
-    Prompter,
-    TextCutWarning,
+    Processor,
+    TextTruncationWarning,
     load_tokenizer,
-    normalise,
+    normalize_text,
     query_text,
 )
 from puma_jax.errors import CheckpointError, ConfigError, ItemError
-from puma_jax.model.qwen2_vl import OURS, read_config, write_config
+from puma_jax.model.qwen2_vl import CONFIG_KEY, read_config, write_config
 from tests.reference import byte_tokenizer, qwen2_vl_config, random_image
 
 START = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
@@ -37,7 +37,7 @@ END = " <|im_end|>\n<|im_start|>assistant\n[RET]"
     ],
 )
 def test_normalisation(given, expected):
-    assert normalise(given) == expected
+    assert normalize_text(given) == expected
 
 
 def test_a_query_is_its_instruction_and_its_text():
@@ -54,144 +54,144 @@ def test_the_three_forms_end_at_ret(tiny):
         (["A cat.", image], "IMAGEA cat.\nSummarize above image and sentence in one word:"),
         (["", image], "IMAGE\nSummarize above image in one word:"),
     ]
-    holders = "<|vision_start|>" + "<|image_pad|>" * 6 + "<|vision_end|>"
+    placeholders = "<|vision_start|>" + "<|image_pad|>" * 6 + "<|vision_end|>"
     for (text, *images), body in forms:
         item = tiny.item(text, *images)
-        decoded = tiny.prompter.tokenizer.decode(item.tokens)
-        assert decoded == START + body.replace("IMAGE", holders) + END
-        assert item.tokens[-1] == tiny.prompter.ret_token_id
-        assert item.visual.sum() == len(item.patches) // 4 == (6 if images else 0)
+        decoded = tiny.processor.tokenizer.decode(item.tokens)
+        assert decoded == START + body.replace("IMAGE", placeholders) + END
+        assert item.tokens[-1] == tiny.processor.ret_token_id
+        assert item.image_token_mask.sum() == len(item.patches) // 4 == (6 if images else 0)
 
 
 def test_ret_takes_the_first_spare_row_and_keeps_it(tiny):
     tokenizer = byte_tokenizer()
     before = len(tokenizer)
-    assert Prompter(tokenizer, tiny.config).ret_token_id == before
-    assert Prompter(tokenizer, tiny.config).ret_token_id == before
+    assert Processor(tokenizer, tiny.config).ret_token_id == before
+    assert Processor(tokenizer, tiny.config).ret_token_id == before
 
 
 def test_a_token_table_without_a_spare_row_is_refused(tiny):
     decoder = dataclasses.replace(tiny.config.decoder, vocab_size=len(byte_tokenizer()))
     config = dataclasses.replace(tiny.config, decoder=decoder)
     with pytest.raises(CheckpointError, match=r"no spare row for \[RET\]"):
-        Prompter(byte_tokenizer(), config)
+        Processor(byte_tokenizer(), config)
 
 
 def test_special_tokens_in_a_users_text_are_plain_text(tiny):
     item = tiny.item("An <|image_pad|> and [RET] and <|im_end|>.")
-    special = [tiny.config.image_token_id, tiny.prompter.ret_token_id]
+    special = [tiny.config.image_token_id, tiny.processor.ret_token_id]
     assert np.isin(item.tokens[:-1], special).sum() == 0
-    assert not item.visual.any()
-    assert "<|image_pad|>" in tiny.prompter.tokenizer.decode(item.tokens)
+    assert not item.image_token_mask.any()
+    assert "<|image_pad|>" in tiny.processor.tokenizer.decode(item.tokens)
 
 
 def test_text_is_cut_at_450_tokens_and_that_is_said_once(tiny):
-    prompter = tiny.prompter
-    longest = prompter.item("x" * 449 + ".")
-    with pytest.warns(TextCutWarning, match="a text of 601 tokens was cut at 450"):
-        cut = prompter.item("x" * 600 + ".")
+    processor = tiny.processor
+    longest = processor.item("x" * 449 + ".")
+    with pytest.warns(TextTruncationWarning, match="a text of 601 tokens was truncated to 450"):
+        cut = processor.item("x" * 600 + ".")
     assert len(cut.tokens) == len(longest.tokens)
-    assert prompter.tokenizer.decode(cut.tokens[-60:]).endswith(
+    assert processor.tokenizer.decode(cut.tokens[-60:]).endswith(
         "x\nSummarize above sentence in one word:" + END
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        prompter.item("y" * 600)
+        processor.item("y" * 600)
 
 
 @pytest.mark.parametrize("text", ["a red bicycle", "", None, "two\nlines", 'a "quote"'])
 @pytest.mark.parametrize("image", [True, False])
-def test_instruction_and_body_tokenised_apart_are_the_whole(tiny, text, image):
-    prompter = tiny.prompter
-    together = prompter.body(query_text("find it", text), image=image)
+def test_instruction_and_body_tokenized_apart_are_the_whole(tiny, text, image):
+    processor = tiny.processor
+    together = processor.tokenize_text(query_text("find it", text), image=image)
     tail = query_text("find it", text).removeprefix("Find it.").removeprefix("\n")
-    apart = prompter.body(tail, image=image, instructed=True)
-    instruction = prompter.instruction("find it")
-    assert prompter.template.join(instruction, apart, image=image) == together.tokens
+    apart = processor.tokenize_text(tail, image=image, instructed=True)
+    instruction = processor.tokenize_instruction("find it")
+    assert processor.template.join(instruction, apart, image=image) == together.tokens
 
 
 @pytest.mark.parametrize("length", [436, 441, 442, 443, 600])
 @pytest.mark.parametrize("image", [True, False])
 def test_joined_and_cut_they_are_the_whole_cut(tiny, length, image):
-    prompter = tiny.prompter
+    processor = tiny.processor
     text = ("word " * 200)[: length - 1] + "."
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TextCutWarning)
-        together = prompter.body(query_text("find it", text), image=image)
-        apart = prompter.body(text, image=image, instructed=True)
-    instruction = prompter.instruction("find it")
-    assert prompter.template.join(instruction, apart, image=image) == together.tokens
-    one = [np.array([n]) for n in (len(instruction), len(apart.tokens), apart.text, image)]
+        warnings.simplefilter("ignore", TextTruncationWarning)
+        together = processor.tokenize_text(query_text("find it", text), image=image)
+        apart = processor.tokenize_text(text, image=image, instructed=True)
+    instruction = processor.tokenize_instruction("find it")
+    assert processor.template.join(instruction, apart, image=image) == together.tokens
+    one = [np.array([n]) for n in (len(instruction), len(apart.tokens), apart.text_length, image)]
     one[3] = one[3].astype(bool)
-    assert prompter.template.joined_lengths(*one)[0] == len(together.tokens)
+    assert processor.template.joined_lengths(*one)[0] == len(together.tokens)
 
 
 @pytest.fixture(scope="module", params=["chat", "bare"])
-def prompter(tiny, request):
-    """Prompters of both templates, which cut at 20 tokens."""
-    return prompter_of(tiny, request.param)
+def processor(tiny, request):
+    """Processors of both templates, which cut at 20 tokens."""
+    return processor_of(tiny, request.param)
 
 
-def prompter_of(tiny, template):
+def processor_of(tiny, template):
     prompt = PromptConfig(template=template, max_text_tokens=20)
-    return Prompter(byte_tokenizer(), dataclasses.replace(tiny.config, prompt=prompt))
+    return Processor(byte_tokenizer(), dataclasses.replace(tiny.config, prompt=prompt))
 
 
-@pytest.mark.filterwarnings("ignore::puma_jax.data.prompts.TextCutWarning")
+@pytest.mark.filterwarnings("ignore::puma_jax.data.prompts.TextTruncationWarning")
 @pytest.mark.parametrize("instruction", ["find it", None])
 @pytest.mark.parametrize("image", [True, False])
 # After "Find it.", a line's end and the full stop, 10 letters fill 20 tokens.
 @pytest.mark.parametrize("text", ["a cat", "two\nlines", 'a "quote"', None]
                          + ["x" * n for n in (8, 9, 10, 11, 18, 19, 20, 40)])  # fmt: skip
-def test_what_is_embedded_is_what_was_trained(prompter, instruction, image, text):
+def test_what_is_embedded_is_what_was_trained(processor, instruction, image, text):
     if text is None and not image:
         return
     patches = np.zeros((24, 588), np.uint8) if image else None
-    embedded = prompter.item(query_text(instruction, text), patches, (4, 6) if image else (0, 0))
-    template, one = prompter.template, lambda value: np.array([value])
+    embedded = processor.item(query_text(instruction, text), patches, (4, 6) if image else (0, 0))
+    template, one = processor.template, lambda value: np.array([value])
     if instruction:
-        line = prompter.instruction(instruction)
-        body = prompter.body(instructed_text(text), image=image, instructed=True)
+        line = processor.tokenize_instruction(instruction)
+        body = processor.tokenize_text(instructed_text(text), image=image, instructed=True)
         tokens = template.join(line, body, image=image)
-        lengths = (one(n) for n in (len(line), len(body.tokens), body.text))
+        lengths = (one(n) for n in (len(line), len(body.tokens), body.text_length))
         assert template.joined_lengths(*lengths, one(image)) == len(tokens)
     else:
-        tokens = prompter.body(query_text(None, text), image=image).tokens
+        tokens = processor.tokenize_text(query_text(None, text), image=image).tokens
     trained = template.assemble(tokens, patches, (4, 6) if image else (0, 0))
     np.testing.assert_array_equal(embedded.tokens, trained.tokens)
-    np.testing.assert_array_equal(embedded.visual, trained.visual)
+    np.testing.assert_array_equal(embedded.image_token_mask, trained.image_token_mask)
     length = template.item_lengths(one(len(tokens)), one(24 if image else 0))
     assert length == len(trained.tokens)
 
 
 def test_a_bare_item_is_its_image_its_lines_and_ret(tiny):
-    prompter = prompter_of(tiny, "bare")
-    holders = "<|vision_start|>" + "<|image_pad|>" * 6 + "<|vision_end|>"
+    processor = processor_of(tiny, "bare")
+    placeholders = "<|vision_start|>" + "<|image_pad|>" * 6 + "<|vision_end|>"
     patches, grid = np.zeros((24, 588), np.uint8), (4, 6)
     for text, read in (
         ("", ""),
         ("A cat.", "A cat.\n"),
         ("Find it.\na cat.", "Find it.\na cat.\n"),
     ):
-        item = prompter.item(text, patches, grid)
-        assert prompter.tokenizer.decode(item.tokens) == f"{holders}{read}[RET]"
+        item = processor.item(text, patches, grid)
+        assert processor.tokenizer.decode(item.tokens) == f"{placeholders}{read}[RET]"
         if text:
-            assert prompter.tokenizer.decode(prompter.item(text).tokens) == f"{read}[RET]"
+            assert processor.tokenizer.decode(processor.item(text).tokens) == f"{read}[RET]"
 
 
 def test_a_bare_text_is_cut_with_the_end_of_its_line(tiny):
-    prompter = prompter_of(tiny, "bare")
-    with pytest.warns(TextCutWarning, match="a text of 21 tokens was cut at 20"):
-        item = prompter.item("x" * 19 + ".")
-    assert prompter.tokenizer.decode(item.tokens) == "x" * 19 + ".[RET]"
+    processor = processor_of(tiny, "bare")
+    with pytest.warns(TextTruncationWarning, match="a text of 21 tokens was truncated to 20"):
+        item = processor.item("x" * 19 + ".")
+    assert processor.tokenizer.decode(item.tokens) == "x" * 19 + ".[RET]"
 
 
 def test_the_template_is_kept_with_the_model(tiny):
-    config = prompter_of(tiny, "bare").config
+    config = processor_of(tiny, "bare").config
     written = write_config(config, {})
     assert read_config(written, {}).prompt == config.prompt
     # Folders from before there were templates.
-    del written[OURS]["prompt"]["template"]
+    del written[CONFIG_KEY]["prompt"]["template"]
     assert read_config(written, {}).prompt.template == "chat"
     prompt = PromptConfig()
     object.__setattr__(prompt, "template", "plain")  # types are checked before, but only in tests
@@ -201,9 +201,9 @@ def test_the_template_is_kept_with_the_model(tiny):
 
 def test_positions_are_a_plain_count_on_request(tiny):
     prompt = dataclasses.replace(tiny.config.prompt, positions="1d")
-    prompter = Prompter(byte_tokenizer(), dataclasses.replace(tiny.config, prompt=prompt))
+    processor = Processor(byte_tokenizer(), dataclasses.replace(tiny.config, prompt=prompt))
     patches, grid = np.zeros((24, 588), np.uint8), (4, 6)
-    item = prompter.item("A.", patches, grid)
+    item = processor.item("A.", patches, grid)
     np.testing.assert_array_equal(item.positions, np.arange(len(item.tokens))[:, None].repeat(3, 1))
 
 

@@ -18,7 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from puma_jax.data.builder import Settings, build
 from puma_jax.data.images import open_image
-from puma_jax.data.prompts import Prompter
+from puma_jax.data.prompts import Processor, prompt_fingerprint
 from puma_jax.data.store import Store
 from puma_jax.errors import CheckpointError, DataError, ImageError
 from tests.data import fake_mbeir
@@ -36,7 +36,7 @@ def root(tmp_path_factory):
 def folder(root, tiny, tmp_path_factory):
     """Built data with images inline, in shards of five."""
     out = tmp_path_factory.mktemp("store") / "inline"
-    build(Settings(root, out, shard_items=5, workers=1), tiny.prompter)
+    build(Settings(root, out, shard_items=5, workers=1), tiny.processor)
     return out
 
 
@@ -65,7 +65,7 @@ def test_rows_are_read_in_any_order(store):
 
 
 def test_images_are_decoded(store, root, tiny, folder, tmp_path):
-    build(Settings(root, tmp_path / "paths", images="path", workers=1), tiny.prompter)
+    build(Settings(root, tmp_path / "paths", images="path", workers=1), tiny.processor)
     expected = open_image(root / fake_mbeir.image_path(3))
     for one in (store, Store.open(tmp_path / "paths"), Store.open(tmp_path / "paths", root=root)):
         np.testing.assert_array_equal(one.image(one.candidate(3)), expected)
@@ -104,24 +104,26 @@ def test_a_forked_process_opens_readers_of_its_own(store, monkeypatch):
 
 
 def test_the_tokenizer_and_the_cut_must_be_those_of_the_model(store, tiny, tmp_path):
-    store.check(tiny.prompter)
+    store.check(prompt_fingerprint(tiny.processor))
     # [RET] is in the tokenizer of a model that was saved, and not in that of its base.
-    tiny.prompter.save_tokenizer(tmp_path, {})
-    store.check(Prompter(type(byte_tokenizer()).from_pretrained(tmp_path), tiny.config))
+    tiny.processor.save_tokenizer(tmp_path, {})
+    store.check(
+        prompt_fingerprint(Processor(type(byte_tokenizer()).from_pretrained(tmp_path), tiny.config))
+    )
     other = byte_tokenizer()
     other.add_tokens(["one more"])
     vocabulary = dataclasses.replace(tiny.config.decoder, vocab_size=300)
     config = dataclasses.replace(tiny.config, decoder=vocabulary)
     with pytest.raises(CheckpointError, match=r"built with tokenizer [0-9a-f]{64}, the model has"):
-        store.check(Prompter(other, config))
+        store.check(prompt_fingerprint(Processor(other, config)))
     prompt = dataclasses.replace(tiny.config.prompt, max_text_tokens=20)
     config = dataclasses.replace(tiny.config, prompt=prompt)
     with pytest.raises(CheckpointError, match="max_text_tokens 450, the model has 20: build the"):
-        store.check(Prompter(byte_tokenizer(), config))
+        store.check(prompt_fingerprint(Processor(byte_tokenizer(), config)))
     prompt = dataclasses.replace(tiny.config.prompt, template="bare")
     config = dataclasses.replace(tiny.config, prompt=prompt)
     with pytest.raises(CheckpointError, match="template chat, the model has bare: build the"):
-        store.check(Prompter(byte_tokenizer(), config))
+        store.check(prompt_fingerprint(Processor(byte_tokenizer(), config)))
 
 
 def test_a_build_that_names_no_template_is_of_chat(folder, tiny, tmp_path):
@@ -129,27 +131,27 @@ def test_a_build_that_names_no_template_is_of_chat(folder, tiny, tmp_path):
     del content["template"]
     (tmp_path / "build.json").write_text(json.dumps(content))
     (tmp_path / "instructions.json").touch()
-    Store.open(tmp_path).check(tiny.prompter)
+    Store.open(tmp_path).check(prompt_fingerprint(tiny.processor))
 
 
 def test_bare_items_are_built_and_read(root, tiny, tmp_path):
     prompt = dataclasses.replace(tiny.config.prompt, template="bare")
-    prompter = Prompter(byte_tokenizer(), dataclasses.replace(tiny.config, prompt=prompt))
-    build(Settings(root, tmp_path / "bare", workers=1), prompter)
+    processor = Processor(byte_tokenizer(), dataclasses.replace(tiny.config, prompt=prompt))
+    build(Settings(root, tmp_path / "bare", workers=1), processor)
     store = Store.open(tmp_path / "bare")
-    store.check(prompter)
+    store.check(prompt_fingerprint(processor))
     text, image = store.query(0), store.query(4)
-    assert prompter.tokenizer.decode(text.tokens) == "a thing no. 0.\n"
-    assert text.text_length == len(text.tokens) == store.table.query_text[0]
+    assert processor.tokenizer.decode(text.tokens) == "a thing no. 0.\n"
+    assert text.text_length == len(text.tokens) == store.table.query_text_length[0]
     assert len(image.tokens) == len(image.plain_tokens) == 0 == store.table.query_tokens[4]
-    assert prompter.tokenizer.decode(store.candidate(1).tokens) == "A caption no. 1.\n"
+    assert processor.tokenizer.decode(store.candidate(1).tokens) == "A caption no. 1.\n"
 
 
 def test_what_is_missing_or_damaged_is_named(root, tiny, tmp_path):
     with pytest.raises(DataError, match="none holds no finished build: run python -m puma_jax"):
         Store.open(tmp_path / "none")
     out = tmp_path / "out"
-    build(Settings(root, out, shard_items=5, workers=1), tiny.prompter)
+    build(Settings(root, out, shard_items=5, workers=1), tiny.processor)
     shard = out / "queries/queries-train.array_record-00001-of-00003"
     shard.write_bytes(shard.read_bytes()[:70_000])
     store = Store.open(out)

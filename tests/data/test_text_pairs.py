@@ -3,8 +3,8 @@ import csv
 import pytest
 
 from puma_jax.data.builder import Settings, build
+from puma_jax.data.lines import BadRecords
 from puma_jax.data.mbeir import validate
-from puma_jax.data.mbeir.lines import BadRecords
 from puma_jax.data.store import Store
 from puma_jax.data.text_pairs import read_text_pairs, write_benchmark
 from puma_jax.errors import DataError
@@ -72,10 +72,10 @@ def test_pairs_become_a_benchmark_that_is_built_like_any_other(tmp_path, tiny):
     assert write_benchmark(path, out, on_bad_record="skip", skipped=skipped) == 2
     assert skipped.count == 1
     assert validate(out, check_images=False).sound
-    build(Settings(root=out, out=tmp_path / "built", workers=1), tiny.prompter)
+    build(Settings(root=out, out=tmp_path / "built", workers=1), tiny.processor)
     store = Store.open(tmp_path / "built")
     assert store.instructions.sets == ("pairs_task1",)
     for row, (first, second) in enumerate((("A cat.", "A pet."), ("A bus.", "A car."))):
         asked, found = store.query(row), store.candidate(store.table.positive_row[row])
-        assert tuple(asked.plain_tokens) == tiny.prompter.body(first, image=False).tokens
-        assert tuple(found.tokens) == tiny.prompter.body(second, image=False).tokens
+        assert tuple(asked.plain_tokens) == tiny.processor.tokenize_text(first, image=False).tokens
+        assert tuple(found.tokens) == tiny.processor.tokenize_text(second, image=False).tokens

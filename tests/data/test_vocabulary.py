@@ -16,7 +16,7 @@ from puma_jax.config import PromptConfig
 from puma_jax.data import mbeir
 from puma_jax.data.builder.shards import instructed_text
 from puma_jax.data.mbeir import Candidate, Query
-from puma_jax.data.prompts import Prompter, query_text
+from puma_jax.data.prompts import Processor, query_text
 from puma_jax.data.vocabulary import SMALLEST, SPECIAL_TOKENS, train_tokenizer
 from puma_jax.errors import ConfigError, DataError
 from tests.data import fake_mbeir
@@ -37,12 +37,12 @@ def tokenizer(root):
 
 
 @pytest.fixture(scope="module")
-def prompter(root, tiny):
-    return prompter_of(train_tokenizer(root, SIZE), tiny.config)
+def processor(root, tiny):
+    return processor_of(train_tokenizer(root, SIZE), tiny.config)
 
 
-def prompter_of(tokenizer, config, vocab_size=SIZE):
-    """A prompter of a model whose vocabulary is the tokenizer's, which cuts at 30 tokens."""
+def processor_of(tokenizer, config, vocab_size=SIZE):
+    """A processor of a model whose vocabulary is the tokenizer's, which cuts at 30 tokens."""
     names = ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
     image, start, end = tokenizer.convert_tokens_to_ids(list(names))
     config = dataclasses.replace(
@@ -53,7 +53,7 @@ def prompter_of(tokenizer, config, vocab_size=SIZE):
         vision_end_token_id=end,
         prompt=PromptConfig(template="bare", max_text_tokens=30),
     )
-    return Prompter(tokenizer, config)
+    return Processor(tokenizer, config)
 
 
 def encode(tokenizer, text):
@@ -124,36 +124,39 @@ def test_special_tokens_come_last(tokenizer):
 @pytest.mark.parametrize("size", [SMALLEST, SMALLEST + 10])
 def test_with_ret_it_has_the_size_that_was_asked_for(root, tiny, size):
     tokenizer = train_tokenizer(root, size)
-    prompter = prompter_of(tokenizer, tiny.config, size)
-    assert prompter.ret_token_id == size - 1
+    processor = processor_of(tokenizer, tiny.config, size)
+    assert processor.ret_token_id == size - 1
     assert len(tokenizer) == size
 
 
-def test_instructions_queries_and_documents_are_learned_as_they_are_read(prompter):
+def test_instructions_queries_and_documents_are_learned_as_they_are_read(processor):
     for word in ("Find", " thing", "Entity", ".\n"):
-        assert len(encode(prompter.tokenizer, word)) == 1
-    words = [prompter.tokenizer.decode([token]) for token in prompter.instruction("find a picture")]
+        assert len(encode(processor.tokenizer, word)) == 1
+    words = [
+        processor.tokenizer.decode([token])
+        for token in processor.tokenize_instruction("find a picture")
+    ]
     assert words == ["Find", " a", " picture", ".\n"]
 
 
-@pytest.mark.filterwarnings("ignore::puma_jax.data.prompts.TextCutWarning")
+@pytest.mark.filterwarnings("ignore::puma_jax.data.prompts.TextTruncationWarning")
 @given(TEXT, st.sampled_from(["find a picture", "Which picture is it?", "what (or who)?!"]))
-def test_an_instruction_and_a_text_tokenised_apart_are_the_whole(prompter, text, instruction):
-    together = prompter.body(query_text(instruction, text), image=True)
-    apart = prompter.body(instructed_text(text), image=True, instructed=True)
-    line = prompter.instruction(instruction)
-    assert prompter.template.join(line, apart, image=True) == together.tokens
-    lengths = (np.array([n]) for n in (len(line), len(apart.tokens), apart.text))
-    joined = prompter.template.joined_lengths(*lengths, np.array([True]))
+def test_an_instruction_and_a_text_tokenized_apart_are_the_whole(processor, text, instruction):
+    together = processor.tokenize_text(query_text(instruction, text), image=True)
+    apart = processor.tokenize_text(instructed_text(text), image=True, instructed=True)
+    line = processor.tokenize_instruction(instruction)
+    assert processor.template.join(line, apart, image=True) == together.tokens
+    lengths = (np.array([n]) for n in (len(line), len(apart.tokens), apart.text_length))
+    joined = processor.template.joined_lengths(*lengths, np.array([True]))
     assert joined == len(together.tokens)
 
 
-def test_an_item_of_an_image_and_a_text(prompter):
+def test_an_item_of_an_image_and_a_text(processor):
     patches = np.zeros((24, 588), np.uint8)
-    item = prompter.item("A <|image_pad|>.", patches, (4, 6))
-    holders = "<|vision_start|>" + "<|image_pad|>" * 6 + "<|vision_end|>"
-    assert prompter.tokenizer.decode(item.tokens) == f"{holders}A <|image_pad|>.\n[RET]"
-    assert item.visual.sum() == 6
+    item = processor.item("A <|image_pad|>.", patches, (4, 6))
+    placeholders = "<|vision_start|>" + "<|image_pad|>" * 6 + "<|vision_end|>"
+    assert processor.tokenizer.decode(item.tokens) == f"{placeholders}A <|image_pad|>.\n[RET]"
+    assert item.image_token_mask.sum() == 6
 
 
 def test_only_what_training_reads_is_learned(tmp_path):

@@ -7,10 +7,10 @@ import pytest
 
 from puma_jax import Embedder
 from puma_jax.errors import CheckpointError, ConfigError, DataError
+from puma_jax.evaluation.report import Evaluation, SetResult
 from puma_jax.export import stablehlo
 from puma_jax.export.__main__ import main
 from puma_jax.export.card import Training
-from puma_jax.retrieval.report import Evaluation, SetResult
 from puma_jax.train import load_config
 from puma_jax.training.run import as_json
 
@@ -44,7 +44,7 @@ def test_a_folder_for_transformers_is_the_model_with_a_card(workdir, tmp_path):
     assert loaded.fingerprint == original.fingerprint
     card = (tmp_path / "out/README.md").read_text()
     assert "license: apache-2.0" in card
-    assert "it has: 0, 2." in card
+    assert "counted from 0: 0, 2." in card
     assert "From random weights, seed 0." in card
     stages = json.loads((workdir / "config.json").read_text())["stages"]
     for name, stage in stages.items():
@@ -64,6 +64,18 @@ def test_a_card_tells_of_the_stages_that_made_the_model():
     assert Training(config, third, None).base == "some/base"
 
 
+def test_a_run_of_an_older_version_is_refused_by_name(workdir, tmp_path):
+    config = json.loads((workdir / "config.json").read_text())
+    for stage in config["stages"].values():
+        stage["train"] = stage.pop("trainable")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ConfigError, match=r"config\.json is of an older version.*no field trainable"
+    ):
+        main("huggingface", str(tmp_path / "run/mac"), tmp_path / "out")
+
+
 def test_results_given_stand_in_the_card(tiny, tmp_path):
     results = tmp_path / "results.json"
     results.write_text(json.dumps(evaluation(0.75).to_json()))
@@ -72,7 +84,7 @@ def test_results_given_stand_in_the_card(tiny, tmp_path):
     )  # fmt: skip
     card = (tmp_path / "out/README.md").read_text()
     assert "75.0 ± 5.0" in card
-    assert "it has: 0." in card
+    assert "counted from 0: 0." in card
     assert "## Training" not in card
     assert "its license holds for them" in card
     with pytest.raises(DataError, match=r"card cannot be read as results.json"):

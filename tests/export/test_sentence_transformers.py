@@ -122,7 +122,7 @@ def assert_same_tokens(words, items, instruction):
     for item, row, mask in zip(
         items, features["input_ids"], features["attention_mask"], strict=True
     ):
-        expected = embedder.prepare(item, instruction).tokens
+        expected = embedder.preprocess(item, instruction).tokens
         np.testing.assert_array_equal(row[mask.bool()].numpy(), expected)
 
 
@@ -165,7 +165,7 @@ def test_tensors_are_named_as_in_the_model_that_is_opened(pair):
 
 def test_all_tensors_of_several_files_have_their_place(tiny, tmp_path):
     embedder = Embedder.load(tiny.folder, dtype="float32")
-    embedder.save(tmp_path / "saved", max_shard_bytes=200_000, headless=True)
+    embedder.save(tmp_path / "saved", max_shard_bytes=200_000, backbone=True)
     index = json.loads((tmp_path / "saved/model.safetensors.index.json").read_text())
     model, report = AutoModel.from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not report["missing_keys"]

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from puma_jax import Embedder
 from puma_jax.config import ComputeConfig, PromptConfig
-from puma_jax.data.prompts import Prompter, TextCutWarning
+from puma_jax.data.prompts import Processor, TextTruncationWarning
 from puma_jax.errors import ConfigError
 from puma_jax.export import loader, stablehlo
 from tests.reference import SPECIAL, random_image
@@ -129,23 +129,25 @@ def test_items_are_read_as_the_embedder_reads_them(written, instruction):
         for i, size in enumerate(sizes)
     ]
     small = loader.Embedder(folder)
-    template = Prompter(embedder.tokenizer, embedder.config).template
+    template = Processor(embedder.tokenizer, embedder.config).template
     for number, item in enumerate(items):
-        read = small._read(number, item, instruction)
+        read = small._preprocess(number, item, instruction)
         arrays = (jax.numpy.asarray(small._padded([array])) for array in read)
         rows = stablehlo.one_item_rows(template, *arrays)
         row = SimpleNamespace(**{name: np.asarray(value[0]) for name, value in vars(rows).items()})
-        expected = embedder.prepare(item, instruction)
-        there, seen = row.segments == 1, row.patch_segments == 1
+        expected = embedder.preprocess(item, instruction)
+        there, seen = row.segment_ids == 1, row.patch_segment_ids == 1
         np.testing.assert_array_equal(row.tokens[there], expected.tokens)
         np.testing.assert_array_equal(row.positions[there], expected.positions)
-        np.testing.assert_array_equal((row.visual >= 0)[there], expected.visual)
-        visual = row.visual[there][expected.visual]
+        np.testing.assert_array_equal(
+            (row.image_token_index >= 0)[there], expected.image_token_mask
+        )
+        visual = row.image_token_index[there][expected.image_token_mask]
         np.testing.assert_array_equal(visual, np.arange(len(visual)))
         np.testing.assert_array_equal(row.patches[seen], expected.patches)
         np.testing.assert_array_equal(row.patch_positions[seen], expected.patch_positions)
         assert there[-1]
-        assert row.ret == len(there) - 1
+        assert row.pool_index == len(there) - 1
 
 
 @pytest.mark.parametrize(
@@ -165,17 +167,17 @@ def test_what_does_not_fit_is_refused(written, item, message):
 def test_a_text_is_refused_where_the_embedder_would_cut_it(written):
     embedder, folder = written
     small = loader.Embedder(folder)
-    small._read(0, {"text": "x" * 449}, None)
-    embedder.prepare({"text": "x" * 449})  # a warning would be an error
+    small._preprocess(0, {"text": "x" * 449}, None)
+    embedder.preprocess({"text": "x" * 449})  # a warning would be an error
     with pytest.raises(ValueError, match="item 0: text of 451 tokens, over 450: shorten it"):
-        small._read(0, {"text": "x" * 450}, None)
-    with pytest.warns(TextCutWarning, match="a text of 451 tokens was cut at 450"):
-        embedder.prepare({"text": "x" * 450})
+        small._preprocess(0, {"text": "x" * 450}, None)
+    with pytest.warns(TextTruncationWarning, match="a text of 451 tokens was truncated to 450"):
+        embedder.preprocess({"text": "x" * 450})
 
 
 def test_few_sizes_are_compiled_and_the_largest_is_not_padded(written):
     small = loader.Embedder(written[1])
-    most = 450 + len(Prompter(merging_tokenizer(), written[0].config).template.ask_both)
+    most = 450 + len(Processor(merging_tokenizer(), written[0].config).template.suffix_both)
     padded = [small._padded([np.zeros(length)]).shape[1] for length in range(1, most + 1)]
     assert len(set(padded)) == 11
     assert all(length <= size < 2 * length + 2 for length, size in enumerate(padded, 1))
@@ -203,17 +205,15 @@ def test_the_manifest_describes_what_lies_beside_it(written):
     assert manifest["platforms"] == ["cpu", "cuda", "tpu"]
     assert manifest["model_type"] == "qwen2_vl"
     assert manifest["kept_layers"] == [0, 1, 2, 3]
-    assert manifest["width"] == embedder.width
+    assert manifest["embedding_dim"] == embedder.embedding_dim
     assert manifest["dtype"] == "float32"
     assert manifest["max_visual_tokens"] == 300
     limits = {"max_text_tokens": 450, "min_pixels": 4 * 28**2, "max_pixels": 300 * 28**2}
-    assert limits.items() <= manifest["reading"].items()
+    assert limits.items() <= manifest["preprocessing"].items()
 
 
-def test_the_loader_is_short_and_travels_as_it_is(written):
-    text = Path(loader.__file__).read_text()
-    assert (written[1] / "load.py").read_text() == text
-    assert len(text.splitlines()) < 60
+def test_the_loader_is_copied_unchanged(written):
+    assert (written[1] / "load.py").read_bytes() == Path(loader.__file__).read_bytes()
 
 
 def test_bfloat16_vectors_are_near_the_embedders(tiny, tmp_path):

@@ -42,7 +42,7 @@ def test_a_small_recipe_compiles_for_four_chips_with_splash_attention(tiny):
     command = [sys.executable, "launch/aot_check.py", "--config", str(RECIPE), "--stage", "distil"]
     command += ["--topology", "v5e:2x2", "--model", str(tiny.folder), "--mesh.fsdp", "2"]
     command += ["--stages.distil.keep-layers", "2", "--stages.distil.lora.rank", "4"]
-    command += ["--stages.distil.chunks", "1", "--pairs", "16"]
+    command += ["--stages.distil.grad-cache-chunks", "1", "--pairs", "16"]
     command += ["--visual-tokens", "30", "--text-tokens", "50"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -168,13 +168,13 @@ def test_chunks_of_rows_hold_one_chunk_of_scores():
         loss = jax.jit(jax.grad(lambda q, c: info_nce(q, c, temperature=0.05, layout=layout)))
         return loss.lower(x, x).compile().memory_analysis().temp_size_in_bytes
 
-    assert memory(Layout(rows=256)) < memory(Layout()) / 5
+    assert memory(Layout(chunk_size=256)) < memory(Layout()) / 5
 
 
 def test_rows_that_do_not_divide_are_refused(pairs):
     q, c = vectors(pairs)
     with pytest.raises(ConfigError, match="48 queries of a device do not divide into chunks of 5"):
-        info_nce(q, c, temperature=0.05, layout=Layout(rows=5))
+        info_nce(q, c, temperature=0.05, layout=Layout(chunk_size=5))
 
 
 def test_without_a_valid_pair_loss_and_gradient_are_zero(pairs):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from puma_jax.axes import BATCH_AXES
 from puma_jax.losses import (
     DENSE,
     Layout,
@@ -14,7 +15,7 @@ from puma_jax.losses import (
     mac_loss,
     mamcl_loss,
 )
-from puma_jax.parallel.mesh import BATCH_AXES, MeshConfig, batch_sharding, make_mesh
+from puma_jax.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 from tests.losses import reference
 
 # Seven pairs and three negatives a device: tiles of four divide neither them nor all ten keys.
@@ -76,9 +77,9 @@ def of(batch, loss, masks, layout):
     return function
 
 
-def layout(axes, over_devices="ring", rows=TILE):
+def layout(axes, cross_device="ring", chunk_size=TILE):
     devices = jax.devices()[: np.prod(axes)]
-    return Layout(rows, make_mesh(MeshConfig(*axes), devices), BATCH_AXES, over_devices)
+    return Layout(chunk_size, make_mesh(MeshConfig(*axes), devices), BATCH_AXES, cross_device)
 
 
 def value_and_gradients(function, vectors, taus=TAUS):
@@ -211,7 +212,7 @@ def test_gradients_of_bfloat16_vectors_are_rounded_once(batch):
 
 def test_a_device_needs_no_more_than_10_mib_for_8192_pairs_of_width_256():
     """Where one copy of all candidates takes 8 MiB, and a device's share of the scores 32."""
-    how = layout((4, 2, 1), rows=256)
+    how = layout((4, 2, 1), chunk_size=256)
     share = batch_sharding(how.mesh)
     vectors = jax.ShapeDtypeStruct((8192, 256), jnp.float32, sharding=share)
     label = jax.ShapeDtypeStruct((8192,), jnp.int32, sharding=share)

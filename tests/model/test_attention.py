@@ -36,7 +36,7 @@ def test_attention_is_a_softmax_inside_each_segment(implementation, causal, kv_h
     k, v = rng.normal(size=(2, 2, 16, kv_heads, 8))
     ours = attention(
         *(jnp.array(x, jnp.float32) for x in (q, k, v)),
-        segments=jnp.array(SEGMENTS),
+        segment_ids=jnp.array(SEGMENTS),
         causal=causal,
         implementation=implementation,
     )
@@ -50,7 +50,7 @@ def test_an_implementation_is_never_replaced():
         "splash": '^attention "splash" runs on TPUs and this is cpu: ask for "auto" or "xla"$',
     }.items():
         with pytest.raises(AttentionError, match=message):
-            attention(x, x, x, segments=jnp.ones((1, 2), int), causal=True, implementation=name)
+            attention(x, x, x, segment_ids=jnp.ones((1, 2), int), causal=True, implementation=name)
         with pytest.raises(AttentionError, match=message):
             describe(ComputeConfig(attention=name))
 

@@ -66,10 +66,10 @@ def test_transformers_loads_what_we_save(tiny, tmp_path, keep, loader):
     layers = model.config.text_config.num_hidden_layers
     assert layers == embedder.config.decoder.layers == (keep if isinstance(keep, int) else 2)
     items = [tiny.item("A red bicycle."), tiny.item("Blue.", random_image(90, 200))]
-    rows, placement = reference.pack(items, reference.RowShape(2, 256, 1, 128, 2))
+    rows, packing = reference.pack(items, reference.PackedShape(2, 256, 1, 128, 2))
     ours = np.asarray(reference.encode(embedder.params, rows, reference.FLOAT32))
     wrapped = type("Wrapped", (), {"model": model if loader is AutoModel else model.model})
-    for slot, item in zip(placement.slot, items, strict=True):
+    for slot, item in zip(packing.slot, items, strict=True):
         np.testing.assert_allclose(ours[slot], tiny.expected(item, wrapped), rtol=0, atol=1e-4)
     assert_same_leaves(open_checkpoint(tmp_path / "saved").read(dtype="float32"), embedder.params)
 
@@ -94,7 +94,7 @@ def test_bfloat16_shards_with_an_index_go_round(tiny, tmp_path):
 def test_leaves_are_read_straight_into_their_shards(tiny):
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "tensor"))
 
-    def placement(name, leaf):
+    def shardings(name, leaf):
         # Shard outputs of decoder kernels, inputs of the vision tower's, nothing else.
         spec = PartitionSpec()
         if name.startswith("decoder.layers") and name.endswith("kernel"):
@@ -103,7 +103,7 @@ def test_leaves_are_read_straight_into_their_shards(tiny):
             spec = PartitionSpec("data", "tensor")
         return NamedSharding(mesh, spec)
 
-    params = open_checkpoint(tiny.folder).read([0, 3], dtype="float32", placement=placement)
+    params = open_checkpoint(tiny.folder).read([0, 3], dtype="float32", shardings=shardings)
     whole = open_checkpoint(tiny.folder).read([0, 3], dtype="float32")
     assert_same_leaves(params, whole)
     kernel = named_leaves(params)["decoder.layers.mlp.up.kernel"]
@@ -183,5 +183,5 @@ def test_a_place_that_is_no_model_is_named(tmp_path):
         Embedder.load(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match=r"config.json is missing"):
         Embedder.load(tmp_path)
-    with pytest.raises(CheckpointError, match="neither a folder here nor to be had from the hub"):
+    with pytest.raises(CheckpointError, match="neither a folder here nor available from the hub"):
         Embedder.load("nobody/no-such-model")

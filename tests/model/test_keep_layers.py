@@ -11,7 +11,7 @@ from puma_jax.errors import LayerSelectionError
 from puma_jax.model.encoder import abstract, keep_layers
 from puma_jax.model.hf import open_checkpoint
 from puma_jax.model.tree import named_leaves
-from puma_jax.rows import RowShape
+from puma_jax.rows import PackedShape
 from tests.reference import FLOAT32, encode, pack, random_image
 
 LAYERS = {
@@ -32,14 +32,14 @@ def test_the_slice_equals_the_reference_with_those_layers_deleted(tiny, keep):
     model.config.num_hidden_layers = len(model.layers)
     model.config.layer_types = ["full_attention"] * len(model.layers)
     items = [tiny.item("A red bicycle."), tiny.item("Make it blue.", random_image(90, 200))]
-    rows, placement = pack(items, RowShape(2, 256, 1, 128, 2))
+    rows, packing = pack(items, PackedShape(2, 256, 1, 128, 2))
 
     config, params = keep_layers(tiny.config, tiny.params, keep)
     read = open_checkpoint(tiny.folder).read(keep, dtype="float32")
 
     assert config.kept_layers == tuple(LAYERS[keep])
     assert config.decoder.layers == len(LAYERS[keep])
-    ours = np.asarray(encode(params, rows, FLOAT32))[placement.slot]
+    ours = np.asarray(encode(params, rows, FLOAT32))[packing.slot]
     for mine, item in zip(ours, items, strict=True):
         np.testing.assert_allclose(mine, tiny.expected(item, reference), rtol=0, atol=1e-4)
     jax.tree.map(np.testing.assert_array_equal, params, read)
@@ -47,7 +47,7 @@ def test_the_slice_equals_the_reference_with_those_layers_deleted(tiny, keep):
 
 def test_the_program_does_not_grow_with_depth(tiny):
     """Compile time is that of one layer: 28 layers lower to as many lines as 12."""
-    rows, _ = pack([tiny.item("A.", random_image(60, 60))], RowShape(1, 128, 1, 64, 1))
+    rows, _ = pack([tiny.item("A.", random_image(60, 60))], PackedShape(1, 128, 1, 64, 1))
 
     def lines(layers):
         config = tiny.config.with_layers(tuple(range(layers)))

@@ -10,10 +10,10 @@ import pytest
 from puma_jax.config import LoraConfig
 from puma_jax.errors import ConfigError
 from puma_jax.model import encoder, layers
-from puma_jax.model.dropout import drop, token_keys
+from puma_jax.model.dropout import dropout, token_keys
 from puma_jax.model.lora import add_lora, is_lora, merge
 from puma_jax.model.tree import assemble, named_leaves, partition
-from puma_jax.rows import RowShape
+from puma_jax.rows import PackedShape
 from tests.reference import FLOAT32, encode, pack, random_image
 
 CONFIG = LoraConfig(rank=4, alpha=8.0, dropout=0.5)
@@ -22,7 +22,7 @@ CONFIG = LoraConfig(rank=4, alpha=8.0, dropout=0.5)
 @pytest.fixture(scope="module")
 def rows(tiny):
     items = [tiny.item("A red bicycle."), tiny.item("A blue one.")]
-    return pack(items, RowShape(1, 256, 0, 1, 2))[0]
+    return pack(items, PackedShape(1, 256, 0, 1, 2))[0]
 
 
 def with_noise(params):
@@ -87,11 +87,11 @@ def test_dropout_acts_on_the_adapter_alone_and_only_with_keys(tiny, rows):
 
 def numbered(items, shape, order):
     """Rows of the items in this order, the number of the item in each slot, the slot of each."""
-    rows, placement = pack([items[i] for i in order], shape)
+    rows, packing = pack([items[i] for i in order], shape)
     numbers = np.full(shape.slots, -1, np.int32)
-    numbers[placement.slot] = order
+    numbers[packing.slot] = order
     slots = np.empty(len(items), int)
-    slots[order] = placement.slot
+    slots[order] = packing.slot
     return rows, jnp.array(numbers), slots
 
 
@@ -102,21 +102,23 @@ def test_the_key_of_a_token_is_made_of_its_item_and_its_distance_to_ret(tiny):
         texts[0],
         tokens=texts[0].tokens[-1:],
         positions=texts[0].positions[-1:],
-        visual=texts[0].visual[-1:],
+        image_token_mask=texts[0].image_token_mask[-1:],
     )
     # One token, alone in its row, ends where the unused slots point to.
     for items, shape in (
-        ([*texts, token, token], RowShape(4, 256, 0, 1, 16, groups=2)),
-        ([token], RowShape(1, 128, 0, 1, 4)),
+        ([*texts, token, token], PackedShape(4, 256, 0, 1, 16, data_shards=2)),
+        ([token], PackedShape(1, 128, 0, 1, 4)),
     ):
         rows, numbers, slots = numbered(items, shape, range(len(items)))
-        keys = token_keys(key, rows, numbers, groups=shape.groups).reshape(shape.groups, -1)
+        keys = token_keys(key, rows, numbers, data_shards=shape.data_shards).reshape(
+            shape.data_shards, -1
+        )
         for number, (item, slot) in enumerate(zip(items, slots, strict=True)):
-            group = slot // (shape.slots // shape.groups)
+            group = slot // (shape.slots // shape.data_shards)
             distances = np.arange(len(item.tokens))
             of_item = jax.random.fold_in(key, number)
             expected = jax.vmap(jax.random.fold_in, (None, 0))(of_item, distances)
-            assert (keys[group, rows.ret[slot] - distances] == expected).all()
+            assert (keys[group, rows.pool_index[slot] - distances] == expected).all()
 
 
 def test_dropout_does_not_depend_on_where_an_item_is_packed(tiny):
@@ -126,16 +128,16 @@ def test_dropout_does_not_depend_on_where_an_item_is_packed(tiny):
 
     def vectors(shape, order):
         rows, numbers, slots = numbered(items, shape, order)
-        keys = token_keys(jax.random.key(5), rows, numbers, groups=shape.groups)
-        states = encode(adapted, rows, FLOAT32, groups=shape.groups, dropout_keys=keys)
-        return np.asarray(encoder.unit(states))[slots]
+        keys = token_keys(jax.random.key(5), rows, numbers, data_shards=shape.data_shards)
+        states = encode(adapted, rows, FLOAT32, data_shards=shape.data_shards, dropout_keys=keys)
+        return np.asarray(encoder.l2_normalize(states))[slots]
 
-    one_row = RowShape(1, 1024, 1, 256, 6)
+    one_row = PackedShape(1, 1024, 1, 256, 6)
     expected = vectors(one_row, range(6))
     for shape in (
         one_row,
-        RowShape(2, 512, 2, 128, 20, groups=2),
-        RowShape(8, 256, 8, 128, 16, groups=4),
+        PackedShape(2, 512, 2, 128, 20, data_shards=2),
+        PackedShape(8, 256, 8, 128, 16, data_shards=4),
     ):
         found = vectors(shape, [4, 1, 5, 0, 2, 3])
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
@@ -143,7 +145,9 @@ def test_dropout_does_not_depend_on_where_an_item_is_packed(tiny):
 
 def test_items_of_the_same_text_have_masks_of_their_own(tiny):
     adapted = with_noise(add_lora(tiny.params, CONFIG, jax.random.key(0)))
-    rows, numbers, slots = numbered([tiny.item("Text.")] * 2, RowShape(1, 256, 0, 1, 2), range(2))
+    rows, numbers, slots = numbered(
+        [tiny.item("Text.")] * 2, PackedShape(1, 256, 0, 1, 2), range(2)
+    )
     keys = token_keys(jax.random.key(0), rows, numbers)
     alike = encode(adapted, rows, FLOAT32)[slots]
     apart = encode(adapted, rows, FLOAT32, dropout_keys=keys)[slots]
@@ -158,19 +162,19 @@ def test_every_linear_of_every_layer_draws_from_keys_of_its_own(tiny, rows, monk
         jax.debug.callback(seen.append, jax.random.key_data(keys))
         return x
 
-    monkeypatch.setattr(layers, "drop", record)
+    monkeypatch.setattr(layers, "dropout", record)
     adapted = add_lora(tiny.params, CONFIG, jax.random.key(0))
     keys = token_keys(jax.random.key(0), rows, jnp.arange(2))
     encoder.encode(adapted, rows, FLOAT32, dropout_keys=keys)
     jax.effects_barrier()
     assert len(seen) == 4 * 7
-    of_items = np.stack(seen)[:, np.asarray(rows.segments) > 0].reshape(-1, 2)
+    of_items = np.stack(seen)[:, np.asarray(rows.segment_ids) > 0].reshape(-1, 2)
     assert len(np.unique(of_items, axis=0)) == len(of_items)
 
 
 def test_a_mask_keeps_its_share_and_the_mean():
     keys = jax.random.split(jax.random.key(0), (8, 16))
-    dropped = np.asarray(drop(jnp.full((8, 16, 1000), 3.0, jnp.bfloat16), keys, 0.25))
+    dropped = np.asarray(dropout(jnp.full((8, 16, 1000), 3.0, jnp.bfloat16), keys, 0.25))
     assert dropped.dtype == jnp.bfloat16
     assert set(np.unique(dropped.astype(float))) == {0.0, 4.0}
     assert abs((dropped > 0).mean() - 0.75) < 4 * (0.25 * 0.75 / dropped.size) ** 0.5

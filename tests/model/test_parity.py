@@ -14,8 +14,8 @@ from puma_jax.config import ComputeConfig
 from puma_jax.data.images import patchify
 from puma_jax.data.positions import patch_positions
 from puma_jax.model import encoder, rope
-from puma_jax.model.vision import normalise
-from puma_jax.rows import RowShape
+from puma_jax.model.vision import normalize
+from puma_jax.rows import PackedShape
 from tests.reference import (
     FLOAT32,
     encode,
@@ -57,13 +57,13 @@ def test_patch_embedding(either):
         assert_close(embedding(jnp.array(patches[None]), "float32")[0], theirs)
 
 
-def test_pixels_are_normalised_as_the_published_processor_does(tiny):
+def test_pixels_are_normalized_as_the_published_processor_does(tiny):
     image = random_image(100, 140)
     patches, _ = patchify(image, tiny.config.vision, tiny.config.images)
     theirs = image_processor(tiny.config.images)(image, return_tensors="np")["pixel_values"]
     first_frame = theirs.reshape(len(patches), 3, 2, -1)[:, :, 0].reshape(len(patches), -1)
     vision = tiny.config.vision
-    ours = normalise(jnp.array(patches[None]), vision.image_mean, vision.image_std)[0]
+    ours = normalize(jnp.array(patches[None]), vision.image_mean, vision.image_std)[0]
     np.testing.assert_allclose(np.asarray(ours), first_frame, rtol=0, atol=1e-6)
 
 
@@ -92,10 +92,10 @@ def test_vision_block(either):
 def test_tower_and_merger_on_three_images_in_one_row(either):
     images = [random_image(*shape, seed=i) for i, shape in enumerate(SHAPES)]
     item = either.item("Three.", *images)
-    rows, _ = pack([item], RowShape(1, 512, 1, 512, 1))
-    ours = either.params.vision(rows.patches, rows.patch_segments, rows.patch_positions, FLOAT32)[
-        0, : len(item.patches) // 4
-    ]
+    rows, _ = pack([item], PackedShape(1, 512, 1, 512, 1))
+    ours = either.params.vision(
+        rows.patches, rows.patch_segment_ids, rows.patch_positions, FLOAT32
+    )[0, : len(item.patches) // 4]
     with torch.no_grad():
         theirs = either.torch.model.visual(
             pixel_values(item.patches, either.config.vision), grid_thw=grid_thw(item)
@@ -108,7 +108,7 @@ def test_mrope_ids(tiny, shapes):
     item = tiny.item("A text.", *[random_image(*shape) for shape in shapes])
     theirs, _ = tiny.torch.model.get_rope_index(
         torch.tensor(item.tokens[None]),
-        mm_token_type_ids=torch.tensor(item.visual[None].astype(np.int64)),
+        mm_token_type_ids=torch.tensor(item.image_token_mask[None].astype(np.int64)),
         image_grid_thw=grid_thw(item),
     )
     np.testing.assert_array_equal(item.positions, theirs[:, 0].numpy().T)
@@ -158,7 +158,7 @@ CASES = {
 def test_final_states(either, case):
     text, shapes = CASES[case]
     item = either.item(text, *[random_image(*shape, seed=i) for i, shape in enumerate(shapes)])
-    assert_close(either.states([item], RowShape(1, 512, 1, 512, 1))[0], either.expected(item))
+    assert_close(either.states([item], PackedShape(1, 512, 1, 512, 1))[0], either.expected(item))
 
 
 def test_final_states_of_all_cases_packed_together(either):
@@ -166,23 +166,23 @@ def test_final_states_of_all_cases_packed_together(either):
         either.item(text, *[random_image(*shape, seed=i) for i, shape in enumerate(shapes)])
         for text, shapes in CASES.values()
     ]
-    ours = either.states(items, RowShape(3, 384, 2, 512, 10))
+    ours = either.states(items, PackedShape(3, 384, 2, 512, 10))
     for mine, item in zip(ours, items, strict=True):
         assert_close(mine, either.expected(item))
 
 
 def test_groups_see_only_their_own_part(tiny):
     items = [tiny.item(f"Text {i}.", random_image(60 + 9 * i, 80, seed=i)) for i in range(8)]
-    shape = RowShape(8, 256, 8, 128, 16, groups=4)
-    rows, placement = pack(items, shape)
-    grouped = encode(tiny.params, rows, FLOAT32, groups=4)
-    for slot, item in zip(placement.slot, items, strict=True):
+    shape = PackedShape(8, 256, 8, 128, 16, data_shards=4)
+    rows, packing = pack(items, shape)
+    grouped = encode(tiny.params, rows, FLOAT32, data_shards=4)
+    for slot, item in zip(packing.slot, items, strict=True):
         assert_close(np.asarray(grouped)[slot], tiny.expected(item))
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_rematerialisation_changes_no_gradient(tiny, remat):
-    rows, _ = pack([tiny.item("A.", random_image(60, 60))], RowShape(1, 128, 1, 64, 1))
+    rows, _ = pack([tiny.item("A.", random_image(60, 60))], PackedShape(1, 128, 1, 64, 1))
 
     def loss(params, compute):
         return jnp.sum(encoder.encode(params, rows, compute) ** 2)
@@ -196,11 +196,11 @@ def test_rematerialisation_changes_no_gradient(tiny, remat):
 
 def test_bfloat16_stays_near_float32(tiny):
     items = [tiny.item("A red bicycle."), tiny.item("Blue.", random_image(90, 90))]
-    rows, placement = pack(items, RowShape(2, 256, 1, 64, 2))
+    rows, packing = pack(items, PackedShape(2, 256, 1, 64, 2))
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny.params)
-    exact = encoder.unit(encode(tiny.params, rows, FLOAT32))
+    exact = encoder.l2_normalize(encode(tiny.params, rows, FLOAT32))
     for params in (half, tiny.params):
         state = encode(params, rows, ComputeConfig(dtype="bfloat16"))
         assert state.dtype == jnp.float32
-        cosine = jnp.sum(encoder.unit(state) * exact, -1)[placement.slot]
+        cosine = jnp.sum(encoder.l2_normalize(state) * exact, -1)[packing.slot]
         assert cosine.min() > 0.995

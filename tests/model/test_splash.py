@@ -34,7 +34,7 @@ def outputs_and_gradients(arrays, segments, causal, implementation):
     @jax.jit
     def both(q, k, v, cotangent, segments):
         attend = functools.partial(
-            attention.attention, segments=segments, causal=causal, implementation=implementation
+            attention.attention, segment_ids=segments, causal=causal, implementation=implementation
         )
         out, pull = jax.vjp(attend, q, k, v)
         return out, *pull(cotangent)

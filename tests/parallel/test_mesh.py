@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AxisType
 
 from puma_jax.errors import ConfigError
-from puma_jax.parallel.mesh import MeshConfig, batch_sharding, groups, make_mesh, replicated
+from puma_jax.parallel.mesh import MeshConfig, batch_sharding, data_shards, make_mesh, replicated
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_one_axis_takes_what_is_left(config, sizes):
     assert mesh.axis_types == (AxisType.Auto,) * 3
     assert mesh.devices.shape == sizes
     assert {device.id for device in mesh.devices.flat} == set(range(8))
-    assert groups(mesh) == sizes[0] * sizes[1]
+    assert data_shards(mesh) == sizes[0] * sizes[1]
 
 
 def test_a_mesh_of_some_devices():
@@ -44,7 +44,7 @@ def test_sizes_that_fit_no_number_of_devices(sizes):
         MeshConfig(*sizes)
 
 
-def test_a_batch_is_split_by_groups_in_order():
+def test_a_batch_is_split_by_data_shards_in_order():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     rows = np.arange(24).reshape(8, 3)
     split = jax.device_put(rows, batch_sharding(mesh))

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from puma_jax.errors import ConfigError
 from puma_jax.parallel.multihost import DistributedConfig
-from puma_jax.retrieval.vectors import Vectors
+from puma_jax.search.shards import Vectors
 from tests.data.fake_mbeir import write_test_sets, write_union
 
 REPOSITORY = Path(__file__).parents[2]
@@ -114,7 +114,7 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, root, tmp_path):
             break
         time.sleep(0.01)
     outputs = succeeded(run)
-    assert outputs[0].strip().endswith("resume with the same command")
+    assert outputs[0].strip().endswith("rerun the same command to resume")
     assert not (tmp_path / "run/cut").exists()
     succeeded(train(2, 1, tmp_path / "run", root))
     for name, leaf in weights(tmp_path / "run").items():
@@ -126,7 +126,9 @@ def test_they_evaluate_and_embed_as_one_does(alone, root, tmp_path):
     for count in (1, 2):
         at = tmp_path / str(count)
         model = ("--model", alone / "cut")
-        succeeded(Processes(count, 2, "evaluate", *model, "--root", root, "--out", at / "found"))
+        succeeded(
+            Processes(count, 2, "evaluate", *model, "--data.root", root, "--out", at / "found")
+        )
         items = ("--items", root / POOL, "--out", at / "vectors", "--items-per-shard", 32)
         outputs = succeeded(Processes(count, 2, "embed", *model, *items))
         assert "225 items are embedded" in outputs[0]

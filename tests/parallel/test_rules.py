@@ -10,41 +10,21 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from puma_jax.config import (
-    ComputeConfig,
-    DecoderConfig,
-    LoraConfig,
-    ModelConfig,
-    VisionConfig,
-)
+from puma_jax.config import ComputeConfig, DecoderConfig, LoraConfig, VisionConfig
 from puma_jax.errors import ConfigError
 from puma_jax.model import attention, decoder, encoder, vision
 from puma_jax.model.dropout import token_keys
 from puma_jax.model.hf import open_checkpoint
 from puma_jax.model.lora import add_lora, is_lora
+from puma_jax.model.qwen2_vl import PUBLISHED
 from puma_jax.model.tree import map_named, named_leaves
 from puma_jax.parallel import rules
-from puma_jax.parallel.mesh import MeshConfig, batch_sharding, groups, make_mesh
-from puma_jax.parallel.rules import init_sharded, placement, sharding_of, shardings
-from puma_jax.rows import Rows, RowShape
+from puma_jax.parallel.mesh import MeshConfig, batch_sharding, data_shards, make_mesh
+from puma_jax.parallel.rules import sharding_fn, sharding_of, shardings
+from puma_jax.rows import PackedBatch, PackedShape
 from tests.reference import FLOAT32, pack, random_image
 
-QWEN2_VL_2B = ModelConfig(
-    family="qwen2_vl",
-    vision=VisionConfig(layers=32, width=1280, heads=16, mlp_width=5120, out_width=1536),
-    decoder=DecoderConfig(
-        vocab_size=151_936,
-        width=1536,
-        layers=28,
-        heads=12,
-        kv_heads=2,
-        head_dim=128,
-        mlp_width=8960,
-    ),
-    image_token_id=151_655,
-    vision_start_token_id=151_652,
-    vision_end_token_id=151_653,
-)
+QWEN2_VL_2B = PUBLISHED["Qwen/Qwen2-VL-2B-Instruct"]
 
 
 def mesh_of(data=2, fsdp=2, tensor=2):
@@ -155,7 +135,7 @@ def test_query_heads_must_divide():
             r"axis 1 does not divide over fsdp$",
         ),
         ("decoder.embedding.table", (9, 6), "axis 1 does not divide over fsdp × tensor$"),
-        ("decoder.layers.mlp.up.kernel", (1,), "its rule .* is for more axes$"),
+        ("decoder.layers.mlp.up.kernel", (1,), "its rule .* names 3 axes$"),
     ],
 )
 def test_leaves_that_no_rule_fits(name, shape, message):
@@ -171,24 +151,11 @@ def test_a_rule_that_uses_an_axis_twice(monkeypatch):
         sharding_of("a.kernel", leaf, mesh_of(), QWEN2_VL_2B)
 
 
-def test_random_weights_do_not_depend_on_the_mesh(tiny):
-    key, mesh = jax.random.key(3), mesh_of(1, 2, 2)
-    whole = jax.jit(lambda: encoder.init(tiny.config, key))()
-    parts = init_sharded(tiny.config, key, "float32", mesh)
-    jax.tree.map(np.testing.assert_array_equal, parts, whole)
-    where = shardings(parts, mesh, tiny.config)
-    assert jax.tree.all(
-        jax.tree.map(
-            lambda leaf, there: leaf.sharding.is_equivalent_to(there, leaf.ndim), parts, where
-        )
-    )
-
-
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4)])
 def test_states_do_not_depend_on_the_mesh_and_neither_does_dropout(tiny, sizes):
     mesh, key = mesh_of(*sizes), jax.random.key(0)
     items = [tiny.item(f"Text {i}.", random_image(60 + 9 * i, 80, seed=i)) for i in range(7)]
-    rows, where = pack(items, RowShape(8, 256, 8, 128, 16, groups=groups(mesh)))
+    rows, where = pack(items, PackedShape(8, 256, 8, 128, 16, data_shards=data_shards(mesh)))
     numbers = np.full(16, -1, np.int32)
     numbers[where.slot] = range(7)
 
@@ -198,14 +165,16 @@ def test_states_do_not_depend_on_the_mesh_and_neither_does_dropout(tiny, sizes):
 
     @jax.jit
     def states(params, rows, numbers):
-        keys = token_keys(key, rows, numbers, groups=groups(mesh))
+        keys = token_keys(key, rows, numbers, data_shards=data_shards(mesh))
         return [
-            encoder.encode(params, rows, FLOAT32, groups=groups(mesh), dropout_keys=dropout_keys)
+            encoder.encode(
+                params, rows, FLOAT32, data_shards=data_shards(mesh), dropout_keys=dropout_keys
+            )
             for dropout_keys in (None, keys)
         ]
 
     read = open_checkpoint(tiny.folder).read(
-        dtype="float32", placement=placement(mesh, tiny.config)
+        dtype="float32", shardings=sharding_fn(mesh, tiny.config)
     )
     assert not read.decoder.layers.mlp.up.kernel[...].is_fully_replicated
     parts = adapt(read)
@@ -222,8 +191,8 @@ def test_weights_travel_and_rows_stay(sizes, share, monkeypatch):
     """Rows pinned to their devices: no collective moves them, and the gradient takes less room."""
     mesh = mesh_of(*sizes)
     pinned = gradient_of_a_small_model(mesh)
-    monkeypatch.setattr(decoder, "pin_rows", lambda x: x)
-    monkeypatch.setattr(vision, "pin_rows", lambda x: x)
+    monkeypatch.setattr(decoder, "constrain_batch_sharding", lambda x: x)
+    monkeypatch.setattr(vision, "constrain_batch_sharding", lambda x: x)
     free = gradient_of_a_small_model(mesh)
     all_rows = "all-gather f32[8,256,256]"
     assert all_rows in gathers(free)
@@ -257,15 +226,15 @@ def gradient_of_a_small_model(mesh):
     params = jax.tree.map(spread, params, shardings(params, mesh, config))
     numbers = {
         "tokens": (8, 256),
-        "segments": (8, 256),
+        "segment_ids": (8, 256),
         "positions": (8, 256, 3),
-        "visual": (8, 256),
+        "image_token_index": (8, 256),
         "patches": (8, 256, 588),
-        "patch_segments": (8, 256),
+        "patch_segment_ids": (8, 256),
         "patch_positions": (8, 256, 2),
-        "ret": (16,),
+        "pool_index": (16,),
     }
-    rows = Rows(
+    rows = PackedBatch(
         **{
             name: spread(
                 np.empty(shape, "uint8" if name == "patches" else "int32"), batch_sharding(mesh)
@@ -276,7 +245,7 @@ def gradient_of_a_small_model(mesh):
     compute = ComputeConfig(dtype="float32", remat="full")
 
     def loss(params, rows):
-        return jnp.sum(encoder.encode(params, rows, compute, groups=groups(mesh)) ** 2)
+        return jnp.sum(encoder.encode(params, rows, compute, data_shards=data_shards(mesh)) ** 2)
 
     return jax.jit(jax.grad(loss)).lower(params, rows).compile()
 
@@ -292,9 +261,11 @@ def test_one_device_is_told_nothing(tiny):
     rows = jnp.zeros((2, 128, 64))
     one = mesh_of(1, 1, 1)
     text = [
-        jax.jit(attention.pin_rows).lower(x).as_text()
+        jax.jit(attention.constrain_batch_sharding).lower(x).as_text()
         for x in (rows, jax.device_put(rows, batch_sharding(one)))
     ]
     assert all("sharding_constraint" not in of for of in text)
     many = jax.device_put(rows, batch_sharding(mesh_of(2, 1, 1)))
-    assert "sharding_constraint" in jax.jit(attention.pin_rows).lower(many).as_text()
+    assert (
+        "sharding_constraint" in jax.jit(attention.constrain_batch_sharding).lower(many).as_text()
+    )

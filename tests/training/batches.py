@@ -1,4 +1,4 @@
-"""Batches of a tiny model, packed into any number of chunks and groups."""
+"""Batches of a tiny model, packed into any number of chunks and data shards."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def items_of(pair: Pair, pairs: int):
     return queries, candidates, np.array(modality, np.int32)
 
 
-def batch_of(pair: Pair, pairs: int, chunks: int, groups: int = 1) -> Batch:
+def batch_of(pair: Pair, pairs: int, chunks: int, data_shards: int = 1) -> Batch:
     """The same pairs, however they are packed."""
     queries, candidates, modality = items_of(pair, pairs)
     items = queries + candidates
     lengths = np.array([len(item.tokens) for item in items])
     patches = np.array([len(item.patches) for item in items])
     largest = int(lengths.max()), int(patches.max())
-    shape = batch_shape([(lengths, patches)], chunks, groups, largest)
-    placement = place(lengths, patches, shape, chunks)
-    slots = placement.chunk * shape.slots + placement.slot
+    shape = batch_shape([(lengths, patches)], chunks, data_shards, largest)
+    packing = place(lengths, patches, shape, chunks)
+    slots = packing.chunk * shape.slots + packing.slot
     return Batch(
-        rows=fill(items, placement, shape, pair.config.vision),
+        rows=fill(items, packing, shape, pair.config.vision),
         query_slot=slots[:pairs],
         candidate_slot=slots[pairs:],
         modality=modality,

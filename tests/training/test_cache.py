@@ -13,13 +13,13 @@ from puma_jax.config import ImageConfig, LoraConfig, PlanConfig, PromptConfig
 from puma_jax.data.builder import Settings, build
 from puma_jax.data.pipeline import Loader
 from puma_jax.data.plan import Plan
-from puma_jax.data.prompts import Prompter
+from puma_jax.data.prompts import Processor
 from puma_jax.data.store import Store
 from puma_jax.errors import CheckpointError
 from puma_jax.model import encoder
 from puma_jax.model.tree import named_leaves
 from puma_jax.parallel import rules
-from puma_jax.parallel.mesh import MeshConfig, groups, make_mesh
+from puma_jax.parallel.mesh import MeshConfig, data_shards, make_mesh
 from puma_jax.training import cache
 from puma_jax.training.config import (
     DataConfig,
@@ -29,19 +29,19 @@ from puma_jax.training.config import (
     StageConfig,
     TrainConfig,
 )
-from puma_jax.training.journal import Journal
 from puma_jax.training.loop import run_stage
-from puma_jax.training.stages import prepare
-from puma_jax.training.step import Fixed
+from puma_jax.training.metric_writer import MetricWriter
+from puma_jax.training.stages import build_stage
+from puma_jax.training.step import FrozenParams
 from puma_jax.training.teacher import make_teacher, split_teacher
 from tests.data import fake_mbeir
 from tests.reference import FLOAT32, byte_tokenizer
 
 KEPT, CHUNKS = (0, 1), 2
 IMAGES = ImageConfig(4 * 28**2, 9 * 28**2)
-PLAN = PlanConfig(batch=4, window=3)
+PLAN = PlanConfig(batch_size=4, balance_window=3)
 PLAIN = dataclasses.replace(PLAN, instructions=False)
-TWO_SETS = dataclasses.replace(PLAN, weights=(("oven_task8", 1.0), ("mscoco_task0", 2.0)))
+TWO_SETS = dataclasses.replace(PLAN, mixture_weights=(("oven_task8", 1.0), ("mscoco_task0", 2.0)))
 
 
 class Case:
@@ -49,21 +49,21 @@ class Case:
 
     def __init__(self, store, model, params, plan=PLAN, devices=1):
         self.model, self.mesh = model, make_mesh(MeshConfig(), jax.devices()[:devices])
-        template = Prompter(byte_tokenizer(), model).template
+        template = Processor(byte_tokenizer(), model).template
         self.plan = Plan(store.table, store.instructions, template, plan)
         shape = self.plan.fitting_shape(CHUNKS, devices)
         self.loader = Loader(store, self.plan, shape, CHUNKS)
         placed = jax.tree.map(jax.device_put, params, rules.shardings(params, self.mesh, model))
         _, student = encoder.keep_layers(model, placed, KEPT)
-        self.fixed = Fixed(named_leaves(student), split_teacher(placed, KEPT, {}))
-        self.teach = make_teacher(model, KEPT, FLOAT32, groups(self.mesh))
+        self.frozen_params = FrozenParams(named_leaves(student), split_teacher(placed, KEPT, {}))
+        self.teacher_fn = make_teacher(model, KEPT, FLOAT32, data_shards(self.mesh))
 
-    def build(self, folder, teach=None, workers=0):
+    def build(self, folder, teacher_fn=None, workers=0):
         return cache.build(
             folder,
             self.loader,
-            teach or self.teach,
-            self.fixed,
+            teacher_fn or self.teacher_fn,
+            self.frozen_params,
             model=self.model,
             compute=FLOAT32,
             mesh=self.mesh,
@@ -85,7 +85,7 @@ def model(tiny):
 @pytest.fixture(scope="module")
 def store(root, model, tmp_path_factory):
     out = tmp_path_factory.mktemp("built") / "data"
-    build(Settings(root=root, out=out, workers=1), Prompter(byte_tokenizer(), model))
+    build(Settings(root=root, out=out, workers=1), Processor(byte_tokenizer(), model))
     return Store.open(out)
 
 
@@ -111,13 +111,16 @@ def test_states_are_those_that_the_step_computes(
     store, model, tiny, tmp_path, plan, devices, drawn
 ):
     case = Case(store, model, tiny.params, plan, devices)
-    kept, teach = case.build(tmp_path / "cache"), jax.jit(case.teach)
+    kept, teacher_fn = case.build(tmp_path / "cache"), jax.jit(case.teacher_fn)
     modalities, prompts = set(), set()
     for number in range(3 * case.plan.steps_per_epoch):
         batch = case.loader(number)
         chunks = [jax.tree.map(operator.itemgetter(c), batch.rows) for c in range(CHUNKS)]
-        states = [teach(case.fixed.teacher, case.fixed.frozen, rows) for rows in chunks]
-        states, found = np.concatenate(states), kept.targets(batch)
+        states = [
+            teacher_fn(case.frozen_params.teacher, case.frozen_params.student, rows)
+            for rows in chunks
+        ]
+        states, found = np.concatenate(states), kept.pair_states(batch)
         np.testing.assert_allclose(found.query, states[batch.query_slot], rtol=0, atol=1e-5)
         np.testing.assert_allclose(found.candidate, states[batch.candidate_slot], rtol=0, atol=1e-5)
         modalities |= set(batch.modality.tolist())
@@ -167,7 +170,7 @@ def test_a_finished_cache_is_not_computed_again(case, finished, monkeypatch):
         raise AssertionError
 
     monkeypatch.setattr(cache._Windows, "__call__", never)
-    case.build(finished, teach=never)
+    case.build(finished, teacher_fn=never)
 
 
 @pytest.mark.parametrize("what", ["weights", "prompt", "items", "windows"])
@@ -180,7 +183,7 @@ def test_a_cache_of_something_else_is_refused(store, model, tiny, finished, what
     if what == "items":
         plan = PLAIN
     if what == "windows":
-        plan = PlanConfig(batch=6)
+        plan = PlanConfig(batch_size=6)
     other = Case(store, model, params, plan)
     with pytest.raises(CheckpointError, match=f"with {what} .*, expected .*: delete it") as error:
         other.build(finished)
@@ -198,8 +201,8 @@ def test_a_damaged_cache_is_refused(case, finished, tmp_path):
         case.build(folder)
 
 
-@pytest.mark.parametrize(("train", "devices"), [("lora", 1), ("full", 2)])
-def test_training_with_a_cache_is_training_without(root, store, tiny, tmp_path, train, devices):
+@pytest.mark.parametrize(("trainable", "devices"), [("lora", 1), ("full", 2)])
+def test_training_with_a_cache_is_training_without(root, store, tiny, tmp_path, trainable, devices):
     losses = {}
     for cached in (False, True):
         config = TrainConfig(
@@ -209,26 +212,26 @@ def test_training_with_a_cache_is_training_without(root, store, tiny, tmp_path, 
                     steps=3,
                     model=str(tiny.folder),
                     keep_layers="2",
-                    plan=PlanConfig(batch=5, window=2),
-                    chunks=CHUNKS,
-                    loss=LossConfig(rows=2),
+                    plan=PlanConfig(batch_size=5, balance_window=2),
+                    grad_cache_chunks=CHUNKS,
+                    loss=LossConfig(chunk_size=2),
                     distill=DistillConfig(weight=(0.5, 0.9), scale=1.0, cached=cached),
-                    train=train,
+                    trainable=trainable,
                     lora=LoraConfig(rank=4, alpha=8.0),
                 )
             },
             images=IMAGES,
             compute=FLOAT32,
-            log=LogConfig(every=1, tensorboard=False),
+            log=LogConfig(every_steps=1, tensorboard=False),
         )
         workdir = tmp_path / str(cached)
         mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
-        stage = prepare("distil", config, tiny.folder, workdir, mesh)
+        stage = build_stage("distil", config, tiny.folder, workdir, mesh)
         # The layers that were cut are gone.
-        assert (stage.fixed.teacher is None) == (stage.taught is not None) == cached
-        journal = Journal(workdir, config.log, {})
-        run_stage(stage, config, workdir / "checkpoints", journal, lambda _: {})
-        journal.close()
+        assert (stage.frozen_params.teacher is None) == (stage.teacher_cache is not None) == cached
+        metric_writer = MetricWriter(workdir, config.log, {})
+        run_stage(stage, config, workdir / "checkpoints", metric_writer, lambda _: {})
+        metric_writer.close()
         lines = (workdir / "metrics.jsonl").read_text().splitlines()
         losses[cached] = [
             [json.loads(line)[name] for name in ("loss", "distillation", "gradient_norm")]

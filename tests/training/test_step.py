@@ -10,12 +10,12 @@ from puma_jax.config import LoraConfig
 from puma_jax.model import encoder, lora
 from puma_jax.model.tree import assemble, named_leaves, partition
 from puma_jax.parallel import rules
-from puma_jax.parallel.mesh import MeshConfig, groups, make_mesh
+from puma_jax.parallel.mesh import MeshConfig, data_shards, make_mesh
 from puma_jax.training.config import DistillConfig, LossConfig, OptimizerConfig, StageConfig
 from puma_jax.training.stages import is_trained
-from puma_jax.training.step import Fixed, init_state, make_loss, make_step
+from puma_jax.training.step import FrozenParams, init_state, make_loss, make_step
 from puma_jax.training.teacher import make_teacher, split_teacher
-from puma_jax.training.transfer import put
+from puma_jax.training.transfer import shard_batch
 from tests.reference import FLOAT32
 from tests.training.batches import batch_of
 
@@ -27,13 +27,15 @@ ALL = StageConfig(
     keep_layers="2",
     loss=LossConfig(kind="mac", temperature=0.5, learn_temperature=True, mask_same_document=True),
     distill=DistillConfig(weight=(0.1, 0.5), scale=1.0),
-    train="lora",
+    trainable="lora",
     lora=LoraConfig(rank=4, alpha=8.0, dropout=0.1),
-    optimizer=OptimizerConfig(learning_rate=1e-3, first_layer=0.5),
+    optimizer=OptimizerConfig(learning_rate=1e-3, first_layer_lr_scale=0.5),
 )
-FULL = dataclasses.replace(ALL, train="full", vision=True)
+FULL = dataclasses.replace(ALL, trainable="full", train_vision=True)
 KEPT = (0, 1)
-RING = dataclasses.replace(ALL, loss=dataclasses.replace(ALL.loss, over_devices="ring", rows=2))
+RING = dataclasses.replace(
+    ALL, loss=dataclasses.replace(ALL.loss, cross_device="ring", chunk_size=2)
+)
 
 
 def one_device():
@@ -46,7 +48,7 @@ def prepared(pair, config, mesh):
         jax.device_put, pair.params, rules.shardings(pair.params, mesh, pair.config)
     )
     model, student = encoder.keep_layers(pair.config, placed, KEPT)
-    if config.train == "lora":
+    if config.trainable == "lora":
         student = lora.add_lora(student, config.lora, jax.random.key(1))
         leaves = named_leaves(student)
         noise = {
@@ -54,25 +56,25 @@ def prepared(pair, config, mesh):
         }
         student = assemble(student, noise)
     trained, frozen = partition(student, lambda name: is_trained(name, config))
-    fixed = Fixed(frozen, split_teacher(placed, KEPT, trained))
+    frozen_params = FrozenParams(frozen, split_teacher(placed, KEPT, trained))
     structure = jax.eval_shape(lambda: student)
-    teach = make_teacher(pair.config, KEPT, FLOAT32, groups(mesh))
-    loss = make_loss(config, STEPS, structure, FLOAT32, mesh, jax.random.key(2), teach)
-    where = rules.shardings(
+    teacher_fn = make_teacher(pair.config, KEPT, FLOAT32, data_shards(mesh))
+    loss = make_loss(config, STEPS, structure, FLOAT32, mesh, jax.random.key(2), teacher_fn)
+    shardings = rules.shardings(
         jax.eval_shape(lambda trained: init_state(config, STEPS, trained), trained), mesh, model
     )
-    state = jax.jit(lambda trained: init_state(config, STEPS, trained), out_shardings=where)(
+    state = jax.jit(lambda trained: init_state(config, STEPS, trained), out_shardings=shardings)(
         trained
     )
-    return state, fixed, loss
+    return state, frozen_params, loss
 
 
 def gradients(pair, config, mesh, chunks):
     """Metrics and gradients at a step in the middle."""
-    state, fixed, loss = prepared(pair, config, mesh)
-    batch = put(batch_of(pair, PAIRS, chunks, groups(mesh)), config.loss, mesh)
+    state, frozen_params, loss = prepared(pair, config, mesh)
+    batch = shard_batch(batch_of(pair, PAIRS, chunks, data_shards(mesh)), config.loss, mesh)
     compute = jax.jit(jax.grad(loss, has_aux=True))
-    found, metrics = compute(state.trained, np.int32(3), fixed, batch, None)
+    found, metrics = compute(state.trained, np.int32(3), frozen_params, batch, None)
     return jax.device_get(found), jax.device_get(metrics)
 
 
@@ -97,16 +99,16 @@ def test_gradients_do_not_depend_on_the_number_of_chunks(tiny):
 @pytest.fixture(scope="module")
 def of_one_device(tiny):
     """What one device does, for adapters and for full training."""
-    return {config.train: three_steps(tiny, config, one_device()) for config in (ALL, FULL)}
+    return {config.trainable: three_steps(tiny, config, one_device()) for config in (ALL, FULL)}
 
 
 @pytest.mark.parametrize(
     ("config", "axes"),
     [(RING, (8, 1, 1)), (ALL, (2, 2, 2)), (FULL, (1, 4, 2)), (FULL, (2, 2, 2))],
-    ids=lambda value: value.train if isinstance(value, StageConfig) else None,
+    ids=lambda value: value.trainable if isinstance(value, StageConfig) else None,
 )
 def test_eight_devices_take_the_steps_of_one(tiny, of_one_device, config, axes):
-    expected = of_one_device[config.train]
+    expected = of_one_device[config.trainable]
     found = three_steps(tiny, config, make_mesh(MeshConfig(*axes)))
     for (loss, norm, trained), (loss_one, norm_one, trained_one) in zip(
         found, expected, strict=True
@@ -118,18 +120,18 @@ def test_eight_devices_take_the_steps_of_one(tiny, of_one_device, config, axes):
 
 def three_steps(pair, config, mesh):
     """Loss, gradient norm and weights after each of three steps."""
-    state, fixed, loss = prepared(pair, config, mesh)
+    state, frozen_params, loss = prepared(pair, config, mesh)
     step = jax.jit(make_step(config, STEPS, loss))
-    batch = put(batch_of(pair, PAIRS, 2, groups(mesh)), config.loss, mesh)
+    batch = shard_batch(batch_of(pair, PAIRS, 2, data_shards(mesh)), config.loss, mesh)
     history = []
     for _ in range(3):
-        state, metrics = step(state, fixed, batch, None)
+        state, metrics = step(state, frozen_params, batch, None)
         history.append((metrics["loss"], metrics["gradient_norm"], jax.device_get(state.trained)))
     return history
 
 
 def test_memory_does_not_grow_with_the_batch(tiny):
-    config = dataclasses.replace(ALL, loss=LossConfig(kind="mac", rows=64))
+    config = dataclasses.replace(ALL, loss=LossConfig(kind="mac", chunk_size=64))
     peak = {pairs: temporary_bytes(tiny, config, pairs, pairs // 64) for pairs in (128, 2048)}
     assert peak[2048] <= 1.15 * peak[128]
 
@@ -137,13 +139,13 @@ def test_memory_does_not_grow_with_the_batch(tiny):
 def temporary_bytes(pair, config, pairs, chunks):
     """What the compiled step needs beside its arguments and results."""
     mesh = one_device()
-    state, fixed, loss = prepared(pair, config, mesh)
+    state, frozen_params, loss = prepared(pair, config, mesh)
     few = batch_of(pair, 64, 1)
     # As many chunks of the same shape: only shapes are compiled.
     batch = jax.eval_shape(lambda: put_shapes(few, pairs, chunks))
     compiled = (
         jax.jit(make_step(config, STEPS, loss), donate_argnums=0)
-        .lower(state, fixed, batch, None)
+        .lower(state, frozen_params, batch, None)
         .compile()
     )
     return compiled.memory_analysis().temp_size_in_bytes
@@ -161,7 +163,7 @@ def put_shapes(few, pairs, chunks):
 
 def test_pairs_that_fill_up_a_batch_change_nothing(tiny):
     """24 pairs become 25 to divide into rows of 5; the one that is added is no negative."""
-    config = dataclasses.replace(ALL, loss=LossConfig(rows=5))
+    config = dataclasses.replace(ALL, loss=LossConfig(chunk_size=5))
     expected, _ = gradients(tiny, dataclasses.replace(ALL, loss=LossConfig()), one_device(), 1)
     found, _ = gradients(tiny, config, one_device(), 1)
     assert_same(found, expected, 1e-5)

@@ -18,18 +18,19 @@ def rows(tiny):
 
 
 @pytest.mark.parametrize("kept", [(0, 1), (1, 3), (0, 3), (2, 0), (0, 1, 2, 3)])
-@pytest.mark.parametrize("train", ["lora", "full"])
-def test_its_states_are_those_of_the_whole_model(tiny, rows, kept, train):
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+def test_its_states_are_those_of_the_whole_model(tiny, rows, kept, trainable):
     _, student = keep_layers(tiny.config, tiny.params, kept)
-    if train == "lora":
+    if trainable == "lora":
         student = lora.add_lora(student, lora.LoraConfig(rank=2), jax.random.key(0))
     trained, frozen = partition(
-        student, lambda name: lora.is_lora(name) if train == "lora" else name.startswith("decoder")
+        student,
+        lambda name: lora.is_lora(name) if trainable == "lora" else name.startswith("decoder"),
     )
     teacher = split_teacher(tiny.params, kept, trained)
-    teach = jax.jit(make_teacher(tiny.config, kept, FLOAT32, 1))
+    teacher_fn = jax.jit(make_teacher(tiny.config, kept, FLOAT32, 1))
     np.testing.assert_allclose(
-        teach(teacher, frozen, rows), encode(tiny.params, rows, FLOAT32), rtol=0, atol=1e-5
+        teacher_fn(teacher, frozen, rows), encode(tiny.params, rows, FLOAT32), rtol=0, atol=1e-5
     )
 
 
@@ -38,7 +39,7 @@ def test_with_adapters_it_adds_only_the_layers_that_were_cut(tiny):
     student = lora.add_lora(student, lora.LoraConfig(rank=2), jax.random.key(0))
     trained, _ = partition(student, lora.is_lora)
     teacher = split_teacher(tiny.params, (0,), trained)
-    assert teacher.originals == {}
+    assert teacher.initial_params == {}
     layers = named_leaves(tiny.params.decoder.layers)
     removed = sum(leaf.size for leaf in teacher.removed.values())
     assert removed == sum(leaf.size for leaf in layers.values()) * 3 // 4

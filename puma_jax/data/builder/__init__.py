@@ -1,4 +1,4 @@
-"""From a folder in M-BEIR layout to tables that are read by row: see `build`."""
+"""Builds training data from a folder in M-BEIR layout; see `build`."""
 
 from puma_jax.data.builder.build import Settings, build
 

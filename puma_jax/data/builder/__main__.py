@@ -1,4 +1,4 @@
-"""Build training data: `python -m puma_jax.data.builder --root DIR --model DIR --out DIR`."""
+"""Build training data: `python -m puma_jax.data.builder --data.root DIR --model DIR --out DIR`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tyro
 
 from puma_jax import cli
 from puma_jax.data.builder.build import Settings, build
-from puma_jax.data.prompts import Prompter, load_tokenizer
+from puma_jax.data.prompts import Processor, load_tokenizer
 from puma_jax.model.hf import read_config
 
 
@@ -16,17 +16,19 @@ def main(model: Path, settings: tyro.conf.OmitArgPrefixes[Settings]) -> None:
     """Build training data.
 
     Args:
-        model: Folder of the model that shall be trained; of its tokenizer and config.json, that is.
-        settings: What to build, and where.
+        model: Folder of the model to train; only its tokenizer and config.json are read.
+        settings: The data to build, and the folder to write.
     """
-    prompter = Prompter(load_tokenizer(model), read_config(model)[0])
-    summary = build(settings, prompter)
+    processor = Processor(load_tokenizer(model), read_config(model)[0])
+    summary = build(settings, processor)
     if summary.skipped.count:
         print(f"{summary.skipped.count:,} bad records were skipped, the first of them:")
         print("\n".join(f"  {message}" for message in summary.skipped.messages))
     if summary.longest:
-        limit = prompter.config.prompt.max_text_tokens
-        print(f"{summary.longest:,} texts fill the {limit} tokens at which texts are cut")
+        limit = processor.config.prompt.max_text_tokens
+        print(
+            f"{summary.longest:,} texts fill the limit of {limit} tokens at which text is truncated"
+        )
     print(f"{summary.queries:,} queries of {', '.join(summary.sets)}")
     print(f"and {summary.candidates:,} candidates are in {settings.out}")
 

@@ -1,9 +1,9 @@
-"""Build training data: a folder in M-BEIR layout in, tokens and images that can be read by row out.
+"""Build training data: a folder in M-BEIR layout becomes tables of tokens and images, read by row.
 
-`python -m puma_jax.data.builder --root M-BEIR --model Qwen2-VL-2B-Instruct --out data`
+`python -m puma_jax.data.builder --data.root M-BEIR --model Qwen2-VL-2B-Instruct --out data`
 
 TFDS reads the tables too, `tfds.builder_from_directory("data/queries").as_data_source("train")`,
-with no TensorFlow. Run the same command again after a stop, and it goes on where it was.
+without TensorFlow. Rerun the same command to resume a build that was stopped.
 """
 
 from __future__ import annotations
@@ -14,29 +14,36 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import tyro
 from tqdm import tqdm
 
-from puma_jax.data.builder.shards import Part, Shard, ShardWriter, partial_path, shard_writing
+from puma_jax.data.builder.shards import (
+    Shard,
+    ShardColumns,
+    ShardWriter,
+    partial_path,
+    shard_writing,
+)
 from puma_jax.data.builder.sources import (
     Ids,
     Lines,
     Queries,
     Reading,
-    answerable,
+    drop_unanswerable,
     find_candidates,
     find_queries,
     pool_files,
     query_files,
 )
 from puma_jax.data.examples import write_tfds_metadata
+from puma_jax.data.lines import BadRecords, OnBadRecord, reject
 from puma_jax.data.mbeir import read_instructions
 from puma_jax.data.mbeir.layout import discover
-from puma_jax.data.mbeir.lines import BadRecords, OnBadRecord, reject
 from puma_jax.data.mbeir.records import Instruction, InstructionKey
-from puma_jax.data.prompts import Prompter
+from puma_jax.data.prompts import Processor, prompt_fingerprint
 from puma_jax.data.store import (
     BUILD_FILE,
     INSTRUCTIONS_FILE,
@@ -47,34 +54,33 @@ from puma_jax.data.store import (
     TableName,
     as_json,
     shard_name,
-    wording,
 )
 from puma_jax.data.table import LengthTable
 from puma_jax.errors import ConfigError, DataError
 
 _VERSION = 1
-"""Of what is written; another one cannot be resumed."""
+"""Version of the build format; builds of other versions are not resumed."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to build; workers and bad records aside, the same settings give the same bytes."""
+    """The data to build. The same settings give the same bytes with any number of workers."""
 
-    root: Path
-    """Folder in M-BEIR layout. Its union of training sets is built, or else all training sets."""
+    root: Annotated[Path, tyro.conf.arg(name="data.root")]
+    """Folder in M-BEIR layout. The union of its training sets is built, or all sets without one."""
     out: Path
-    """Folder to write; must be empty, missing, or hold a build with these settings."""
+    """Folder to write. It must be empty, missing, or hold a build with the same settings."""
     sets: tuple[str, ...] = ()
-    """Build only these: datasets ("nights") or sets ("nights_task4"), and what their queries
-    name. All sets and the whole pool if not given."""
+    """Datasets ("nights") or sets ("nights_task4") to build, with the documents that their queries
+    refer to. Empty, the default, builds all sets and the whole pool."""
     images: Literal["inline", "path"] = "inline"
-    """Store the files of images, or only their paths below the root."""
+    """Store the bytes of image files ("inline"), or only their paths below the root ("path")."""
     shard_items: int = 8192
-    """Lines that make a shard."""
+    """Lines in a shard."""
     on_bad_record: OnBadRecord = "error"
-    """Stop at a bad record, or skip it and say in the end how many there were."""
+    """Stop at a bad record ("error"), or skip bad records and print their number ("skip")."""
     workers: int = os.cpu_count() or 1
-    """Processes that build shards; they change nothing but the time."""
+    """Processes that build shards; their number changes only the time."""
 
     def __post_init__(self) -> None:
         """Check the settings.
@@ -85,8 +91,8 @@ class Settings:
         for name in ("shard_items", "workers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")
-        for name in ("root", "out"):
-            path = getattr(self, name).as_posix()
+        for name, folder in (("data.root", self.root), ("out", self.out)):
+            path = folder.as_posix()
             if re.match(r"\w{2,}:/", path):
                 raise ConfigError(
                     f"{name} {path} is not a local folder: build in one, then copy it to the bucket"
@@ -95,55 +101,56 @@ class Settings:
 
 @dataclass(frozen=True)
 class Summary:
-    """What has been built."""
+    """The result of a build."""
 
     queries: int
     candidates: int
     sets: tuple[str, ...]
     skipped: BadRecords
+    """The bad records that were skipped."""
     longest: int
-    """Texts of as many tokens as prompts allow; most of them were longer and have been cut."""
+    """Texts with `max_text_tokens` tokens; most of them were longer and are truncated."""
 
 
-def build(settings: Settings, prompter: Prompter) -> Summary:
-    """Build tables of queries and candidates, or what is missing of them.
+def build(settings: Settings, processor: Processor) -> Summary:
+    """Build the tables of queries and candidates, or their missing parts, and return a summary.
 
     Args:
-        settings: What to build, and where.
-        prompter: Of the model that shall be trained.
+        settings: The data to build, and the folder to write.
+        processor: The processor of the model to train.
 
     Raises:
         ConfigError: The folder to write holds something else.
-        DataError: There is nothing to train on in the benchmark, a file cannot be read or
+        DataError: The benchmark has no training data, a file cannot be read or
             written, or a record is bad and `on_bad_record` is "error".
     """
     benchmark = discover(settings.root)
     files, pools = query_files(benchmark), pool_files(benchmark)
     rows = read_instructions(benchmark.instructions) if benchmark.instructions else {}
     inputs = [*files, *pools, *filter(None, [benchmark.instructions])]
-    _claim(settings.out, _description(settings, prompter, inputs))
+    _claim(settings.out, _description(settings, processor, inputs))
 
     reading = Reading(settings.on_bad_record, BadRecords())
     ids: Ids = {}
     queries = find_queries(files, rows, settings.sets, ids, reading)
     documents, document_of_id = find_candidates(pools, ids, reading, only_named=bool(settings.sets))
     writer = ShardWriter(
-        prompter, settings.root, settings.images == "inline", settings.on_bad_record
+        processor, settings.root, settings.images == "inline", settings.on_bad_record
     )
     with shard_writing(writer, settings.workers) as write:
         candidates = _write_table("candidates", documents, settings, write, reading)
         row_of_document = np.where(candidates.kept, np.cumsum(candidates.kept) - 1, -1)
-        # Index -1, of a document in no pool, finds the -1 at the end.
+        # Documents in no pool have index -1, which selects the -1 appended here.
         row_of_id = np.append(row_of_document, -1)[document_of_id]
-        queries = answerable(queries.renumbered(row_of_id), reading)
+        queries = drop_unanswerable(queries.renumbered(row_of_id), reading)
         records = _write_table("queries", queries.lines, settings, write, reading)
     queries = queries.take(np.flatnonzero(records.kept))
 
     _length_table(queries, records, candidates).save(settings.out / TABLE_FOLDER)
-    instructions = _tokenised(rows, queries.sets, prompter)
-    # Last: with this file there, the build is done.
+    instructions = _tokenized(rows, queries.sets, processor)
+    # Written last: this file marks a finished build.
     _write_text(settings.out / INSTRUCTIONS_FILE, instructions.to_json())
-    limit = prompter.config.prompt.max_text_tokens
+    limit = processor.config.prompt.max_text_tokens
     texts = np.concatenate([part.column("text_length") for part in (records, candidates)])
     return Summary(
         queries=len(records.columns),
@@ -154,21 +161,23 @@ def build(settings: Settings, prompter: Prompter) -> Summary:
     )
 
 
-def _description(settings: Settings, prompter: Prompter, inputs: Sequence[Path]) -> dict[str, Any]:
-    """Return what decides the bytes of a build, as JSON has it."""
+def _description(
+    settings: Settings, processor: Processor, inputs: Sequence[Path]
+) -> dict[str, Any]:
+    """Return the settings that decide the bytes of a build, as JSON values."""
     return {
         "version": _VERSION,
         "root": os.fspath(settings.root.resolve()),
         "sets": sorted(settings.sets),
         "images": settings.images,
         "shard_items": settings.shard_items,
-        **wording(prompter),
+        **prompt_fingerprint(processor),
         "bytes": {path.name: path.stat().st_size for path in inputs},
     }
 
 
 def _claim(out: Path, description: Mapping[str, Any]) -> None:
-    """Make the folder ours, or check that it is, and that what is in it fits to what is wanted."""
+    """Create the folder for this build, or check that it holds an unfinished or equal build."""
     file = out / BUILD_FILE
     if file.is_file():
         try:
@@ -178,11 +187,13 @@ def _claim(out: Path, description: Mapping[str, Any]) -> None:
             raise ConfigError(f"{file} cannot be read: choose another folder") from None
         for name in different:
             raise ConfigError(
-                f"{out} was built with {name} {found[name]}, wanted {description[name]}: "
+                f"{out} was built with {name} {found[name]}, expected {description[name]}: "
                 "choose another folder, or delete this one"
             )
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is no build of this kind: choose another")
+        raise ConfigError(
+            f"{out} exists and is not a build of training data: choose another folder"
+        )
     try:
         for folder in ("queries", "candidates", PARTS_FOLDER):
             (out / folder).mkdir(parents=True, exist_ok=True)
@@ -199,23 +210,23 @@ def _write_table(
     settings: Settings,
     write: Callable[[Sequence[Shard]], Iterator[int]],
     reading: Reading,
-) -> Part:
-    """Write the shards of a table that are missing, and its TFDS metadata; return all of it."""
+) -> ShardColumns:
+    """Write the missing shards and the TFDS metadata of a table; return all of its columns."""
     shards = _shards(name, lines, settings)
     missing = [shard for shard in shards if not (shard.path.exists() and shard.part.exists())]
     there = len(lines) - sum(len(shard.lines) for shard in missing)
     with tqdm(total=len(lines), initial=there, desc=f"building {name}", unit="row") as bar:
         for written in write(missing):
             bar.update(written)
-    parts = [Part.load(shard.part) for shard in shards]
+    parts = [ShardColumns.load(shard.part) for shard in shards]
     for message in (message for part in parts for message in part.bad):
-        # Also of shards that an earlier run, which skipped bad records, has left.
+        # Includes shards of an earlier run that skipped bad records.
         reject(DataError(message), reading.on_bad_record, reading.skipped)
     if not any(len(part.columns) for part in parts):
-        raise DataError(f"{settings.root}: of the {name} to train on, none is left")
+        raise DataError(f"{settings.root}: no {name} are left to train on")
     lengths = [len(part.columns) for part in parts]
     write_tfds_metadata(settings.out / name, lengths, plain=name == "queries")
-    return Part.joined(parts)
+    return ShardColumns.joined(parts)
 
 
 def _shards(name: TableName, lines: Lines, settings: Settings) -> list[Shard]:
@@ -233,12 +244,12 @@ def _shards(name: TableName, lines: Lines, settings: Settings) -> list[Shard]:
     ]
 
 
-def _length_table(queries: Queries, records: Part, candidates: Part) -> LengthTable:
-    """Return the table of lengths; all arguments in row order."""
+def _length_table(queries: Queries, records: ShardColumns, candidates: ShardColumns) -> LengthTable:
+    """Return the length table; all arguments are in row order."""
     return LengthTable(
         query_tokens=records.column("tokens"),
         query_plain_tokens=records.column("plain_tokens"),
-        query_text=records.column("text_length"),
+        query_text_length=records.column("text_length"),
         query_height=records.column("height"),
         query_width=records.column("width"),
         query_key=queries.key,
@@ -255,14 +266,14 @@ def _length_table(queries: Queries, records: Part, candidates: Part) -> LengthTa
     )
 
 
-def _tokenised(
-    rows: Mapping[InstructionKey, Instruction], sets: tuple[str, ...], prompter: Prompter
+def _tokenized(
+    rows: Mapping[InstructionKey, Instruction], sets: tuple[str, ...], processor: Processor
 ) -> Instructions:
     """Return the instructions with the tokens of every prompt."""
     return Instructions(
         keys=tuple(rows),
         prompts=tuple(
-            tuple(Prompt(prompt, prompter.instruction(prompt)) for prompt in row.prompts)
+            tuple(Prompt(prompt, processor.tokenize_instruction(prompt)) for prompt in row.prompts)
             for row in rows.values()
         ),
         sets=sets,
@@ -270,7 +281,7 @@ def _tokenised(
 
 
 def _write_text(path: Path, text: str) -> None:
-    """Write a file, which appears whole."""
+    """Write a file, which appears complete."""
     try:
         partial = partial_path(path)
         partial.write_text(text, "utf-8")

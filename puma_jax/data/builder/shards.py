@@ -1,8 +1,8 @@
-"""Lines of a benchmark into shards of records, by as many processes as there are.
+"""Writes lines of a benchmark to shards of records, in several processes.
 
-A shard is a function of its lines alone: it does not matter who builds it, when, or which others
-there are. It appears under its name once it is complete, together with a part: its columns for the
-table of lengths. So a build that is stopped goes on with the first shard that is missing.
+A shard is a function of its lines alone, whichever process builds it and whatever other shards
+there are. It appears under its name once it is complete, together with a part: the columns of its
+records for the length table. A build that was stopped resumes with the first missing shard.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import numpy as np
 from puma_jax.data.builder.sources import Lines
 from puma_jax.data.examples import Record, to_example
 from puma_jax.data.images import image_size, resized_sizes
+from puma_jax.data.lines import BadRecords, OnBadRecord, located, reject, shown
 from puma_jax.data.mbeir import parse_candidate, parse_query
-from puma_jax.data.mbeir.lines import BadRecords, OnBadRecord, located, reject, shown
 from puma_jax.data.mbeir.records import modality_code
-from puma_jax.data.prompts import Prompter, TextCutWarning, normalise, query_text
+from puma_jax.data.prompts import Processor, TextTruncationWarning, normalize_text, query_text
 from puma_jax.data.store import TableName
 from puma_jax.errors import DataError, ImageError, ItemError
 from puma_jax.typing import Bool, Int, ndarray
@@ -37,7 +37,7 @@ COLUMNS = ("tokens", "plain_tokens", "text_length", "height", "width", "modality
 
 @dataclass(frozen=True)
 class Shard:
-    """Where a shard goes, and what it is made of."""
+    """The output files and the input lines of a shard."""
 
     table: TableName
     path: Path
@@ -46,30 +46,30 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Part:
-    """What is known of the lines of a shard, or of a whole table, once they have been read."""
+class ShardColumns:
+    """The columns and bad records of the lines of a shard or of a whole table."""
 
     kept: Bool[ndarray, "lines"]
-    """Which of them are records; the others are bad."""
+    """Which lines are good records."""
     columns: Int[ndarray, "records columns"]
-    """`COLUMNS` of each record; lengths for tokens."""
+    """`COLUMNS` of each record; token columns hold lengths."""
     bad: tuple[str, ...]
-    """What is wrong with each bad record."""
+    """The error message of each bad record."""
 
     def column(self, name: str) -> Int[ndarray, "records"]:
         """Return one of `COLUMNS`."""
         return np.ascontiguousarray(self.columns[:, COLUMNS.index(name)])
 
     def save(self, path: Path) -> None:
-        """Write the part to a file, which appears whole."""
+        """Write the columns to a file, which appears complete."""
         partial = partial_path(path)
         with open(partial, "wb") as file:
             np.savez(file, kept=self.kept, columns=self.columns, bad=np.array(self.bad, str))
         partial.replace(path)
 
     @classmethod
-    def load(cls, path: Path) -> Part:
-        """Return what `save` wrote.
+    def load(cls, path: Path) -> ShardColumns:
+        """Return the columns that `save` wrote.
 
         Raises:
             DataError: The file is damaged.
@@ -77,12 +77,12 @@ class Part:
         try:
             with np.load(path) as part:
                 return cls(part["kept"], part["columns"], tuple(part["bad"].tolist()))
-        except Exception as error:  # whatever zipfile and NumPy trip over
+        except Exception as error:  # zipfile and NumPy raise many kinds of errors
             raise DataError(f"{path} cannot be read, delete it: {error}") from error
 
     @classmethod
-    def joined(cls, parts: Sequence[Part]) -> Part:
-        """Return the part of all lines of some parts, in their order."""
+    def joined(cls, parts: Sequence[ShardColumns]) -> ShardColumns:
+        """Return the columns of several shards, concatenated in order."""
         return cls(
             np.concatenate([part.kept for part in parts]),
             np.concatenate([part.columns for part in parts]),
@@ -92,17 +92,17 @@ class Part:
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """Writes shards, one after the other."""
+    """Writes shards, one at a time."""
 
-    prompter: Prompter
+    processor: Processor
     root: Path
-    """Of the benchmark: image paths are relative to it."""
+    """Root of the benchmark; image paths are relative to it."""
     inline: bool
-    """Whether to store the bytes of images, rather than their paths."""
+    """Whether to store the bytes of image files instead of their paths."""
     on_bad_record: OnBadRecord
 
     def write(self, shard: Shard) -> int:
-        """Write a shard and its part; return how many lines have been read for it.
+        """Write a shard and its part; return the number of lines read.
 
         Raises:
             DataError: A file cannot be read or written, or a record is bad and `on_bad_record`
@@ -124,14 +124,14 @@ class ShardWriter:
                 kept[at] = True
                 columns.append([_length(getattr(record, name)) for name in COLUMNS])
             table = np.array(columns, np.int32).reshape(-1, len(COLUMNS))
-            Part(kept, table, tuple(bad.messages)).save(shard.part)
+            ShardColumns(kept, table, tuple(bad.messages)).save(shard.part)
         return lines
 
     def _candidate(self, line: bytes) -> Record:
         candidate = parse_candidate(line)
-        text = normalise(candidate.text)
+        text = normalize_text(candidate.text)
         _check_text("txt", candidate.text, text, candidate.image)
-        body = self.prompter.body(text, image=candidate.image is not None)
+        tokenized = self.processor.tokenize_text(text, image=candidate.image is not None)
         image, height, width = self._image("img_path", candidate.image)
         return Record(
             id=candidate.did,
@@ -139,8 +139,8 @@ class ShardWriter:
             image=image,
             height=height,
             width=width,
-            tokens=np.array(body.tokens, np.int32),
-            text_length=body.text,
+            tokens=np.array(tokenized.tokens, np.int32),
+            text_length=tokenized.text_length,
             plain_tokens=np.zeros(0, np.int32),
         )
 
@@ -149,7 +149,9 @@ class ShardWriter:
         plain = query_text(None, query.text)
         _check_text("query_txt", query.text, plain, query.image)
         with_image = query.image is not None
-        body = self.prompter.body(instructed_text(query.text), image=with_image, instructed=True)
+        tokenized = self.processor.tokenize_text(
+            instructed_text(query.text), image=with_image, instructed=True
+        )
         image, height, width = self._image("query_img_path", query.image)
         return Record(
             id=query.qid,
@@ -157,23 +159,25 @@ class ShardWriter:
             image=image,
             height=height,
             width=width,
-            tokens=np.array(body.tokens, np.int32),
-            text_length=body.text,
-            plain_tokens=np.array(self.prompter.body(plain, image=with_image).tokens, np.int32),
+            tokens=np.array(tokenized.tokens, np.int32),
+            text_length=tokenized.text_length,
+            plain_tokens=np.array(
+                self.processor.tokenize_text(plain, image=with_image).tokens, np.int32
+            ),
         )
 
     def _image(self, name: str, path: str | None) -> tuple[bytes | str | None, int, int]:
-        """Return what is stored of an image, its height and its width."""
+        """Return the bytes or path of an image, its height and its width in pixels."""
         if path is None:
             return None, 0, 0
-        config = self.prompter.config
+        config = self.processor.config
         try:
             height, width = image_size(self.root / path)
-            # Refuses what is too elongated for the model, before a plan counts on it.
+            # Raises for images that are too elongated for the model, before they are planned with.
             resized_sizes(np.array([height]), np.array([width]), config.vision, config.images)
             return (self.root / path).read_bytes() if self.inline else path, height, width
         except (ImageError, OSError) as error:
-            # Paths as the record has them: where the benchmark lies is nothing to store.
+            # Messages are stored: they name the path in the record, not the root of the benchmark.
             raise ImageError(f"{name} {str(error).replace(f'{self.root}/', '')}") from error
 
 
@@ -181,12 +185,12 @@ class ShardWriter:
 def shard_writing(
     writer: ShardWriter, workers: int
 ) -> Iterator[Callable[[Sequence[Shard]], Iterator[int]]]:
-    """Yield a function that writes shards and yields, of each in turn, how many lines it had.
+    """Yield a function that writes shards and yields the number of lines of each, in order.
 
-    Several shards are written by up to `workers` processes, which start when they are needed.
+    Several shards are written by up to `workers` processes, which start on first use.
 
     Raises:
-        DataError: As `ShardWriter.write`; or a process was killed.
+        DataError: `ShardWriter.write` raised it, or a process was killed.
     """
     # Not forked: this process may have threads, of JAX or of the tokenizer, that a fork breaks.
     context = multiprocessing.get_context("spawn")
@@ -200,12 +204,12 @@ def shard_writing(
             yield write
         except BrokenProcessPool as error:
             raise DataError(
-                "a process that built a shard was killed; if memory ran out, take fewer --workers"
+                "a process that built a shard was killed; if memory ran out, use fewer --workers"
             ) from error
 
 
 def instructed_text(text: str | None) -> str:
-    r"""Return what `query_text` makes of a query's own text behind an instruction.
+    r"""Return the text of a query as `query_text` writes it after an instruction.
 
     >>> instructed_text("a red bicycle")
     'a red bicycle.'
@@ -214,12 +218,12 @@ def instructed_text(text: str | None) -> str:
 
 
 def partial_path(path: Path) -> Path:
-    """Return where this process writes what is to become a file."""
+    """Return the path at which this process writes a file before renaming it."""
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 def _check_text(name: str, given: str | None, text: str, image: str | None) -> None:
-    """Refuse an item of text that is none once quotes and white space are gone."""
+    """Refuse an item without image whose text has only quotes and white space."""
     if not text and image is None:
         raise DataError(f"{name} is {shown(given)}, which leaves no text")
 
@@ -230,7 +234,7 @@ def _length(value: int | ndarray) -> int:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Yield the path to write; it gets its name if all goes well, and goes away otherwise."""
+    """Yield the path to write; it is renamed on success and removed otherwise."""
     partial = partial_path(path)
     try:
         yield partial
@@ -246,12 +250,12 @@ def _array_record(path: Path) -> Iterator[Callable[[bytes], Any]]:
     """Yield a function that appends a record to a file."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    # One record in a group, or reading a record would mean reading its neighbours.
+    # One record in a group, because reading a record reads its whole group.
     writer = ArrayRecordWriter(os.fspath(path), "group_size:1")
     try:
-        # Builds say in numbers, once they are done, how many texts have been cut.
+        # The summary of a build has the number of truncated texts.
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", TextCutWarning)
+            warnings.simplefilter("ignore", TextTruncationWarning)
             yield writer.write
         writer.close()
     except RuntimeError as error:
@@ -259,7 +263,7 @@ def _array_record(path: Path) -> Iterator[Callable[[bytes], Any]]:
 
 
 _writer: ShardWriter
-"""Of a worker process: it comes once, not with every shard."""
+"""The writer of this worker process, sent once and not with every shard."""
 
 
 def _start_worker(writer: ShardWriter) -> None:
@@ -269,7 +273,7 @@ def _start_worker(writer: ShardWriter) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that started it is gone, even if that was killed."""
+    """End this process when its parent ends, even if the parent is killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,7 +1,7 @@
-"""Which lines of a benchmark are trained on, and how they name each other.
+"""The lines of a benchmark to train on, and the references between them.
 
-One pass over the files keeps places and numbers, no texts. Then every record can be read again on
-its own, so that shards can be built in any order, by anyone.
+One pass over the files keeps offsets and numbers, no texts. Each record can then be read again on
+its own, so that any process can build shards in any order.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from puma_jax.data.mbeir import parse_candidate, parse_query
-from puma_jax.data.mbeir.layout import Benchmark
-from puma_jax.data.mbeir.lines import (
+from puma_jax.data.lines import (
     MAX_LINE_BYTES,
     BadRecords,
     Line,
@@ -27,6 +25,8 @@ from puma_jax.data.mbeir.lines import (
     read_records,
     reject,
 )
+from puma_jax.data.mbeir import parse_candidate, parse_query
+from puma_jax.data.mbeir.layout import Benchmark
 from puma_jax.data.mbeir.records import (
     Instruction,
     InstructionKey,
@@ -39,20 +39,20 @@ from puma_jax.errors import DataError
 from puma_jax.typing import Int, ndarray
 
 Ids = dict[str, int]
-"""Numbers of documents. With those of 5.6 million, all of M-BEIR, it takes about 1 GB."""
+"""Number of each document id. The 5.6 million documents of M-BEIR take about 1 GB."""
 
 
 @dataclass(frozen=True)
 class Lines:
-    """Places of records, from which they can be read again."""
+    """Places of records in files, from which they can be read again."""
 
     files: tuple[Path, ...]
     file: Int[ndarray, "records"]
     """Index in `files`."""
     start: Int[ndarray, "records"]
-    """Where the line starts in its file, in bytes."""
+    """Offset of the line in its file, in bytes."""
     number: Int[ndarray, "records"]
-    """Of the line in its file, from 1."""
+    """Line number in the file, from 1."""
 
     def __len__(self) -> int:
         return len(self.file)
@@ -84,7 +84,7 @@ class Lines:
 
 
 class _Places:
-    """Lines, while they are being found."""
+    """Collects `Lines`."""
 
     def __init__(self, files: Sequence[Path]):
         self.files = tuple(files)
@@ -108,7 +108,7 @@ class _Places:
 
 
 class _Lists:
-    """Ragged lists of numbers of documents, while they are being found."""
+    """Collects ragged lists of document numbers."""
 
     def __init__(self) -> None:
         self.start, self.values = array("q", [0]), array("i")
@@ -123,7 +123,7 @@ class _Lists:
 
 @dataclass(frozen=True)
 class Reading:
-    """What to do with bad records, and whom to tell of those that are skipped."""
+    """The treatment of bad records, and the count of skipped ones."""
 
     on_bad_record: OnBadRecord
     skipped: BadRecords
@@ -131,7 +131,7 @@ class Reading:
     def each_line(
         self, files: Sequence[Path], take: Callable[[int, Line], None], what: str
     ) -> None:
-        """Call `take` with the index of the file and every line that is not blank.
+        """Call `take` with the file index and the line, for every line that is not blank.
 
         Raises:
             DataError: A file cannot be read, or `take` raised one and `on_bad_record` is "error".
@@ -151,14 +151,15 @@ class Reading:
 
 @dataclass(frozen=True)
 class Queries:
-    """Training queries; documents are named by their number in `Ids`."""
+    """Training queries; documents are given by their numbers in `Ids`."""
 
     lines: Lines
     key: Int[ndarray, "queries"]
-    """Index of the query's instruction; -1 for none."""
+    """Index of the instruction of the query; -1 for none."""
     set: Int[ndarray, "queries"]
     """Index in `sets`."""
     task: Int[ndarray, "queries"]
+    """Task id of M-BEIR."""
     positives: Ragged
     negatives: Ragged
     sets: tuple[str, ...]
@@ -176,7 +177,7 @@ class Queries:
         )
 
     def renumbered(self, new: Int[ndarray, "numbers"]) -> Queries:
-        """Return the queries with another number for each document; those with -1 are left out."""
+        """Return the queries with new document numbers; documents with number -1 are dropped."""
 
         def renumber(documents: Ragged) -> Ragged:
             numbers = new[documents.values].astype(np.int64)
@@ -187,7 +188,7 @@ class Queries:
 
 
 def query_files(benchmark: Benchmark) -> dict[Path, str]:
-    """Return the files of training queries, each with the dataset it names, "" for all of them.
+    """Return the files of training queries, each with the dataset in its name, "" for the union.
 
     Raises:
         DataError: There are none.
@@ -225,19 +226,19 @@ def find_queries(
     ids: Ids,
     reading: Reading,
 ) -> Queries:
-    """Return the queries of some sets, or of all of them, and number the documents they name.
+    """Return the queries of the chosen sets, and number the documents that they refer to.
 
     Args:
         files: From `query_files`.
-        instructions: From `read_instructions`; their names of datasets name the sets of a file
-            that has several.
-        chosen: Names of datasets ("nights") or of sets ("nights_task4"); all if empty.
-        ids: Numbers are added to it.
-        reading: What to do with bad records: those that readers refuse, or without positives.
+        instructions: From `read_instructions`; their dataset names become the set names of a file
+            with several datasets.
+        chosen: Names of datasets ("nights") or sets ("nights_task4"); empty chooses all.
+        ids: Document numbers; new documents are added.
+        reading: How to treat records that readers refuse and records without positives.
 
     Raises:
-        DataError: A file cannot be read, a set that is chosen has no queries, no queries are
-            found, or a record is bad and `reading` says so.
+        DataError: A file cannot be read, a chosen set has no queries, there are no queries at all,
+            or a record is bad and `on_bad_record` is "error".
     """
     names = {dataset: row.dataset_name.lower() for (dataset, *_), row in instructions.items()}
     key_numbers = {key: number for number, key in enumerate(instructions)}
@@ -284,22 +285,22 @@ def find_queries(
 def find_candidates(
     files: Sequence[Path], ids: Ids, reading: Reading, *, only_named: bool
 ) -> tuple[Lines, Int[ndarray, "documents"]]:
-    """Return where the documents of pools are, in the order of the files.
+    """Return the places of the documents in pools, in the order of the files.
 
-    Of several pools, only those that hold a document of `ids` are taken; of a document that is in
-    several, the first.
+    Of several pools, only those with a document of `ids` are used; a document in several pools is
+    taken from the first.
 
     Args:
         files: From `pool_files`.
-        ids: From `find_queries`; the other documents' numbers are added to it.
-        reading: What to do with bad records: those that readers refuse, or twice in a file.
+        ids: From `find_queries`; numbers of other documents are added.
+        reading: How to treat records that readers refuse and ids given twice in one file.
         only_named: Whether to leave out the documents that were not in `ids`.
 
     Returns:
         The documents, and for every number in `ids` its index among them, -1 for none.
 
     Raises:
-        DataError: A file cannot be read, or a record is bad and `reading` says so.
+        DataError: A file cannot be read, or a record is bad and `on_bad_record` is "error".
     """
     if len(files) > 1:
         files = [path for path in files if _holds_one_of(path, ids)]
@@ -325,11 +326,11 @@ def find_candidates(
     return places.lines(), np.array(place_of_id, np.int32)
 
 
-def answerable(queries: Queries, reading: Reading) -> Queries:
-    """Return the queries that have a positive; the others are bad records.
+def drop_unanswerable(queries: Queries, reading: Reading) -> Queries:
+    """Return the queries that have a positive among the candidates; the others are bad records.
 
     Raises:
-        DataError: There is one without, and `reading` says so.
+        DataError: A query has no positive, and `on_bad_record` is "error".
     """
     has_answer = queries.positives.lengths > 0
     lines = queries.lines.take(np.flatnonzero(~has_answer))
@@ -341,7 +342,7 @@ def answerable(queries: Queries, reading: Reading) -> Queries:
 
 
 def _dataset(query: Query, names: Mapping[str, str]) -> str:
-    """Return the name of a query's dataset, or its id if no instruction has a name for it."""
+    """Return the dataset name of a query, or the dataset id if no instruction names it."""
     dataset = dataset_id(query.qid)
     return names.get(dataset, dataset)
 

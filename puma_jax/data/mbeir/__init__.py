@@ -1,9 +1,13 @@
 """The M-BEIR layout: records, the files that hold them, the folder that holds the files.
 
-`records` says what a query and a candidate are, `lines` how files of one record a line are read,
-`files` reads and writes each kind, `layout` finds them in a folder, `validation` checks all of it.
+`records` defines queries, candidates, judgments and instructions, `files` reads and writes each
+kind of file, `layout` finds the files in a folder, `validation` checks all of them.
 """
 
+from puma_jax.data.lines import (
+    BadRecords,
+    OnBadRecord,
+)
 from puma_jax.data.mbeir.files import (
     parse_candidate,
     parse_instruction,
@@ -22,10 +26,6 @@ from puma_jax.data.mbeir.layout import (
     Benchmark,
     EvaluationSet,
     discover,
-)
-from puma_jax.data.mbeir.lines import (
-    BadRecords,
-    OnBadRecord,
 )
 from puma_jax.data.mbeir.records import (
     MODALITIES,

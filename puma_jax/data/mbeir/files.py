@@ -1,6 +1,6 @@
-"""The files of M-BEIR, read and written: jsonl of queries and of pools, qrels, instructions.
+"""Readers and writers of the files of M-BEIR: jsonl of queries and pools, qrels, instructions.
 
-Where they lie in a folder is in `layout`, whether a whole folder fits together in `validation`.
+`layout` finds the files in a folder; `validation` checks that they are consistent.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
-from puma_jax.data.mbeir.lines import (
+from puma_jax.data.lines import (
     BadRecords,
     FilePath,
     OnBadRecord,
@@ -57,9 +57,9 @@ def read_candidates(
 def read_qrels(
     path: FilePath, *, on_bad_record: OnBadRecord = "error", skipped: BadRecords | None = None
 ) -> Iterator[Qrel]:
-    """Yield the judgements with a relevance above 0; see `read_records` for arguments and errors.
+    """Yield the judgments with a relevance above 0; see `read_records` for arguments and errors.
 
-    Documents need not be in the pool of the set: those of OVEN and InfoSeek are not always.
+    Documents may be missing from the pool of the set, as some of OVEN and InfoSeek are.
     """
     for qrel in read_records(path, parse_qrel, on_bad_record=on_bad_record, skipped=skipped):
         if qrel.relevance > 0:
@@ -86,7 +86,7 @@ def read_instructions(path: FilePath) -> dict[InstructionKey, Instruction]:
 
 
 def write_queries(path: FilePath, queries: Iterable[Query]) -> int:
-    """Write queries to a jsonl file and return how many; see `write_lines`."""
+    """Write queries to a jsonl file and return their number; see `write_lines`."""
     return write_lines(
         path,
         (
@@ -108,7 +108,7 @@ def write_queries(path: FilePath, queries: Iterable[Query]) -> int:
 
 
 def write_candidates(path: FilePath, candidates: Iterable[Candidate]) -> int:
-    """Write the documents of a pool to a jsonl file and return how many; see `write_lines`."""
+    """Write the documents of a pool to a jsonl file and return their number; see `write_lines`."""
     return write_lines(
         path,
         (
@@ -127,14 +127,14 @@ def write_candidates(path: FilePath, candidates: Iterable[Candidate]) -> int:
 
 
 def write_qrels(path: FilePath, qrels: Iterable[Qrel]) -> int:
-    """Write judgements and return how many; see `write_lines`."""
+    """Write judgments and return their number; see `write_lines`."""
     return write_lines(
         path, (f"{qrel.qid} 0 {qrel.did} {qrel.relevance} {qrel.task}" for qrel in qrels)
     )
 
 
 def write_instructions(path: FilePath, instructions: Iterable[Instruction]) -> int:
-    """Write a table of instructions and return how many; see `write_lines`."""
+    """Write a table of instructions and return their number; see `write_lines`."""
     rows = list(instructions)
     prompts = max((len(row.prompts) for row in rows), default=1)
     table = [[*_INSTRUCTION_COLUMNS, *(f"prompt_{number + 1}" for number in range(prompts))]]
@@ -149,7 +149,7 @@ def parse_query(line: bytes) -> Query:
     """Return the query of a line of jsonl.
 
     Raises:
-        DataError: The line is not JSON, or a field not what the format wants.
+        DataError: The line is not JSON, or a field is not as the format requires.
     """
     row = json_object(line)
     return Query(
@@ -168,7 +168,7 @@ def parse_candidate(line: bytes) -> Candidate:
     """Return the document of a line of jsonl.
 
     Raises:
-        DataError: The line is not JSON, or a field not what the format wants.
+        DataError: The line is not JSON, or a field is not as the format requires.
     """
     row = json_object(line)
     return Candidate(
@@ -181,10 +181,10 @@ def parse_candidate(line: bytes) -> Candidate:
 
 
 def parse_qrel(line: bytes) -> Qrel:
-    """Return the judgement of a line: qid, an unused column, did, relevance, task id.
+    """Return the judgment of a line: qid, an unused column, did, relevance, task id.
 
     Raises:
-        DataError: There are not five columns, or one is not what the format wants.
+        DataError: There are not five columns, or one is not as the format requires.
     """
     cells = decode_line(line).split()
     if len(cells) != 5:
@@ -197,7 +197,7 @@ def parse_instruction(line: bytes) -> Instruction | None:
     """Return the instruction of a row of the table, None for the header.
 
     Raises:
-        DataError: A column is missing, or not what the format wants.
+        DataError: A column is missing or is not as the format requires.
     """
     cells = [cell.strip() for cell in decode_line(line).split("\t")]
     if cells[:4] == _INSTRUCTION_COLUMNS:
@@ -215,7 +215,7 @@ def parse_instruction(line: bytes) -> Instruction | None:
 
 
 def _field(row: dict[str, Any], name: str, kind: type[_Value], expected: str) -> _Value:
-    """Return a field that must be there and of one type."""
+    """Return a required field of one type."""
     value = row.get(name)
     if type(value) is kind:  # isinstance would take true for a number
         return value

@@ -1,4 +1,4 @@
-"""Where the files of a benchmark lie, found by looking at its folder.
+"""The files of a benchmark, found by their names in its folder.
 
 ```
 query/{split}/mbeir_{set}_task{N}_{split}.jsonl     query/train/mbeir_{set}_train.jsonl
@@ -7,7 +7,7 @@ cand_pool/local/mbeir_{set}_task{N}[_{split}]_cand_pool.jsonl
 cand_pool/global/mbeir_union_{split}_cand_pool.jsonl
 qrels/{split}/mbeir_{set}[_task{N}]_{split}_qrels.txt
 ```
-Any name may stand for {set}, any folder but train and union_train for {split}.
+{set} is any name; {split} is any folder but train and union_train.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from puma_jax.data.mbeir.lines import FilePath
+from puma_jax.data.lines import FilePath
 from puma_jax.data.mbeir.records import TASKS
 from puma_jax.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationSet:
-    """The queries of one dataset and task, the pool they search, and what they should find.
+    """The queries of one dataset and task, the pool they search, and their relevance judgments.
 
-    The paths of a pool or of qrels that are missing say where they should be.
+    A missing pool or qrels file still has a path: where the file is expected.
     """
 
     name: str
@@ -33,12 +33,12 @@ class EvaluationSet:
     split: str
     queries_path: Path
     pool_path: Path
-    """The local pool."""
+    """Path of the local pool."""
     qrels_path: Path
 
     @property
     def missing(self) -> tuple[Path, ...]:
-        """The files that are not there."""
+        """The paths of files that do not exist."""
         paths = (self.queries_path, self.pool_path, self.qrels_path)
         return tuple(path for path in paths if not path.is_file())
 
@@ -49,26 +49,26 @@ class Benchmark:
 
     root: Path
     sets: tuple[EvaluationSet, ...]
-    """By split, then task, then name."""
+    """The evaluation sets, sorted by split, task and name."""
     train: dict[str, Path]
-    """Training queries of each dataset, by its name."""
+    """Training queries of each dataset, by the name of the dataset."""
     union_train: Path | None
     """Training queries of all datasets."""
     local_pools: tuple[Path, ...]
     global_pools: dict[str, Path]
-    """Documents of all datasets, by split; that of "train" has the training queries' positives."""
+    """Documents of all datasets, by split; "train" has the positives of the training queries."""
     qrels: tuple[Path, ...]
     instructions: Path | None
     unknown: tuple[Path, ...]
-    """Files that lie where queries or pools should, but have a name that says nothing."""
+    """Files in the folders of queries, pools or qrels whose names are not of the layout."""
 
 
 def discover(root: FilePath) -> Benchmark:
-    """Return the files of a benchmark. None of them is opened, and any of them may be missing.
+    """Return the files of a benchmark. None of them is opened; any of them may be missing.
 
     Raises:
-        DataError: There is no such folder, none of the layout's files is in it, or the name of
-            one holds a task that does not exist.
+        DataError: The folder does not exist, holds no file of the layout, or has a file whose name
+            has an unknown task.
     """
     root = Path(root)
     if not root.is_dir():
@@ -135,14 +135,14 @@ def _if_file(path: Path) -> Path | None:
 
 
 def _named(folder: Path, start: str, end: str, unknown: list[Path]) -> dict[str, Path]:
-    """Return the files of a folder by what their names hold between start and end.
+    """Return the files of a folder by the part of their names between start and end.
 
     Files with the same suffix and another name are added to `unknown`.
     """
     found = {}
     for path in sorted(folder.glob(f"*{Path(end).suffix}")):
         name = path.name
-        if name.startswith("."):  # not data: the operating system's and editors' files
+        if name.startswith("."):  # files of operating systems and editors
             continue
         if name.startswith(start) and name.endswith(end) and len(name) > len(start + end):
             found[name[len(start) : -len(end)]] = path

@@ -1,7 +1,6 @@
-"""What M-BEIR is made of: queries, candidates, relevance judgements, instructions.
+"""The records of M-BEIR: queries, candidates, relevance judgments, instructions.
 
-A record that exists is sound: constructors check ids, texts, paths and modalities, so that readers
-and writers need not.
+Constructors check ids, texts, paths and modalities, so every record that exists is valid.
 """
 
 from __future__ import annotations
@@ -10,12 +9,12 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from puma_jax.data.mbeir.lines import shown
+from puma_jax.data.lines import shown
 from puma_jax.errors import DataError
 
 Modality = Literal["image", "text", "image,text"]
 MODALITIES: tuple[Modality, ...] = ("image", "text", "image,text")
-"""In the order of their codes, 0 to 2."""
+"""The modalities in the order of their codes, 0 to 2."""
 
 TASKS: dict[int, tuple[Modality, Modality]] = {
     0: ("text", "image"),
@@ -27,17 +26,17 @@ TASKS: dict[int, tuple[Modality, Modality]] = {
     7: ("image,text", "image"),
     8: ("image,text", "image,text"),
 }
-"""Modality of the query and of the documents it looks for, of each task; M-BEIR has no task 5."""
+"""Modality of the query and of the documents to find, for each task; M-BEIR has no task 5."""
 
 ONE_OF_MODALITIES = f"one of {', '.join(MODALITIES)}"
-"""What an error message says is expected."""
+"""The expected values, as error messages list them."""
 
 InstructionKey = tuple[str, Modality, Modality]
 """Dataset id, modality of the query, modality of the candidate."""
 
 
-# One word, because qrels separate ids by white space; encodable; and no byte order mark, which
-# would be lost at the start of a file.
+# One word, because qrels separate ids by white space; encodable as UTF-8; and without a byte order
+# mark, which would be lost at the start of a file.
 _ID = re.compile("[^\\s\0\ufeff\ud800-\udfff]+")
 
 
@@ -55,13 +54,13 @@ class Query:
     task: int
     negatives: tuple[str, ...] = ()
     source: str | None = None
-    """What the original dataset had to say; not used."""
+    """Metadata of the original dataset; not used."""
 
     def __post_init__(self) -> None:
         """Check the query; field names are those of the file.
 
         Raises:
-            DataError: A field is not what the format wants, or contradicts the modality.
+            DataError: A field is not as the format requires, or contradicts the modality.
         """
         _check_id("qid", self.qid)
         for did in self.positives:
@@ -75,7 +74,7 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A document that can be found: a text, an image or both."""
+    """A document to retrieve: a text, an image or both."""
 
     did: str
     text: str | None
@@ -83,13 +82,13 @@ class Candidate:
     """Path of a file, relative to the root of the benchmark."""
     modality: Modality
     source: str | None = None
-    """What the original dataset had to say; not used."""
+    """Metadata of the original dataset; not used."""
 
     def __post_init__(self) -> None:
         """Check the candidate; field names are those of the file.
 
         Raises:
-            DataError: A field is not what the format wants, or contradicts the modality.
+            DataError: A field is not as the format requires, or contradicts the modality.
         """
         _check_id("did", self.did)
         _check_encodable("src_content", self.source)
@@ -98,7 +97,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Qrel:
-    """A judgement: how relevant a document is to a query; above 0, it answers it."""
+    """A judgment of how relevant a document is to a query; above 0, the document answers it."""
 
     qid: str
     did: str
@@ -106,10 +105,10 @@ class Qrel:
     task: int
 
     def __post_init__(self) -> None:
-        """Check the judgement.
+        """Check the judgment.
 
         Raises:
-            DataError: An id is not one word, or there is no such task.
+            DataError: An id is not one word, or the task does not exist.
         """
         _check_id("qid", self.qid)
         _check_id("did", self.did)
@@ -118,20 +117,20 @@ class Qrel:
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """Ways to say what is looked for; a query is asked with one of them before its own text."""
+    """Wordings of what a query looks for; one of them comes before the text of the query."""
 
     query_modality: Modality
     candidate_modality: Modality
     dataset_name: str
     dataset_id: str
-    """As in the ids of queries; "" for queries whose ids have no ":"."""
+    """The prefix of query ids; "" for queries whose ids have no ":"."""
     prompts: tuple[str, ...]
 
     def __post_init__(self) -> None:
         """Check the instruction.
 
         Raises:
-            DataError: There is no prompt, one is empty, or a cell would break the table.
+            DataError: There is no prompt, a prompt is empty, or a cell would break the table.
         """
         _check_modality("query_modality", self.query_modality)
         _check_modality("cand_modality", self.candidate_modality)
@@ -144,7 +143,7 @@ class Instruction:
 
     @property
     def key(self) -> InstructionKey:
-        """What `instruction_key` of a matching query returns."""
+        """The `instruction_key` of a matching query."""
         return self.dataset_id, self.query_modality, self.candidate_modality
 
 
@@ -154,7 +153,7 @@ def modality_code(modality: Modality) -> int:
 
 
 def dataset_id(identifier: str) -> str:
-    """Return the dataset that a qid or did names: the part before the first ":", "" without one.
+    """Return the dataset of a qid or did: the part before the first ":", "" without one.
 
     >>> dataset_id("9:6")
     '9'
@@ -163,10 +162,10 @@ def dataset_id(identifier: str) -> str:
 
 
 def instruction_key(query: Query) -> InstructionKey:
-    """Return the key, in what `read_instructions` returns, of the query's instruction.
+    """Return the key of the instruction of a query in the result of `read_instructions`.
 
-    It depends on the query alone: positives of OVEN queries may be documents of InfoSeek and the
-    other way round, and these would name the wrong dataset.
+    It depends on the query alone, because positives of OVEN queries may be documents of InfoSeek
+    and vice versa, and would name the wrong dataset.
     """
     return dataset_id(query.qid), query.modality, TASKS[query.task][1]
 
@@ -187,7 +186,7 @@ def _check_modality(name: str, modality: str) -> None:
 
 
 def _check_encodable(name: str, text: str | None) -> None:
-    """Refuse half a surrogate pair, which JSON can spell but neither UTF-8 nor a tokenizer can."""
+    """Refuse half of a surrogate pair, which JSON can hold but UTF-8 and tokenizers cannot."""
     try:
         (text or "").encode()
     except UnicodeEncodeError:
@@ -195,7 +194,7 @@ def _check_encodable(name: str, text: str | None) -> None:
 
 
 def _check_cell(name: str, cell: str) -> None:
-    """Refuse what would not come back from a table as it went in."""
+    """Refuse a cell that would not be read from a table as it was written."""
     _check_encodable(name, cell)
     if cell != cell.strip() or any(sign in cell for sign in "\t\n\0"):
         raise DataError(
@@ -204,7 +203,7 @@ def _check_cell(name: str, cell: str) -> None:
 
 
 def _check_content(prefix: str, modality: str, text: str | None, image: str | None) -> None:
-    """Check that there is what the modality says, and nothing else."""
+    """Check that the modality names exactly the parts that are present."""
     _check_modality(f"{prefix}modality", modality)
     for name, kind, value in (("txt", "text", text), ("img_path", "image", image)):
         said = kind in modality.split(",")
@@ -215,6 +214,6 @@ def _check_content(prefix: str, modality: str, text: str | None, image: str | No
                 f'{prefix}{name} is {shown(value)}, but {prefix}modality is "{modality}"'
             )
         _check_encodable(f"{prefix}{name}", value)
-    # Data of others must not name files outside of the benchmark.
+    # Data from others must not name files outside the benchmark.
     if image and (image.startswith("/") or ".." in image.split("/") or "\0" in image):
         raise DataError(f"{prefix}img_path {shown(image)} is not a path below the root")

@@ -1,4 +1,4 @@
-"""Whether the files of a benchmark fit together: every record, every image, every reference."""
+"""Validation of a benchmark: every record, every image, every reference."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from puma_jax.data.images import open_image
+from puma_jax.data.lines import BadRecords, FilePath, OnBadRecord, Record, read_records
 from puma_jax.data.mbeir.files import (
     parse_candidate,
     parse_qrel,
@@ -16,7 +17,6 @@ from puma_jax.data.mbeir.files import (
     read_instructions,
 )
 from puma_jax.data.mbeir.layout import Benchmark, EvaluationSet, discover
-from puma_jax.data.mbeir.lines import BadRecords, FilePath, OnBadRecord, Record, read_records
 from puma_jax.data.mbeir.records import (
     TASKS,
     Candidate,
@@ -30,29 +30,30 @@ from puma_jax.errors import DataError, ImageError
 
 @dataclass
 class FileReport:
-    """What one file holds."""
+    """The counts of one file."""
 
     path: str
     """Relative to the root of the benchmark."""
     records: int = 0
-    """Without the bad ones."""
+    """Number of good records."""
     bad: int = 0
+    """Number of bad records."""
     warnings: Counter[str] = field(default_factory=Counter)
-    """How often each thing occurs that is odd, but not wrong."""
+    """Number of occurrences of each warning."""
 
 
 @dataclass
 class Report:
-    """What a benchmark holds; prints as a table."""
+    """The result of `validate`; prints as a table."""
 
     files: list[FileReport]
     bad: BadRecords
     notes: list[str]
-    """What concerns the folder: files that are missing, or have unknown names."""
+    """Notes on the folder: files that are missing or have unknown names."""
 
     @property
     def sound(self) -> bool:
-        """Whether there are no bad records; warnings and notes may be."""
+        """Whether there are no bad records; warnings and notes are allowed."""
         return self.bad.count == 0
 
     def __str__(self) -> str:
@@ -81,22 +82,22 @@ class Report:
 def validate(
     root: FilePath, *, on_bad_record: OnBadRecord = "skip", check_images: bool = True
 ) -> Report:
-    """Check a whole benchmark and return what it holds.
+    """Return a report on every record, image and reference of a benchmark.
 
-    Bad records are those that readers refuse; ids given twice in one file; queries whose modality
-    or task is not that of their task or file; queries of which no positive is in any pool, and
-    training queries without one; images that are missing or cannot be decoded.
+    Bad records are records that the readers refuse; ids given twice in one file; queries whose
+    modality contradicts their task or whose task contradicts their file; queries with no positive
+    in any pool; training queries without positives; images that are missing or cannot be decoded.
 
-    Warnings count what M-BEIR itself has, or what only matters to some uses: positives and judged
-    documents that are not in the pool, or of another modality than the task says; queries without
-    an instruction or a judgement; judgements of unknown queries.
+    Warnings count what M-BEIR itself has, or what matters to some uses only: positives and judged
+    documents that are not in the pool, or whose modality contradicts the task; queries without an
+    instruction or a judgment; judgments of unknown queries.
 
-    The ids of all documents are held in memory, and, with `check_images`, the paths of all images.
+    The ids of all documents are kept in memory and, with `check_images`, the paths of all images.
 
     Args:
         root: Folder of the benchmark.
         on_bad_record: "error" stops at the first bad record, "skip" reports all.
-        check_images: Whether to decode every image, each once. Without, images may be missing.
+        check_images: Whether to decode every image once; if not, images may be missing.
 
     Raises:
         DataError: The folder holds no benchmark, a file cannot be read, the table of instructions
@@ -120,7 +121,7 @@ def validate(
 
 
 def _notes(benchmark: Benchmark) -> list[str]:
-    """Return what is to be said of files that are missing or unknown."""
+    """Return notes on files that are missing or unknown."""
 
     def name(path: Path) -> str:
         return path.relative_to(benchmark.root).as_posix()
@@ -129,13 +130,13 @@ def _notes(benchmark: Benchmark) -> list[str]:
     if benchmark.instructions is None:
         notes.append("instructions/query_instructions.tsv is missing")
     notes += [
-        f"{name(path)} is not used: its name is not of the layout" for path in benchmark.unknown
+        f"{name(path)} is not used: its name does not fit the layout" for path in benchmark.unknown
     ]
     return notes
 
 
 class _Check:
-    """What is known of a benchmark while its files are read: pools first, then what names them."""
+    """The state of a validation: pools are read first, then the files that refer to them."""
 
     def __init__(self, benchmark: Benchmark, on_bad_record: OnBadRecord, check_images: bool):
         self.root = benchmark.root
@@ -144,7 +145,7 @@ class _Check:
         self.bad = BadRecords()
         self.files: dict[Path, FileReport] = {}
         self.modalities: dict[str, Modality] = {}  # of the documents of all pools
-        self.decoded: set[str] = set()  # images; local and global pools show the same ones
+        self.decoded: set[str] = set()  # images; local and global pools share them
         self.instructions: set[InstructionKey] | None = None
         if benchmark.instructions:
             self.instructions = set(read_instructions(benchmark.instructions))
@@ -166,7 +167,7 @@ class _Check:
         return dids
 
     def evaluation_set(self, evaluation_set: EvaluationSet, pool: set[str] | None) -> None:
-        """Check the queries and judgements of a set, and that they name each other."""
+        """Check the queries and judgments of a set, and that they refer to each other."""
         path = evaluation_set.queries_path
         queries = self.queries(path, evaluation_set.task, pool)
         if evaluation_set.qrels_path.is_file():
@@ -177,7 +178,7 @@ class _Check:
     def queries(
         self, path: Path, task: int | None = None, pool: set[str] | None = None
     ) -> set[str]:
-        """Check queries, of a set with one task or else for training, and return their ids."""
+        """Check the queries of an evaluation set (one task) or of training; return their ids."""
         qids: set[str] = set()
 
         def parse(line: bytes) -> Query:
@@ -202,19 +203,19 @@ class _Check:
     def qrels(
         self, path: Path, queries: set[str] | None = None, pool: set[str] | None = None
     ) -> set[str]:
-        """Check judgements, against what is given, and return the queries that have an answer."""
+        """Check judgments against queries and pool, and return the ids of answered queries."""
         answered = set()
         for qrel in self._records(path, parse_qrel):
             if qrel.relevance > 0:
                 answered.add(qrel.qid)
             if queries is not None and qrel.qid not in queries:
-                self._warn(path, "judgement of an unknown query")
+                self._warn(path, "judgment of an unknown query")
             if pool is not None and qrel.did not in pool:
                 self._warn(path, "judged document is not in the local pool")
         return answered
 
     def _records(self, path: Path, parse: Callable[[bytes], Record]) -> Iterator[Record]:
-        """Yield the good records of a file, and count them and the bad ones."""
+        """Yield the good records of a file; count these and the bad ones."""
         file = self.files[path] = FileReport(path.relative_to(self.root).as_posix())
         bad_before = self.bad.count
         for record in read_records(path, parse, on_bad_record=self.on_bad_record, skipped=self.bad):
@@ -231,7 +232,7 @@ class _Check:
             if did not in self.modalities:
                 self._warn(path, "positive is in no pool")
             elif self.modalities[did] != target:
-                self._warn(path, "positive is of another modality than the task says")
+                self._warn(path, "positive has another modality than the task")
             elif pool is not None and did not in pool:
                 self._warn(path, "positive is not in the local pool")
 
@@ -258,7 +259,7 @@ def _check_new(name: str, identifier: str, seen: set[str]) -> None:
 
 
 def _check_task(query: Query, task: int | None) -> None:
-    """Refuse a query of another task than that of its file, or another modality than its task's."""
+    """Refuse a query whose task is not that of its file, or whose modality is not of its task."""
     if task is not None and query.task != task:
         raise DataError(f"task_id {query.task} in a file of task {task}")
     expected = TASKS[query.task][0]

@@ -1,7 +1,7 @@
 """The OpenMoji demo benchmark: all eight tasks of M-BEIR, built on any machine in a minute.
 
-`python -m puma_jax.data.openmoji --out DIR` makes it from packages of the `demo` extra. What it
-holds, how its truth is known, and what its split promises is in docs/openmoji.md.
+`python -m puma_jax.data.openmoji --out DIR` builds it from the packages of the `demo` extra. See
+docs/openmoji.md for its contents, the source of its ground truth, and its split.
 """
 
 from puma_jax.data.openmoji.build import Settings, build

@@ -12,7 +12,7 @@ def main(settings: tyro.conf.OmitArgPrefixes[Settings]) -> None:
     """Build the OpenMoji demo benchmark in M-BEIR layout.
 
     Args:
-        settings: What to build, and where.
+        settings: The variant to build, and the folder to write.
     """
     if not build(settings):
         print("Nothing to do: it is already built.")

@@ -1,4 +1,4 @@
-"""The build: from packages to a folder in M-BEIR layout, whole or not at all."""
+"""Build the benchmark from packages into a folder in M-BEIR layout, whole or not at all."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from puma_jax.data.openmoji.catalogue import (
     make_documents,
 )
 from puma_jax.data.openmoji.countries import load_countries
-from puma_jax.data.openmoji.drafts import Draft, keep_promise, thin_out
+from puma_jax.data.openmoji.drafts import Draft, drop_unanswerable, subsample
 from puma_jax.data.openmoji.drawings import drawing_stems, render, save_all
-from puma_jax.data.openmoji.flags import facts_task, neighbour_task, question_task
+from puma_jax.data.openmoji.flags import facts_task, neighbor_task, question_task
 from puma_jax.data.openmoji.instructions import instructions
 from puma_jax.data.openmoji.names import load_names
 from puma_jax.data.openmoji.naming import naming_tasks
-from puma_jax.data.openmoji.packages import LICENCES, demo_versions
+from puma_jax.data.openmoji.packages import LICENSES, demo_versions
 from puma_jax.data.openmoji.picturing import edit_task, line_task
 from puma_jax.data.openmoji.samples import contact_sheet
 from puma_jax.data.openmoji.split import SPLITS, Split
@@ -49,28 +49,28 @@ _CREDIT = """\
 The drawings under mbeir_images/ and in samples.png are by OpenMoji, the open-source emoji and icon
 project (https://openmoji.org). License: CC BY-SA 4.0
 (https://creativecommons.org/licenses/by-sa/4.0/). They were rendered to pixels; for the line
-drawings, the colours were left out. Whoever passes them on does so under the same licence.
+drawings, the colors were left out. Redistribute them under the same license.
 """
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides a build; the same settings and packages give the same bytes."""
+    """Settings of a build; the same settings and packages give the same bytes."""
 
     out: Path
-    """Folder to write; must not exist, or hold a finished build with these settings."""
+    """Folder to write; it must be missing, empty, or a finished build with these settings."""
     seed: int = 0
-    """Of all lots: which names are used, which combinations are held out."""
+    """Seed of every random choice: which names are used, which combinations are held out."""
     size: int = 56
-    """Width and height of the drawings in pixels, a multiple of 28; 56 makes 4 visual tokens."""
+    """Width and height of the drawings in pixels, a multiple of 28; 56 gives 4 visual tokens."""
     workers: int = os.cpu_count() or 1
-    """Threads that render; they change nothing but the time."""
+    """Number of rendering threads; the result does not depend on it."""
 
     def __post_init__(self) -> None:
         """Check the settings.
 
         Raises:
-            ConfigError: The size is no multiple of 28, or there is no worker.
+            ConfigError: The size is not a multiple of 28, or the number of workers is below 1.
         """
         if self.size < _SIZE_UNIT or self.size % _SIZE_UNIT:
             raise ConfigError(f"size {self.size} is not a multiple of {_SIZE_UNIT}, such as 56")
@@ -81,11 +81,11 @@ class Settings:
 def build(settings: Settings, stems: Sequence[str] | None = None) -> bool:
     """Build the benchmark in `settings.out`; return False if it is there already.
 
-    All is written to a folder beside it, "{out}.partial", which gets its name once it is complete.
+    Files are written to "{out}.partial" beside it, which is renamed once it is complete.
 
     Args:
         settings: What to build, and where.
-        stems: Names of the drawings to take; None takes all that have a name in Unicode.
+        stems: Names of the drawings to use; None uses all that have a Unicode name.
 
     Raises:
         ConfigError: A demo package is not installed, or the folder holds something else.
@@ -98,15 +98,15 @@ def build(settings: Settings, stems: Sequence[str] | None = None) -> bool:
     partial = out.with_name(out.name + ".partial")
     try:
         if (partial / _ATTRIBUTION).is_file():
-            shutil.rmtree(partial)  # an interrupted build has left it
+            shutil.rmtree(partial)  # left by an interrupted build
         partial.mkdir(parents=True)
         (partial / _ATTRIBUTION).write_text(_CREDIT, encoding="utf-8")
         counts = _write(partial, settings, stems)
-        manifest = {"name": DATASET, **key, "licences": LICENCES, **counts}
+        manifest = {"name": DATASET, **key, "licenses": LICENSES, **counts}
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         partial.replace(out)
     except FileExistsError:
-        raise ConfigError(f"{partial} exists, and no build has left it: remove it") from None
+        raise ConfigError(f"{partial} exists and was not left by a build: remove it") from None
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error.strerror or error}") from error
     return True
@@ -121,7 +121,7 @@ def _is_built(out: Path, key: dict[str, object]) -> bool:
         found = {name: manifest[name] for name in key}
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(
-            f"{out} exists and is no build of this benchmark: choose another"
+            f"{out} exists and is not a build of this benchmark: choose another folder"
         ) from None
     for name, wanted in key.items():
         if found[name] != wanted:
@@ -133,32 +133,32 @@ def _is_built(out: Path, key: dict[str, object]) -> bool:
 
 
 def _write(root: Path, settings: Settings, stems: Sequence[str] | None) -> dict[str, object]:
-    """Write all files but the manifest, and return the counts for it."""
+    """Write all files except the manifest, and return the counts that go into it."""
     names = load_names()
     stems = sorted(stem for stem in (drawing_stems() if stems is None else stems) if stem in names)
     names = {stem: names[stem] for stem in stems}
     colors, lines = render(stems, settings.size, settings.workers)
     concepts = make_concepts(stems, names, colors, lines, settings.seed)
-    looks = {concept.stem: concept.look for concept in concepts}
+    appearances = {concept.stem: concept.appearance for concept in concepts}
     countries = load_countries(names)
     documents = make_documents(concepts, countries)
-    drafts = keep_promise(
+    drafts = drop_unanswerable(
         [
             *naming_tasks(concepts, documents, settings.seed),
             *line_task(concepts, documents, settings.seed),
             *edit_task(concepts, documents),
             *facts_task(countries, documents, settings.seed),
-            *question_task(countries, looks, documents, settings.seed),
-            *neighbour_task(countries, looks, documents, settings.seed),
+            *question_task(countries, appearances, documents, settings.seed),
+            *neighbor_task(countries, appearances, documents, settings.seed),
         ]
     )
-    queries = _with_ids(thin_out(drafts, settings.seed))
+    queries = _with_ids(subsample(drafts, settings.seed))
     pictures = {color_path(stem): color for stem, color in zip(stems, colors, strict=True)}
-    asked = {query.image for rows in queries.values() for query in rows}
+    query_images = {query.image for rows in queries.values() for query in rows}
     pictures |= {
         line_path(stem): line
         for stem, line in zip(stems, lines, strict=True)
-        if line_path(stem) in asked
+        if line_path(stem) in query_images
     }
     save_all([root / path for path in pictures], list(pictures.values()), settings.workers)
     _write_records(root, queries, documents)
@@ -174,7 +174,7 @@ def _write(root: Path, settings: Settings, stems: Sequence[str] | None) -> dict[
 
 
 def _with_ids(drafts: Sequence[Draft]) -> dict[Split, list[Query]]:
-    """Return the queries of each split, by task, with ids in one sequence."""
+    """Return the queries of each split, ordered by task and numbered in one sequence."""
     numbers = count(1)
     return {
         split: [
@@ -196,7 +196,7 @@ def _with_ids(drafts: Sequence[Draft]) -> dict[Split, list[Query]]:
 
 
 def _write_records(root: Path, queries: dict[Split, list[Query]], documents: Documents) -> None:
-    """Write queries, pools, judgements and instructions."""
+    """Write queries, pools, qrels and instructions."""
     for split, rows in queries.items():
         sets = {f"{DATASET}_{split}": rows}
         if split == "train":

@@ -1,4 +1,4 @@
-"""All that is known of the drawings before any query is made, and the documents of the pools."""
+"""The concepts behind the drawings, with their splits, and the documents of the pools."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from puma_jax.data.mbeir import Candidate
 from puma_jax.data.openmoji.countries import FACTS, Country
 from puma_jax.data.openmoji.drawings import has_ink, look_alikes
+from puma_jax.data.openmoji.emoji_codes import EmojiCode, country_code, parse_emoji_code
 from puma_jax.data.openmoji.names import Names
-from puma_jax.data.openmoji.signs import Sign, country_code, read_sign
-from puma_jax.data.openmoji.split import Split, connected, shares
+from puma_jax.data.openmoji.split import Split, connected, split_by_fraction
 from puma_jax.typing import UInt8, ndarray
 
 DATASET = "openmoji"
@@ -20,43 +20,43 @@ DATASET_ID = "10"  # M-BEIR's own are 0 to 9
 
 @dataclass(frozen=True, slots=True)
 class Concept:
-    """An emoji: what it shows, what it is called, what its drawing looks like."""
+    """An emoji: its code points, its names, and what its drawing looks like."""
 
-    sign: Sign
+    code: EmojiCode
     names: Names
-    look: str
-    """Stem of the first drawing that looks the same; its own, where none does."""
+    appearance: str
+    """Stem of the first drawing that looks the same; its own if it is the first."""
     outline: str | None
-    """Stem of the first drawing with the same lines; None if these lines tell nothing."""
+    """Stem of the first drawing with the same lines; None if these lines are ambiguous."""
     split: Split
-    """Whether this base in this skin tone is held out."""
+    """Split of this base in this skin tone."""
 
     @property
     def stem(self) -> str:
         """The name of its drawing."""
-        return self.sign.stem
+        return self.code.stem
 
     def parts(self, medium: str) -> frozenset[str]:
-        """Return what the concept is made of in a medium: a language, or "drawing".
+        """Return the parts of the concept in a medium: a language, or "drawing".
 
-        Tones carry their place: light beside dark is not dark beside light.
+        Tones carry their position: light beside dark is not dark beside light.
         """
-        tones = (f"{tone}/{place}" for place, tone in enumerate(self.sign.traits.tones, 1))
-        return frozenset(f"{part}:{medium}" for part in (self.sign.base, *tones))
+        tones = (f"{tone}/{place}" for place, tone in enumerate(self.code.traits.tones, 1))
+        return frozenset(f"{part}:{medium}" for part in (self.code.base, *tones))
 
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of all pools. What two pools have in common is one document in both."""
+    """The documents of all pools. A document that two pools share has one id in both."""
 
     drawings: Mapping[str, Candidate]
-    """By stem."""
+    """Drawings, by stem."""
     names: Mapping[str, Candidate]
-    """English names, by themselves."""
+    """English names, by name."""
     sentences: Mapping[tuple[str, str], Candidate]
-    """By country and kind of fact."""
+    """Sentences, by country code and kind of fact."""
     sheets: Mapping[str, Candidate]
-    """A flag with the facts of its country, by country."""
+    """Flags with the facts of their countries, by country code."""
 
     def pool(self, task: int) -> list[Candidate]:
         """Return the local pool of a task."""
@@ -79,12 +79,12 @@ class Documents:
 
 
 def color_path(stem: str) -> str:
-    """Return where the drawing lies in the benchmark."""
+    """Return the path of a drawing in the benchmark."""
     return f"mbeir_images/{DATASET}/color/{stem}.png"
 
 
 def line_path(stem: str) -> str:
-    """Return where the line drawing lies in the benchmark."""
+    """Return the path of a line drawing in the benchmark."""
     return f"mbeir_images/{DATASET}/line/{stem}.png"
 
 
@@ -99,67 +99,76 @@ def make_concepts(
 
     Args:
         stems: Names of the drawings, sorted.
-        names: What they are called.
-        colors: The drawings in colour.
-        lines: The same as line drawings.
-        seed: Of the lots that hold out skin tones.
+        names: Names of the drawings, by stem and language.
+        colors: The drawings in color.
+        lines: The same drawings without their colors.
+        seed: Seed of the choice of held-out skin tones.
     """
-    signs = [read_sign(stem) for stem in stems]
-    looks = [stems[first] for first in look_alikes(colors)]
+    codes = [parse_emoji_code(stem) for stem in stems]
+    appearances = [stems[first] for first in look_alikes(colors)]
     outlines = [stems[first] for first in look_alikes(lines)]
-    # The frame of a flag, a patch of skin: nobody could say whose lines they are.
-    mute = {
+    # The frame of a flag or a patch of skin identifies no single drawing.
+    ambiguous = {
         outline
-        for sign, outline, line in zip(signs, outlines, lines, strict=True)
-        if country_code(sign.stem) or sign.is_component or not has_ink(line)
+        for code, outline, line in zip(codes, outlines, lines, strict=True)
+        if country_code(code.stem) or code.is_component or not has_ink(line)
     }
-    splits = _split_tones(signs, looks, seed)
+    splits = _split_tones(codes, appearances, seed)
     return [
         Concept(
-            sign=sign,
-            names=names[sign.stem],
-            look=look,
-            outline=None if outline in mute else outline,
+            code=code,
+            names=names[code.stem],
+            appearance=appearance,
+            outline=None if outline in ambiguous else outline,
             split=split,
         )
-        for sign, look, outline, split in zip(signs, looks, outlines, splits, strict=True)
+        for code, appearance, outline, split in zip(
+            codes, appearances, outlines, splits, strict=True
+        )
     ]
 
 
-def by_look(concepts: Iterable[Concept]) -> dict[str, list[Concept]]:
-    """Return the concepts whose drawings look the same, under each look."""
+def by_appearance(concepts: Iterable[Concept]) -> dict[str, list[Concept]]:
+    """Return the concepts grouped by the appearance of their drawings."""
     alike: dict[str, list[Concept]] = defaultdict(list)
     for concept in concepts:
-        alike[concept.look].append(concept)
+        alike[concept.appearance].append(concept)
     return alike
 
 
-def _split_tones(signs: Sequence[Sign], looks: Sequence[str], seed: int) -> list[Split]:
-    """Return for each drawing its split: of each base's skin tones, one in five is for the test.
+def _split_tones(codes: Sequence[EmojiCode], appearances: Sequence[str], seed: int) -> list[Split]:
+    """Return the split of each drawing: one in five skin tones of each base is for the test.
 
-    One more is for validation. Bases of which any drawings look alike (in most professions, man
-    and person) hold out the same tones, or one would be seen in the other.
+    One more is for validation. Bases with drawings that look alike (in most professions, man and
+    person) hold out the same tones, or training would show one through the other.
     """
-    base_of = {sign.stem: sign.base for sign in signs}
-    family = connected((sign.base, base_of[look]) for sign, look in zip(signs, looks, strict=True))
-    # Two people have five choices of one tone and twenty of two; each kind gives its share.
+    base_of = {code.stem: code.base for code in codes}
+    family = connected(
+        (code.base, base_of[appearance])
+        for code, appearance in zip(codes, appearances, strict=True)
+    )
+    # Two people have five choices of one tone and twenty of two; each kind is split by itself.
     choices: dict[tuple[str, int], set[tuple[str, ...]]] = defaultdict(set)
-    for sign in signs:
-        if tones := sign.traits.tones:
-            choices[family[sign.base], len(tones)].add(tones)
+    for code in codes:
+        if tones := code.traits.tones:
+            choices[family[code.base], len(tones)].add(tones)
     splits: dict[tuple[str, tuple[str, ...]], Split] = {}
     for (base, number), some in choices.items():
-        lots = shares(sorted(some), seed, f"{number} tones of {base}", test=0.2, val=0.2)
-        splits |= {(base, tones): split for tones, split in lots.items()}
-    drawn = [splits.get((family[sign.base], sign.traits.tones), "train") for sign in signs]
-    split_of = dict(zip(looks, drawn, strict=True))
-    # Some are drawn without the skin tones of their names: what looks the same cannot be split.
-    mixed = {look for look, split in zip(looks, drawn, strict=True) if split != split_of[look]}
-    return ["train" if look in mixed else split for look, split in zip(looks, drawn, strict=True)]
+        drawn = split_by_fraction(
+            sorted(some), seed, f"{number} tones of {base}", test=0.2, val=0.2
+        )
+        splits |= {(base, tones): split for tones, split in drawn.items()}
+    chosen = [splits.get((family[code.base], code.traits.tones), "train") for code in codes]
+    split_of = dict(zip(appearances, chosen, strict=True))
+    # Some drawings lack the skin tones of their names, so that several tones look the same. They
+    # cannot be split and stay in training.
+    pairs = list(zip(appearances, chosen, strict=True))
+    mixed = {appearance for appearance, split in pairs if split != split_of[appearance]}
+    return ["train" if appearance in mixed else split for appearance, split in pairs]
 
 
 def make_documents(concepts: Iterable[Concept], countries: Mapping[str, Country]) -> Documents:
-    """Return the documents that can be found, with ids in one sequence."""
+    """Return the documents of all pools, numbered in one sequence."""
     number = 0
 
     def document(text: str | None, stem: str | None, source: str) -> Candidate:

@@ -1,23 +1,23 @@
-"""Facts of the countries whose flags are drawn, as clues, questions, sentences and fact sheets."""
+"""Facts about the countries with flags, as clues, questions, sentences and fact sheets."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from puma_jax.data.openmoji.emoji_codes import country_code
 from puma_jax.data.openmoji.names import Names
 from puma_jax.data.openmoji.packages import demo_package
-from puma_jax.data.openmoji.signs import country_code
 
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A kind of fact: "capital"; its clue is the kind and a value, "capital Paris"."""
+    """A kind of fact, such as "capital"; a clue is the kind and a value, "capital Paris"."""
 
     kind: str
     questions: tuple[str, ...]
     sentence: str
-    """With places for the country and the value."""
+    """Format string with fields for the country and the value."""
 
 
 FACTS = (
@@ -30,7 +30,7 @@ FACTS = (
     Fact("phone", ("Phone code?", "How is it called by phone?"), "The phone code of {} is {}."),
     Fact("code", ("ISO code?", "What is its three-letter code?"), "The ISO code of {} is {}."),
 )
-"""What can be asked of a country."""
+"""Every kind of fact."""
 
 _ON_SHEET = ("capital", "currency", "language", "region")
 
@@ -40,19 +40,19 @@ class Country:
     """A country with a flag."""
 
     code: str
-    """Two letters, ISO 3166."""
+    """Two-letter code of ISO 3166."""
     stem: str
-    """Of the drawing of its flag."""
+    """Stem of the drawing of its flag."""
     name: str
-    """As the flag's drawing is called in English."""
+    """English name of the flag's drawing."""
     facts: Mapping[str, tuple[str, ...]]
-    """The values of each kind of fact; a kind of which nothing is known is left out."""
-    neighbours: tuple[str, ...]
-    """Codes of the countries that share a border with it, in order."""
+    """Values of each kind of fact; kinds without a value are left out."""
+    neighbors: tuple[str, ...]
+    """Codes of the countries that share a border with it, ascending."""
 
     @property
     def sheet(self) -> str:
-        """What is known of the country, in a line.
+        """The facts of the country on one line.
 
         "France: capital Paris, currency EUR, language fr, region Western Europe"
         """
@@ -60,7 +60,7 @@ class Country:
         return f"{self.name}: {', '.join(known)}"
 
     def value(self, kind: str) -> str:
-        """Return all values of a fact in one text: "nl, fr, de"."""
+        """Return all values of a fact, joined: "nl, fr, de"."""
         return ", ".join(self.facts[kind])
 
     def sentence(self, fact: Fact) -> str:
@@ -69,15 +69,15 @@ class Country:
 
 
 def clue(kind: str, value: str) -> str:
-    """Return the words by which a country may be known: "capital Paris"."""
+    """Return a clue to a country: "capital Paris"."""
     return f"{kind} {value}"
 
 
 def load_countries(names: Mapping[str, Names]) -> dict[str, Country]:
-    """Return the countries that have both a flag and a capital, by their codes, in order.
+    """Return the countries that have a flag and a capital, by code, ascending.
 
     Args:
-        names: Of the drawings, by their stems; a country whose flag is not there is left out.
+        names: Names of the drawings, by stem; countries whose flags are missing are left out.
 
     Raises:
         ConfigError: The demo packages are not installed.
@@ -89,7 +89,7 @@ def load_countries(names: Mapping[str, Names]) -> dict[str, Country]:
         try:
             data = package.CountryInfo(code).info() if code else {}
         except package.CountryNotFoundError:
-            continue  # flags of unions and of islands that are no country
+            continue  # a flag of a union, or of islands that are not a country
         if code and data.get("capital"):
             found[code] = (stem, data)
     codes = {data["ISO"]["alpha3"]: code for code, (_, data) in found.items()}
@@ -103,18 +103,18 @@ def load_countries(names: Mapping[str, Names]) -> dict[str, Country]:
             stem=stem,
             name=names[stem]["en"],
             facts=_facts(data),
-            # Some borders are listed by one side only; those are mistakes of either side.
-            neighbours=tuple(sorted(other for other in listed[code] if code in listed[other])),
+            # A border that only one side lists is a mistake of one of them.
+            neighbors=tuple(sorted(other for other in listed[code] if code in listed[other])),
         )
         for code, (stem, data) in sorted(found.items())
     }
 
 
 def _facts(data: Mapping) -> dict[str, tuple[str, ...]]:
-    """Return the facts of a record of countryinfo, without what is empty there."""
+    """Return the facts in a record of countryinfo, without empty values."""
     domains = [domain for domain in data.get("tld") or () if domain.isascii()]
     phones = [f"+{code}" for code in data.get("callingCodes") or () if code]
-    # One record in twelve writes the region otherwise than its neighbours do.
+    # One record in twelve spells the region differently from the others.
     region = (data.get("subregion") or "").replace("South-Eastern", "South-eastern")
     values: dict[str, Iterable[str | None]] = {
         "capital": [data.get("capital")],

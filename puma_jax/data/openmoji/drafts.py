@@ -1,4 +1,4 @@
-"""Queries before they have ids, made of named parts, so that the split can be held to its word."""
+"""Queries without ids, made of named parts, so that the split by combination can be enforced."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from puma_jax.data.openmoji.split import Split, in_lot_order
+from puma_jax.data.openmoji.split import Split, hash_order
 
-_MOST_ASKED: dict[Split, int] = {"val": 500, "test": 1000}
+_MAX_QUERIES: dict[Split, int] = {"val": 500, "test": 1000}
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,21 +21,21 @@ class Draft:
     image: str | None
     """Path of the image in the benchmark."""
     positives: tuple[str, ...]
-    """Ids of the documents that answer it."""
+    """Ids of its relevant documents."""
     parts: frozenset[str]
-    """What query and answer are made of: "1F44B:es", the waving hand in Spanish."""
+    """Parts of the query and its answer, such as "1F44B:es", the waving hand in Spanish."""
 
     @property
     def combination(self) -> str:
-        """All parts as one text."""
+        """All parts, sorted and joined."""
         return " + ".join(sorted(self.parts))
 
 
-def keep_promise(drafts: Iterable[Draft]) -> list[Draft]:
-    """Return the queries, without those for validation and test that training cannot answer.
+def drop_unanswerable(drafts: Iterable[Draft]) -> list[Draft]:
+    """Return the queries without validation and test queries that training cannot answer.
 
-    One that stays has every part in a training query, of whatever task, and its combination in
-    none.
+    Every part of a query that stays occurs in a training query of some task; its combination of
+    parts occurs in none.
     """
     drafts = list(drafts)
     train = [draft for draft in drafts if draft.split == "train"]
@@ -48,13 +48,16 @@ def keep_promise(drafts: Iterable[Draft]) -> list[Draft]:
     ]
 
 
-def thin_out(drafts: Sequence[Draft], seed: int) -> list[Draft]:
-    """Return the queries, of long validation and test sets only some, drawn by lot."""
+def subsample(drafts: Sequence[Draft], seed: int) -> list[Draft]:
+    """Return the queries, with at most 500 validation and 1,000 test queries of each task.
+
+    Those that stay are the first in hash order.
+    """
     kept = []
     sets: dict[tuple[int, Split], list[Draft]] = defaultdict(list)
     for draft in drafts:
         sets[draft.task, draft.split].append(draft)
     for (task, split), some in sets.items():
-        order = in_lot_order(range(len(some)), seed, f"{split} queries of task {task}")
-        kept += [some[place] for place in sorted(order[: _MOST_ASKED.get(split)])]
+        order = hash_order(range(len(some)), seed, f"{split} queries of task {task}")
+        kept += [some[place] for place in sorted(order[: _MAX_QUERIES.get(split)])]
     return kept

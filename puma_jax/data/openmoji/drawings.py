@@ -1,4 +1,4 @@
-"""OpenMoji's SVG files, rendered in colour and as line drawings, and which of them look alike."""
+"""Render OpenMoji's SVG files in color and as line drawings, and find those that look alike."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from puma_jax.data.openmoji.packages import demo_package
 from puma_jax.data.openmoji.split import connected
 from puma_jax.typing import UInt8, ndarray
 
-_LINES = ("line", "line-supplement")  # the other groups of a drawing are its colours
-_GRID = 14  # cells of the coarse picture that is compared first, on a side
+_LINES = ("line", "line-supplement")  # the other groups of a drawing are its colors
+_GRID = 14  # cells per side of the coarse picture that is compared first
 
 _Result = TypeVar("_Result")
 
 
 def drawing_stems() -> list[str]:
-    """Return the names of all drawings, without ".svg", in order.
+    """Return the names of all drawings, without ".svg", ascending.
 
     Raises:
         ConfigError: The demo packages are not installed.
@@ -38,12 +38,12 @@ def drawing_stems() -> list[str]:
 def render(
     stems: Sequence[str], size: int, workers: int
 ) -> tuple[UInt8[ndarray, "drawings size size 3"], UInt8[ndarray, "drawings size size 3"]]:
-    """Return the drawings in colour, and as line drawings, on white.
+    """Return the drawings in color and as line drawings, both on white.
 
     Args:
         stems: Names of the drawings.
         size: Width and height in pixels.
-        workers: Threads that render; they change nothing but the time.
+        workers: Number of threads; the result does not depend on it.
 
     Raises:
         ConfigError: The demo packages are not installed.
@@ -65,7 +65,7 @@ def render(
 
 
 def line_drawing(svg: str) -> str:
-    """Return a drawing without its colours."""
+    """Return the SVG of a drawing without its colors."""
     root = ElementTree.fromstring(svg)
     for group in list(root):
         if group.get("id") not in _LINES:
@@ -76,7 +76,7 @@ def line_drawing(svg: str) -> str:
 def save_all(
     paths: Sequence[Path], pictures: Sequence[UInt8[ndarray, "size size 3"]], workers: int
 ) -> None:
-    """Write pictures as PNG files; folders are made."""
+    """Write pictures as PNG files, and create their folders."""
     for folder in {path.parent for path in paths}:
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -87,15 +87,14 @@ def save_all(
 
 
 def look_alikes(pictures: UInt8[ndarray, "n size size 3"], tolerance: int = 8) -> list[int]:
-    """Return for each picture the first one that it looks like: itself where none before does.
+    """Return for each picture the index of the first one that it looks like, at most its own.
 
-    Two pictures look alike if no channel of any pixel differs by more than the tolerance. That is
-    what rendering makes of shapes that are the same but written in other numbers; drawings that
-    differ in anything an eye could find differ by more.
+    Two pictures look alike if no channel of any pixel differs by more than the tolerance. Rendering
+    makes such differences of equal shapes with other coordinates; visible differences are larger.
 
     Args:
-        pictures: Their width and height are a multiple of 14 pixels.
-        tolerance: In the 256 levels of a channel.
+        pictures: Pictures whose width and height are a multiple of 14 pixels.
+        tolerance: Largest difference, in the 256 levels of a channel.
     """
     n, size = pictures.shape[:2]
     cell = size // _GRID
@@ -103,8 +102,8 @@ def look_alikes(pictures: UInt8[ndarray, "n size size 3"], tolerance: int = 8) -
     cells = cells.reshape(n, -1)
     square = (cells**2).sum(1)
     distance = square[:, None] + square - 2 * cells @ cells.T
-    # Pictures that look alike are this close in the mean, too; few others are. One level more, for
-    # the product above is rounded, and differently on other machines.
+    # The means of pictures that look alike are this close, and few others are. One level is added
+    # because the product above is rounded, and differently on other machines.
     near = np.argwhere(np.triu(distance <= cells.shape[1] * (tolerance + 1) ** 2, 1))
     links = [(a, b) for a, b in near.tolist() if _contrast(pictures[a], pictures[b]) <= tolerance]
     first = connected(links)
@@ -112,14 +111,14 @@ def look_alikes(pictures: UInt8[ndarray, "n size size 3"], tolerance: int = 8) -
 
 
 def has_ink(picture: UInt8[ndarray, "size size 3"]) -> bool:
-    """Return whether a line drawing shows anything: whether 1 % of it is dark."""
+    """Return whether more than 1 % of a line drawing is dark."""
     return bool((picture.min(-1) < 128).mean() > 0.01)
 
 
 def in_threads(
     function: Callable[..., _Result], label: str, workers: int, *arguments: Sequence[Any]
 ) -> list[_Result]:
-    """Return the results of a function in the order of its arguments, behind a progress bar."""
+    """Return the results of a function in the order of its arguments, and show a progress bar."""
     with ThreadPoolExecutor(workers) as pool:
         results = pool.map(function, *arguments)
         return list(tqdm(results, desc=label, total=len(arguments[0]), unit="drawing"))
@@ -130,5 +129,5 @@ def _folder() -> Traversable:
 
 
 def _contrast(a: UInt8[ndarray, "size size 3"], b: UInt8[ndarray, "size size 3"]) -> int:
-    """Return by how much two pictures differ where they differ most."""
+    """Return the largest difference between two pictures, in levels of a channel."""
     return int((np.maximum(a, b) - np.minimum(a, b)).max())

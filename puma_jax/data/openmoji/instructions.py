@@ -1,4 +1,4 @@
-"""How the eight tasks are asked for, each in four ways."""
+"""Instructions of the eight tasks, four for each."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ _PROMPTS = {
 
 
 def instructions() -> list[Instruction]:
-    """Return the instructions of all tasks; the two modalities tell the task."""
+    """Return the instructions of all tasks; the pair of modalities identifies the task."""
     return [
         Instruction(
             query_modality=query,

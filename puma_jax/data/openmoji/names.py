@@ -1,4 +1,4 @@
-"""What emoji are called, in English and thirteen other languages."""
+"""Names of emoji in English and thirteen other languages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load_names() -> dict[str, Names]:
 
 
 def readable(shortcode: str) -> str:
-    """Return a short code as one would write it.
+    """Return a short code in plain words.
 
     >>> readable(":man_health_worker_light_skin_tone:")
     'man health worker light skin tone'
@@ -34,5 +34,5 @@ def readable(shortcode: str) -> str:
 
 
 def spelling(name: str) -> str:
-    """Return what two names have in common if they read the same."""
+    """Return the key under which names that read the same are equal."""
     return name.casefold()

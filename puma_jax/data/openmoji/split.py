@@ -1,6 +1,6 @@
-"""Lots that depend on a seed and nothing else, and the split by combination.
+"""Random choices that depend on a seed alone, and the split by combination.
 
-A test query of this benchmark is a new combination of parts that were all seen in training: this
+A test query of this benchmark is a new combination of parts that training shows one by one: this
 waving hand in this skin tone, this concept in this language, this flag with this question.
 """
 
@@ -19,24 +19,23 @@ _Key = TypeVar("_Key", bound=Hashable)
 _Node = TypeVar("_Node", bound=Any)  # anything that can be hashed and compared
 
 
-def in_lot_order(items: Iterable[_Item], seed: int, purpose: str) -> list[_Item]:
-    """Return items in an order drawn by lot.
+def hash_order(items: Iterable[_Item], seed: int, purpose: str) -> list[_Item]:
+    """Return items in the order of a hash of the seed, the purpose and the item as text.
 
-    Each item's lot is a hash of the seed, the purpose and the item as text, so that it depends
-    neither on the other items nor on the Python that draws it.
+    The hash of an item depends neither on the other items nor on the Python version.
     """
 
-    def lot(item: _Item) -> bytes:
+    def digest(item: _Item) -> bytes:
         return hashlib.sha256(f"{seed}|{purpose}|{item}".encode()).digest()
 
-    return sorted(items, key=lot)
+    return sorted(items, key=digest)
 
 
-def shares(
+def split_by_fraction(
     items: Iterable[_Item], seed: int, purpose: str, *, test: float, val: float
 ) -> dict[_Item, Split]:
-    """Return a split of items of which these shares are held out, rounded down."""
-    order = in_lot_order(items, seed, purpose)
+    """Return the split of each item; the fractions held out are rounded down to whole items."""
+    order = hash_order(items, seed, purpose)
     tests, vals = int(test * len(order)), int(val * len(order))
     return {
         item: "test" if place < tests else "val" if place < tests + vals else "train"
@@ -47,19 +46,19 @@ def shares(
 def hold_out(
     parts: Mapping[_Key, Iterable[str]], seed: int, purpose: str, *, test: float, val: float
 ) -> dict[_Key, Split]:
-    """Return a split of combinations that leaves each of their parts in training.
+    """Return the split of each combination, with every part of it left in training.
 
     Args:
-        parts: What each combination is made of.
-        seed: Of the lots.
-        purpose: Tells the lots of one use from those of another.
-        test: Share of the combinations to hold out for the test. A combination is passed over
-            where one of its parts would be left in no training combination.
-        val: Share to hold out for validation, likewise.
+        parts: The parts of each combination.
+        seed: Seed of the choice.
+        purpose: Name that makes this choice independent of others with the same seed.
+        test: Fraction of the combinations to hold out for the test. A combination stays in training
+            if one of its parts would otherwise be in no training combination.
+        val: Fraction to hold out for validation, likewise.
     """
     left = Counter(part for combination in parts.values() for part in combination)
     splits: dict[_Key, Split] = dict.fromkeys(parts, "train")
-    for key, split in shares(parts, seed, purpose, test=test, val=val).items():
+    for key, split in split_by_fraction(parts, seed, purpose, test=test, val=val).items():
         if split != "train" and all(left[part] > 1 for part in parts[key]):
             splits[key] = split
             left.subtract(parts[key])
@@ -67,7 +66,7 @@ def hold_out(
 
 
 def connected(links: Iterable[tuple[_Node, _Node]]) -> dict[_Node, _Node]:
-    """Return for every linked node the smallest one that it is connected with, directly or not."""
+    """Return the smallest node in the connected component of each linked node."""
     parent: dict[_Node, _Node] = {}
 
     def root(node: _Node) -> _Node:

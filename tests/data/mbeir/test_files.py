@@ -153,7 +153,7 @@ def test_modalities_have_the_codes_of_the_loss():
     assert 5 not in mbeir.TASKS
 
 
-def test_only_judgements_above_zero_are_read(tmp_path):
+def test_only_judgments_above_zero_are_read(tmp_path):
     path = tmp_path / "qrels.txt"
     path.write_text("9:6 0 9:2 1 3\n9:6 0 9:3 0 3\r\n\n9:7\t0\t9:9 2 3")
     assert list(mbeir.read_qrels(path)) == [Qrel("9:6", "9:2", 1, 3), Qrel("9:7", "9:9", 2, 3)]
@@ -216,7 +216,7 @@ def test_a_bad_field_is_named_with_its_place_its_value_and_what_was_expected(
         ("9:6 0 9:2 1 12", "task_id 12 is not one of 0, 1, 2, 3, 4, 6, 7, 8"),
     ],
 )
-def test_a_bad_judgement_is_named(tmp_path, line, message):
+def test_a_bad_judgment_is_named(tmp_path, line, message):
     path = tmp_path / "qrels.txt"
     path.write_text(f"9:6 0 9:2 1 3\n{line}\n")
     with pytest.raises(DataError, match=f"^qrels.txt:2: {message}"):

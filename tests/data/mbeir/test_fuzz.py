@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from puma_jax.data import mbeir
+from puma_jax.data.lines import BadRecords, RowIndex
 from puma_jax.data.mbeir import validation
-from puma_jax.data.mbeir.lines import BadRecords, RowIndex
 from puma_jax.data.text_pairs import read_text_pairs
 from puma_jax.errors import DataError
 

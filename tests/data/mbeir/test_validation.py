@@ -168,10 +168,10 @@ def test_what_is_odd_but_not_wrong_is_a_warning(root):
     assert warnings(report) == {
         f"{QUERIES}: positive is not in the local pool": 1,
         f"{QUERIES}: positive is in no pool": 1,
-        f"{QUERIES}: positive is of another modality than the task says": 1,
+        f"{QUERIES}: positive has another modality than the task": 1,
         f'{QUERIES}: query without an instruction for dataset_id "2", image → text': 1,
         f"{QUERIES}: query without a relevant document in the qrels": 1,
-        f"{QRELS}: judgement of an unknown query": 1,
+        f"{QRELS}: judgment of an unknown query": 1,
         f"{QRELS}: judged document is not in the local pool": 1,
     }
 
@@ -186,7 +186,7 @@ def test_a_part_of_a_benchmark_can_be_checked(root):
         f"{POOL} is missing",
         f"{QRELS} is missing",
         f"{INSTRUCTIONS} is missing",
-        "query/test/own.jsonl is not used: its name is not of the layout",
+        "query/test/own.jsonl is not used: its name does not fit the layout",
     ]
 
 
@@ -207,7 +207,7 @@ def test_the_report_prints_as_a_short_table(root):
         "  mbeir_own_task3_test.jsonl:3: qid is missing, expected an id",
         "",
         "warnings:",
-        "  1 × judgement of an unknown query (qrels/test/mbeir_own_task3_test_qrels.txt)",
+        "  1 × judgment of an unknown query (qrels/test/mbeir_own_task3_test_qrels.txt)",
         "",
         "notes:",
         "  instructions/query_instructions.tsv is missing",

@@ -1,6 +1,6 @@
-"""An `Embedder` as a model that mteb evaluates: `mteb.evaluate(MtebModel(embedder, ...), tasks)`.
+"""Wrap an `Embedder` for mteb: `mteb.evaluate(MtebModel(embedder, ...), tasks)`.
 
-mteb brings torch, which nothing else here needs, so it is an extra, imported when a model is made:
+mteb depends on torch, which nothing else here needs. It is an extra and imported only here:
 `pip install 'puma-jax[mteb]'`.
 """
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from puma_jax.data.prompts import normalise
+from puma_jax.data.prompts import normalize_text
 from puma_jax.embedder import Embedder, RawItem
 from puma_jax.errors import ConfigError, ItemError
 from puma_jax.typing import AnyArray, Float, ndarray
@@ -22,30 +22,30 @@ if TYPE_CHECKING:
     from mteb.models.model_meta import ModelMeta
 
 _Batch = Mapping[str, Sequence[Any]]
-"""Columns "text" and "image", either or both, and others that are not read."""
+"""Columns "text" and "image", either or both; others are not read."""
 
 
 class MtebModel:
-    """What mteb calls an encoder, of texts, images, and images with text.
+    """An mteb encoder for texts, images, and images with text.
 
-    What is asked is worded as by mteb's own `InstructSentenceTransformerModel`, so that numbers
-    stand beside those of the leaderboards:
+    Instructions are those of mteb's own `InstructSentenceTransformerModel`, so that results are
+    comparable with the leaderboards:
 
-    - A query is asked with the prompt of its task, and with that of its kind of task where it has
-      none. So is every text and image of a task without queries, such as STS or clustering.
-    - A document is embedded as it is, after its title.
-    - Where each query has an instruction of its own (InstructIR, FollowIR), mteb writes it behind
-      the query's text, and the task's prompt still comes first.
+    - A query has the prompt of its task, or of its type of task if the task has none. So has every
+      text and image of a task without queries, such as STS or clustering.
+    - A document has no instruction; its title precedes its text.
+    - If each query has an instruction of its own (InstructIR, FollowIR), mteb appends it to the
+      query's text, and the task's prompt still comes first.
     """
 
     def __init__(self, embedder: Embedder, name: str, revision: str | None = None):
         """Wrap an embedder.
 
         Args:
-            embedder: The model.
-            name: "organization/model". mteb keeps results by name and revision, and answers from
-                them without a look at the weights: each checkpoint needs one of the two anew.
-            revision: Which of the checkpoints of that name.
+            embedder: Embedder to evaluate.
+            name: "organization/model". mteb caches results by name and revision without looking at
+                the weights: each checkpoint needs another name or revision.
+            revision: Revision of the model, such as the checkpoint's step.
 
         Raises:
             ConfigError: mteb is not installed, or cannot use the name.
@@ -64,7 +64,7 @@ class MtebModel:
 
     @functools.cached_property
     def mteb_model_meta(self) -> ModelMeta:
-        """What mteb writes beside the results; None where an embedder cannot know."""
+        """Metadata that mteb writes with the results; None for fields an embedder does not know."""
         from mteb.models.model_meta import ModelMeta, ScoringFunction
 
         params = self.embedder.params
@@ -79,7 +79,7 @@ class MtebModel:
             n_embedding_parameters=params.decoder.embedding.table[...].size,
             memory_usage_mb=sum(leaf.nbytes for leaf in leaves) / 2**20,
             max_tokens=self.embedder.config.prompt.max_text_tokens,
-            embed_dim=self.embedder.width,
+            embed_dim=self.embedder.embedding_dim,
             license=None,
             open_weights=None,
             public_training_code=None,
@@ -106,17 +106,18 @@ class MtebModel:
         """Return one unit vector for each row of the batches, float32 and in their order.
 
         Args:
-            inputs: A data loader of mteb, read as it is needed.
-            task_metadata: Whose prompt is the instruction.
+            inputs: A data loader of mteb, read when needed.
+            task_metadata: Metadata of the task, which holds the instruction.
             hf_split: Not used.
             hf_subset: Not used.
-            prompt_type: "query", "document", or None where the task makes no difference.
-            show_progress_bar: Whether to show a bar when the work takes more than a few seconds.
-            precision: Of the vectors; only "float32".
-            kwargs: Not used: how much is embedded at a time does not depend on mteb's batch size.
+            prompt_type: "query", "document", or None for tasks without that distinction.
+            show_progress_bar: Whether to show a progress bar if encoding takes more than a few
+                seconds.
+            precision: Precision of the vectors; only "float32".
+            kwargs: Not used; the batch size is the embedder's own.
 
         Raises:
-            ConfigError: Another precision is asked for.
+            ConfigError: `precision` is not "float32".
             ItemError: A batch has neither texts nor images.
             ImageError: An image cannot be read.
         """
@@ -129,20 +130,20 @@ class MtebModel:
         )
 
     def similarity(self, embeddings1: AnyArray, embeddings2: AnyArray) -> AnyArray:
-        """Return the cosines between all vectors of two collections, a torch tensor."""
+        """Return the cosine similarities of all pairs of vectors, as a torch tensor."""
         from mteb.similarity_functions import cos_sim
 
         return cos_sim(embeddings1, embeddings2)
 
     def similarity_pairwise(self, embeddings1: AnyArray, embeddings2: AnyArray) -> AnyArray:
-        """Return the cosines between vectors that stand at the same place, a torch tensor."""
+        """Return the cosine similarities of vectors with the same index, as a torch tensor."""
         from mteb.similarity_functions import pairwise_cos_sim
 
         return pairwise_cos_sim(embeddings1, embeddings2)
 
 
 def _instruction(task: TaskMetadata, prompt_type: str | None) -> str | None:
-    """Return what an item of a task is asked with; None for documents."""
+    """Return the instruction for the items of a task; None for documents."""
     from mteb.abstasks.abstask import get_abstask_prompt
 
     if prompt_type == "document":
@@ -157,13 +158,12 @@ def _items(batch: _Batch, task: str) -> Iterator[RawItem]:
     if not columns:
         raise ItemError(f"{task} has batches of {sorted(batch)}, expected text or image")
     for row in zip(*columns.values(), strict=True):
-        # Where only some documents have an image, or a text, mteb leaves the place of the other
-        # empty.
+        # If only some documents have an image, or a text, mteb fills the gaps with empty values.
         item = {
             name: value
             for name, value in zip(columns, row, strict=True)
-            if value is not None and not (name == "text" and not normalise(value))
+            if value is not None and not (name == "text" and not normalize_text(value))
         }
-        # Some corpora hold empty documents. They need a vector, too, as other models give one:
-        # that of the full stop which ends every text.
+        # Some corpora hold empty documents, which other models embed, too. They get the vector of
+        # the full stop that ends every text.
         yield item or {"text": "."}

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from puma_jax.data.mbeir import lines
-from puma_jax.data.mbeir.lines import RowIndex, json_object, read_records, write_lines
+from puma_jax.data import lines
+from puma_jax.data.lines import RowIndex, json_object, read_records, write_lines
 from puma_jax.errors import DataError
 
 
@@ -30,7 +30,7 @@ def numbers(tmp_path):
         (b"nonsense", "not JSON: Expecting value (column 1)"),
         (b'{"a": "b', "not JSON: Unterminated string starting at (column 7)"),
         (b'{"a": 1} {"a": 2}', "not JSON: Extra data (column 10)"),
-        (b'{"a": NaN}', "not JSON: NaN is no JSON number"),
+        (b'{"a": NaN}', "not JSON: NaN is not a JSON number"),
         (b'{"a": 1, "a": 2}', 'not JSON: key "a" is given twice'),
         (b"[" * 100_000, "not JSON"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not JSON: Exceeds the limit"),

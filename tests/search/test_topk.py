@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from puma_jax.errors import ConfigError
-from puma_jax.retrieval import topk
-from puma_jax.retrieval.topk import top_k
+from puma_jax.search import topk
+from puma_jax.search.topk import top_k
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # SWIG's types have no modules

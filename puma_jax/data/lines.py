@@ -1,7 +1,7 @@
-"""Files of one record a line: read in a stream or by row, written whole or not at all.
+"""Files with one record per line: read as a stream or by row, written completely or not at all.
 
-Whatever a file holds, the only error that comes out is a `DataError` of one line that starts with
-the file's name and the number of the line.
+Whatever a file holds, the only error raised is a `DataError` of one line that starts with the name
+of the file and the number of the line.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ OnBadRecord = Literal["error", "skip"]
 Record = TypeVar("Record")
 
 MAX_LINE_BYTES = 1 << 26
-"""A longer line is a bad record; no more than this is ever held of one."""
+"""A longer line is a bad record. No more than this is ever read of a line into memory."""
 
 _SHOWN_CHARACTERS = 60
 
 
 @dataclass
 class BadRecords:
-    """Counts the records that `on_bad_record="skip"` passes over, and keeps what was wrong."""
+    """The count and the first messages of the records that `on_bad_record="skip"` skips."""
 
     keep: int = 10
-    """How many messages to keep: the first ones."""
+    """Number of messages to keep; later ones are only counted."""
     count: int = 0
     messages: list[str] = field(default_factory=list)
 
@@ -52,15 +52,15 @@ class Line(NamedTuple):
     """One line of a file."""
 
     number: int
-    """From 1."""
+    """Line number, from 1."""
     start: int
-    """Where it starts in the file, in bytes."""
+    """Offset of the line in the file, in bytes."""
     content: bytes
-    """With the newline at its end; one byte above `MAX_LINE_BYTES` where the line is too long."""
+    """The bytes with their newline; `MAX_LINE_BYTES` + 1 bytes if the line is too long."""
 
 
 def numbered_lines(path: FilePath) -> Iterator[Line]:
-    """Yield every line of a file. A byte order mark at the start of the file is passed over.
+    """Yield every line of a file. A byte order mark at the start of the file is skipped.
 
     Raises:
         DataError: The file does not exist or cannot be read.
@@ -91,10 +91,10 @@ def read_records(
 
     Args:
         path: The file.
-        parse: Returns the record of a line, None for a line that holds none; raises DataError,
-            to which the file's name and the line's number are added here.
-        on_bad_record: "error" stops at a bad record, "skip" goes on with the next.
-        skipped: Counts the bad records that were skipped.
+        parse: Returns the record of a line, or None for a line without a record. It raises
+            DataError, to which file name and line number are added.
+        on_bad_record: "error" stops at a bad record, "skip" continues with the next one.
+        skipped: Counts the skipped records.
 
     Raises:
         DataError: The file cannot be read, or a record is bad and `on_bad_record` is "error".
@@ -120,7 +120,7 @@ def reject(error: DataError, on_bad_record: OnBadRecord, skipped: BadRecords | N
 
 
 def located(error: Exception, path: FilePath, number: int) -> DataError:
-    """Return the error with its place, "file:line: ", in front."""
+    """Return the error with its place, "file:line: ", before the message."""
     return DataError(f"{Path(path).name}:{number}: {error}")
 
 
@@ -133,7 +133,7 @@ def decode_line(content: bytes) -> str:
     if len(content) > MAX_LINE_BYTES:
         raise DataError(f"line is longer than {MAX_LINE_BYTES} bytes")
     if b"\0" in content:
-        raise DataError("line holds a NUL byte; the file is damaged or no text")
+        raise DataError("line holds a NUL byte; the file is damaged or not a text file")
     try:
         return content.decode()
     except UnicodeDecodeError as error:
@@ -146,14 +146,14 @@ def json_object(content: bytes) -> dict[str, Any]:
     """Return the JSON object that a line holds.
 
     Raises:
-        DataError: The line is not UTF-8, not JSON, no object, or gives a key twice.
+        DataError: The line is not UTF-8, not JSON or not an object, or it gives a key twice.
     """
     try:
         value = _DECODER.decode(decode_line(content).rstrip())
     except json.JSONDecodeError as error:
         raise DataError(f"not JSON: {error.msg} (column {error.pos + 1})") from None
     except RecursionError:
-        raise DataError("not JSON that can be read: nested too deeply") from None
+        raise DataError("not JSON: nested too deeply") from None
     except ValueError as error:  # ours, from below, and Python's limit on the digits of a number
         raise DataError(f"not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -162,13 +162,13 @@ def json_object(content: bytes) -> dict[str, Any]:
 
 
 def shown(value: object) -> str:
-    """Return a JSON value as an error message shows it: short, on one line, as in the file."""
+    """Return a JSON value for an error message: short, on one line, spelled as in the file."""
     if isinstance(value, dict):
         return "{...}"
     if isinstance(value, list):
         return "[...]"
     if isinstance(value, str):
-        # What cannot be printed is escaped: newlines would break the line, lone surrogates stdout.
+        # Unprintable characters are escaped: newlines break lines, lone surrogates fail to print.
         cut = value[:_SHOWN_CHARACTERS]
         end = "" if cut == value else "..."
         return json.dumps(cut + end, ensure_ascii=not cut.isprintable())
@@ -177,9 +177,9 @@ def shown(value: object) -> str:
 
 
 def write_lines(path: FilePath, lines: Iterable[str]) -> int:
-    """Write lines to a file and return how many; parent folders are made.
+    """Write lines to a file and return their number; parent folders are created.
 
-    The file appears under its name once it is complete, and is left as it was if anything fails.
+    The file appears under its name once it is complete; an older file is kept if writing fails.
 
     Raises:
         DataError: The file cannot be written.
@@ -201,18 +201,18 @@ def write_lines(path: FilePath, lines: Iterable[str]) -> int:
 
 
 class RowIndex(Generic[Record]):
-    """Random access to the records of a file, of which only the places are kept in memory.
+    """Random access to the records of a file; only their offsets are kept in memory.
 
-    Blank lines are no rows. Rows can be read by several threads at once; forked and unpickled
-    copies read the file on their own.
+    Blank lines are not rows. Several threads can read rows at once; forked and unpickled copies
+    read the file independently.
     """
 
     starts: Int[ndarray, "rows+1"]
-    """Where each row starts in the file, in bytes; last, the size of the file."""
+    """Offset of each row in the file, in bytes; the last entry is the size of the file."""
     line_numbers: Int[ndarray, "rows"]
 
     def __init__(self, path: FilePath, parse: Callable[[bytes], Record]):
-        """Find the rows, in one pass over the file.
+        """Find the rows in one pass over the file.
 
         Args:
             path: The file.
@@ -247,7 +247,7 @@ class RowIndex(Generic[Record]):
         row = range(len(self))[row]
         start, end = int(self.starts[row]), int(self.starts[row + 1])
         with _as_data_error(self.path, "read"):
-            # pread has no position that a forked process or another thread could move.
+            # pread uses no file position that a forked process or another thread could move.
             content = os.pread(self._descriptor, min(end - start, MAX_LINE_BYTES + 1), start)
         try:
             return self.parse(content)
@@ -269,7 +269,7 @@ class RowIndex(Generic[Record]):
 
 @contextmanager
 def _as_data_error(path: FilePath, verb: str) -> Iterator[None]:
-    """Turn the operating system's errors into DataError."""
+    """Raise errors of the operating system as DataError."""
     try:
         yield
     except FileNotFoundError:
@@ -279,7 +279,7 @@ def _as_data_error(path: FilePath, verb: str) -> Iterator[None]:
 
 
 def _object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object; of two values under one key, JSON readers would differ in which counts."""
+    """Return the object of unique keys: JSON readers differ in which of two values they take."""
     value = dict(pairs)
     if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -290,7 +290,7 @@ def _object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     """Refuse NaN and Infinity, which Python reads and other JSON readers do not."""
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 _DECODER = json.JSONDecoder(

@@ -1,7 +1,7 @@
-"""What is to be embedded: a pool in M-BEIR layout, JSON lines of items, or a folder of images.
+"""Open a corpus to embed: a pool in M-BEIR layout, JSON lines of items, or a folder of images.
 
-Items are read when they are needed. In memory stand a place in the file for each line, or a name
-for each image: tens of millions of photos are better listed in a file.
+Items are read when needed. Memory holds an offset for each line of a file, or a name for each
+image of a folder: list tens of millions of photos in a file.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from puma_jax.data.lines import FilePath, RowIndex, json_object, shown
 from puma_jax.data.mbeir import parse_candidate
-from puma_jax.data.mbeir.lines import FilePath, RowIndex, json_object, shown
 from puma_jax.embedder import RawItem
 from puma_jax.errors import DataError
 from puma_jax.files import sha256
@@ -28,30 +28,30 @@ _FIELDS = {"id", "text", "image"}
 
 @dataclass(frozen=True)
 class Corpus:
-    """Items by number, each with an id."""
+    """Numbered items, each with an id."""
 
     source: Path
     items: int
     read: Callable[[int], Named]
-    """Returns the item of a number; raises DataError for a record that is bad."""
+    """Returns the id and item of a number; raises DataError for a bad record."""
     fingerprint: str
-    """Of the file, or of names and sizes of all images: changes when there is something else."""
+    """SHA-256 of the file, or of the names and sizes of all images."""
 
 
 def open_corpus(source: FilePath, images: FilePath | None = None) -> Corpus:
-    """Return the items of a file or a folder.
+    """Return the corpus in a file or a folder.
 
     A file of JSON lines holds `{"id": ..., "text": ..., "image": ...}`, with a text, the path of
-    an image or both; or the documents of a pool in M-BEIR layout, which are told by their "did".
-    In a folder, all images are taken, those of folders below it too; an image's id is its path.
+    an image or both; or the documents of a pool in M-BEIR layout, recognized by their "did". A
+    folder gives all images in it and below it; an image's id is its path.
 
     Args:
         source: A file or a folder.
-        images: Folder that the paths of images in a file start from. By default the root of the
+        images: Folder that image paths in a file are relative to. The default is the root of the
             benchmark for a pool in M-BEIR layout, and the folder of the file for others.
 
     Raises:
-        DataError: There is no such file or folder, or nothing in it.
+        DataError: The file or folder does not exist, or holds no items.
     """
     source = Path(source)
     if source.is_dir():
@@ -63,7 +63,7 @@ def open_corpus(source: FilePath, images: FilePath | None = None) -> Corpus:
     def parse(line: bytes) -> Named:
         if "did" in json_object(line):
             candidate = parse_candidate(line)
-            return candidate.did, _item(root, candidate.text, candidate.image)
+            return candidate.did, raw_item(root, candidate.text, candidate.image)
         return _parse_item(line, root)
 
     rows = RowIndex(source, parse)
@@ -73,7 +73,7 @@ def open_corpus(source: FilePath, images: FilePath | None = None) -> Corpus:
 
 
 def _parse_item(line: bytes, root: Path) -> Named:
-    """Return the id and the item of a line; a name that is not known is more likely misspelt."""
+    """Return the id and the item of a line; unknown fields are refused as likely misspellings."""
     row = json_object(line)
     if unknown := sorted(set(row) - _FIELDS):
         raise DataError(
@@ -89,11 +89,11 @@ def _parse_item(line: bytes, root: Path) -> Named:
     _check_id(identifier)
     if not row.get("text") and not row.get("image"):
         raise DataError("there is neither text nor image")
-    return identifier, _item(root, row.get("text"), row.get("image"))
+    return identifier, raw_item(root, row.get("text"), row.get("image"))
 
 
 def _images(folder: Path) -> Corpus:
-    """Return the images below a folder, in the order of their paths."""
+    """Return the corpus of the images below a folder, in the order of their paths."""
     suffixes = Image.registered_extensions()
     names, digest = [], hashlib.sha256()
     for parent, folders, files in os.walk(folder):
@@ -119,18 +119,19 @@ def _images(folder: Path) -> Corpus:
 
 
 def _check_id(identifier: str) -> None:
-    """Refuse what does not fit on a line of a file of ids."""
+    """Refuse an id that does not fit on one line of ids.txt."""
     if "\n" in identifier or not identifier.isprintable():
         raise DataError(f"id {shown(identifier)} holds what cannot be printed, expected one line")
 
 
-def _item(root: Path, text: str | None, image: str | None) -> RawItem:
+def raw_item(root: Path, text: str | None, image: str | None) -> RawItem:
+    """Return the item with a text, an image whose path is relative to a root, or both."""
     fields = {"text": text, "image": image and root / image}
     return {name: value for name, value in fields.items() if value}
 
 
 def _root(source: Path) -> Path:
-    """Return where the images of a file lie: below the root of its benchmark, or beside it."""
+    """Return the root of the benchmark that holds a pool, or the folder of another file."""
     for folder in source.absolute().parents:
         if folder.name == "cand_pool":
             return folder.parent

@@ -14,11 +14,12 @@ from puma_jax import Embedder
 from puma_jax import embed as entry_point
 from puma_jax.data import mbeir
 from puma_jax.data.mbeir import Candidate
-from puma_jax.errors import ConfigError, DataError, ImageError, VectorsError
-from puma_jax.retrieval import embedding
-from puma_jax.retrieval.corpus import open_corpus
-from puma_jax.retrieval.topk import top_k
-from puma_jax.retrieval.vectors import Vectors
+from puma_jax.errors import ConfigError, DataError, EvaluationError, ImageError, VectorsError
+from puma_jax.search import embedding
+from puma_jax.search.corpus import open_corpus
+from puma_jax.search.embedding import check_finite
+from puma_jax.search.shards import Vectors
+from puma_jax.search.topk import top_k
 from tests.data.fake_mbeir import WORDS, image_path, write_images
 from tests.reference import random_image
 
@@ -98,7 +99,7 @@ def test_the_vectors_can_be_searched(whole, expected):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_smaller_dtypes_are_the_float32_vectors_rounded(tiny, root, whole, tmp_path, dtype):
-    embed(tiny, root / POOL, tmp_path / "small", dtype=dtype)
+    embed(tiny, root / POOL, tmp_path / "small", vectors_dtype=dtype)
     full, small = read(whole), read(tmp_path / "small")
     if dtype == "bfloat16":
         np.testing.assert_array_equal(small, full.astype(ml_dtypes.bfloat16).astype(np.float32))
@@ -214,8 +215,30 @@ def test_a_flipped_bit_and_a_foreign_shard_are_found(tiny, root, whole, tmp_path
         Vectors(out, verify=True)
     job = json.loads((whole / "00002/shard.json").read_text())
     (out / "00002/shard.json").write_text(json.dumps({**job, "job": "another"}))
-    with pytest.raises(VectorsError, match="00002 is of another job"):
+    with pytest.raises(VectorsError, match=r"00002 does not belong to .*job\.json: delete it"):
         embed(tiny, root / POOL, out)
+
+
+def test_vectors_of_another_version_are_refused_by_name(tiny, root, whole, tmp_path):
+    out = tmp_path / "older"
+    shutil.copytree(whole, out)
+    for name in ("job.json", "manifest.json"):
+        values = json.loads((out / name).read_text())
+        shape = values["job"]["shape"] if "job" in values else values["shape"]
+        shape["groups"] = shape.pop("data_shards")
+        (out / name).write_text(json.dumps(values))
+    with pytest.raises(VectorsError, match=r"older/manifest.json is of another version .*groups"):
+        Vectors(out)
+    with pytest.raises(VectorsError, match=r"older/job.json is of another version .*groups"):
+        embed(tiny, root / POOL, out)
+
+
+def test_a_vector_that_is_not_finite_is_named():
+    vectors = np.ones((4, 2), np.float32)
+    check_finite(vectors, list("abcd"), "item")
+    vectors[2:] = np.inf
+    with pytest.raises(EvaluationError, match=r'2 of 4 vectors are not finite, .* item "c"'):
+        check_finite(vectors, list("abcd"), "item")
 
 
 def test_items_that_cannot_be_read_stop_the_run_or_are_noted(tiny, root, tmp_path):
@@ -224,7 +247,7 @@ def test_items_that_cannot_be_read_stop_the_run_or_are_noted(tiny, root, tmp_pat
     (broken / image_path(3)).write_bytes(b"no image")
     with pytest.raises(ImageError, match=r"mine:\d+: .*3.png cannot be decoded"):
         embed(tiny, broken / POOL, tmp_path / "stops")
-    embed(tiny, broken / POOL, tmp_path / "skips", on_bad_item="skip")
+    embed(tiny, broken / POOL, tmp_path / "skips", on_bad_record="skip")
     lost = [n for n in range(ITEMS) if candidate(n).image == image_path(3)]
     vectors = Vectors(tmp_path / "skips")
     assert vectors.ids(range(len(vectors))) == [f"mine:{n}" for n in range(ITEMS) if n not in lost]
@@ -252,7 +275,7 @@ def test_a_corpus_of_which_nothing_can_be_read_is_named(tiny, tmp_path):
         "pictures: none of 3 items looked at can be read; the first of them: 0.png: .* decoded"
     )
     with pytest.raises(DataError, match=message):
-        embed(tiny, tmp_path / "pictures", tmp_path / "out", on_bad_item="skip")
+        embed(tiny, tmp_path / "pictures", tmp_path / "out", on_bad_record="skip")
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
-"""A folder of vectors: numbered shards, and a manifest once all of them are there.
+"""Write and read a folder of vectors: numbered shards, and a manifest once all are complete.
 
 ```
-job.json        what makes shards belong together: model, items, dtype, shape of rows
+job.json        the spec that all shards share: model, corpus, dtype, shape of packed rows
 00000/          vectors.safetensors  ids.txt  shard.json (counts, bytes, SHA-256)  [skipped.txt]
-00001/          a shard is a folder that appears whole
-manifest.json   the job, and what is in every shard
+00001/          a shard is a folder that is renamed into place once complete
+manifest.json   the spec, and the counts and files of every shard
 ```
-int8 vectors are `round(127 v / s)`; the scale s, a vector's largest magnitude, stands beside them.
+int8 vectors are `round(127 v / s)`; the scale s of each vector is its largest magnitude, and is
+stored with them.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from puma_jax.artifacts import write_json
 from puma_jax.errors import VectorsError
-from puma_jax.files import save_tensors, sha256, write_json
+from puma_jax.files import save_tensors, sha256
+from puma_jax.rows import PackedShape
 from puma_jax.typing import Float, Int, ndarray
 
 VectorDType = Literal["float32", "bfloat16", "int8"]
@@ -37,24 +40,24 @@ _JOB, _MANIFEST = "job.json", "manifest.json"
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is embedded, with what and how: shards of two jobs do not mix."""
+class EmbeddingSpec:
+    """Everything that decides the vectors of a folder; all its shards share one spec."""
 
     model: str
-    """Fingerprint of the model, see `Embedder.fingerprint`."""
+    """Fingerprint of the model; see `Embedder.fingerprint`."""
     corpus: str
-    """Fingerprint of the items."""
+    """Fingerprint of the corpus; see `Corpus.fingerprint`."""
     items: int
     instruction: str | None
     dtype: VectorDType
     width: int
     items_per_shard: int
     shape: dict[str, int]
-    """Of the rows that items were packed in, which rounding depends on."""
+    """Shape of the packed rows, which rounding depends on."""
 
     @property
     def shards(self) -> int:
-        """How many shards there will be."""
+        """Number of shards of the complete folder."""
         return -(-self.items // self.items_per_shard)
 
     def rows(self, shard: int) -> range:
@@ -62,19 +65,19 @@ class Job:
         first = shard * self.items_per_shard
         return range(first, min(first + self.items_per_shard, self.items))
 
-    def claim(self, folder: Path, shape: Callable[[], dict[str, int]]) -> Job:
-        """Make a folder this job's, and return the job with the row shape that the folder has.
+    def claim(self, folder: Path, shape: Callable[[], dict[str, int]]) -> EmbeddingSpec:
+        """Claim a folder for this spec, and return the spec with the row shape of the folder.
 
         Args:
-            folder: Empty, missing, or this job's already.
-            shape: Returns a row shape for a folder that is new.
+            folder: Folder that is empty, missing, or already claimed for this spec.
+            shape: Returns the row shape for a new folder.
 
         Raises:
             VectorsError: The folder holds something else.
         """
         path = folder / _JOB
         if not path.exists():
-            # What a run that was killed left of its first file is no reason to stop.
+            # A killed run may have left a partial first file.
             if folder.exists() and any(not path.match("*.partial") for path in folder.iterdir()):
                 raise VectorsError(f"{folder} is not empty and holds no vectors: choose another")
             folder.mkdir(parents=True, exist_ok=True)
@@ -87,32 +90,32 @@ class Job:
                     f"{folder} holds vectors of another {name} ({_short(found.get(name))} there, "
                     f"{_short(wanted[name])} here): choose another folder, or delete this one"
                 )
-        return dataclasses.replace(self, shape=found["shape"])
+        return _parse_spec(found, path)
 
     def digest(self) -> str:
-        """Return what the shards of this job, and of no other, are marked with."""
+        """Return a digest of the spec, which marks its shards."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def has_shard(folder: Path, job: Job, number: int) -> bool:
-    """Return whether a shard of a job is there.
+def has_shard(folder: Path, spec: EmbeddingSpec, number: int) -> bool:
+    """Return whether a shard exists.
 
     Raises:
-        VectorsError: It is of another job, or a file is missing or of another length.
+        VectorsError: It has another spec, or a file is missing or of another length.
     """
     shard = folder / f"{number:05}"
     if not shard.exists():
         return False
     found = _read_json(shard / _SHARD)
-    if found.get("job") != job.digest():
-        raise VectorsError(f"{shard} is of another job than {folder / _JOB}: delete it")
+    if found.get("job") != spec.digest():
+        raise VectorsError(f"{shard} does not belong to {folder / _JOB}: delete it and embed again")
     _check_files(shard, found)
     return True
 
 
 def write_shard(
     folder: Path,
-    job: Job,
+    spec: EmbeddingSpec,
     number: int,
     vectors: Float[ndarray, "n width"],
     ids: Sequence[str],
@@ -121,18 +124,18 @@ def write_shard(
     """Write a shard, which appears whole or not at all.
 
     Args:
-        folder: Of the job.
-        job: Which it is part of.
-        number: Of the shard, from 0.
-        vectors: In float32; written in the job's dtype.
-        ids: Of the vectors.
+        folder: Folder of the vectors.
+        spec: Spec of the folder.
+        number: Number of the shard, from 0.
+        vectors: Vectors in float32; written in the dtype of the spec.
+        ids: Ids of the vectors.
         skipped: A line for each item that could not be embedded.
     """
     shard = folder / f"{number:05}"
     unfinished = folder / f".{number:05}.{os.getpid()}.partial"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    save_tensors(_stored(vectors, job.dtype), unfinished / _VECTORS)
+    save_tensors(_stored(vectors, spec.dtype), unfinished / _VECTORS)
     _write_text(unfinished / _IDS, ids)
     if skipped:
         _write_text(unfinished / _SKIPPED, skipped)
@@ -142,48 +145,49 @@ def write_shard(
     }
     write_json(
         unfinished / _SHARD,
-        {"job": job.digest(), "items": len(ids), "skipped": len(skipped), "files": files},
+        {"job": spec.digest(), "items": len(ids), "skipped": len(skipped), "files": files},
     )
     unfinished.replace(shard)
 
 
-def finish(folder: Path, job: Job) -> bool:
-    """Write the manifest if all shards are there, and return whether they are.
+def finish(folder: Path, spec: EmbeddingSpec) -> bool:
+    """Write the manifest if all shards exist, and return whether they do.
 
     Raises:
         VectorsError: See `has_shard`.
     """
-    if not all(has_shard(folder, job, number) for number in range(job.shards)):
+    if not all(has_shard(folder, spec, number) for number in range(spec.shards)):
         return False
     for unfinished in folder.glob(".*.partial"):
         shutil.rmtree(unfinished, ignore_errors=True)  # of runs that were killed
     shards = {
-        f"{number:05}": _read_json(folder / f"{number:05}" / _SHARD) for number in range(job.shards)
+        f"{number:05}": _read_json(folder / f"{number:05}" / _SHARD)
+        for number in range(spec.shards)
     }
     total = {name: sum(shard[name] for shard in shards.values()) for name in ("items", "skipped")}
-    write_json(folder / _MANIFEST, {"job": asdict(job), "vectors": total, "shards": shards})
+    write_json(folder / _MANIFEST, {"job": asdict(spec), "vectors": total, "shards": shards})
     return True
 
 
 class Vectors:
-    """The vectors in a finished folder, read from the files as they are needed."""
+    """The vectors of a complete folder, read from its files when needed."""
 
     def __init__(self, folder: str | os.PathLike[str], *, verify: bool = False):
         """Open a folder and check the lengths of its files.
 
         Args:
-            folder: That `python -m puma_jax.embed` has written.
-            verify: Whether to read all files and check that they are what was written.
+            folder: Folder that `python -m puma_jax.embed` wrote.
+            verify: Whether to read all files and compare their SHA-256 with the manifest.
 
         Raises:
-            VectorsError: It is not finished, or a file is missing or damaged.
+            VectorsError: The folder is not complete, or a file is missing or damaged.
         """
         self.folder = Path(folder)
         if not (self.folder / _MANIFEST).exists():
             state = "unfinished: run the same command again" if self.folder.exists() else "missing"
             raise VectorsError(f"{self.folder / _MANIFEST}: the vectors are {state}")
         manifest = _read_json(self.folder / _MANIFEST)
-        self.job = Job(**manifest["job"])
+        self.spec = _parse_spec(manifest["job"], self.folder / _MANIFEST)
         self._shards: dict[str, dict[str, Any]] = manifest["shards"]
         for name, shard in self._shards.items():
             _check_files(self.folder / name, shard, verify=verify)
@@ -193,11 +197,11 @@ class Vectors:
         return int(self._ends[-1])
 
     def parts(self, rows: int = 4096) -> Iterator[Float[ndarray, "_ width"]]:
-        """Yield all vectors in float32, so many at a time: what `top_k` searches."""
+        """Yield all vectors in float32, at most `rows` at a time, as `top_k` accepts them."""
         for name in self._shards:
             with _opened(self.folder / name / _VECTORS) as file:
                 vectors = file.get_slice("vectors")
-                scales = file.get_tensor("scales") if self.job.dtype == "int8" else None
+                scales = file.get_tensor("scales") if self.spec.dtype == "int8" else None
                 items = self._shards[name]["items"]
                 for start in range(0, items, rows):
                     here = slice(start, min(start + rows, items))
@@ -205,7 +209,7 @@ class Vectors:
                     yield part if scales is None else part * (scales[here, None] / 127)
 
     def ids(self, rows: Int[ndarray, "n"] | Sequence[int]) -> list[str]:
-        """Return the ids of some vectors."""
+        """Return the ids of the vectors of some rows."""
         rows = np.asarray(rows)
         shards = np.searchsorted(self._ends, rows, side="right")
         first = np.append(0, self._ends)[shards]
@@ -222,13 +226,29 @@ class Vectors:
 
 
 def _stored(vectors: ndarray, dtype: VectorDType) -> dict[str, ndarray]:
-    """Return the tensors of a file."""
+    """Return the tensors to store for vectors in a dtype."""
     if dtype != "int8":
         kind = np.float32 if dtype == "float32" else ml_dtypes.bfloat16
         return {"vectors": np.ascontiguousarray(vectors, kind)}
     scales = np.abs(vectors).max(1, initial=np.finfo(np.float32).tiny)
     steps = np.rint(vectors * (127 / scales[:, None]))
     return {"vectors": steps.astype(np.int8), "scales": scales.astype(np.float32)}
+
+
+def _parse_spec(values: dict[str, Any], path: Path) -> EmbeddingSpec:
+    """Return the spec that a file holds.
+
+    Raises:
+        VectorsError: Its fields are those of another version.
+    """
+    try:
+        PackedShape(**values["shape"])
+        return EmbeddingSpec(**values)
+    except (KeyError, TypeError) as error:
+        raise VectorsError(
+            f"{path} is of another version of puma_jax ({error}): choose another folder, or delete "
+            "this one"
+        ) from None
 
 
 def _check_files(shard: Path, wanted: dict[str, Any], *, verify: bool = False) -> None:

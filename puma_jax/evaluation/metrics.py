@@ -1,8 +1,7 @@
-"""Hit rates, and how far they could be off.
+"""Hit rates and their confidence intervals.
 
-What M-BEIR calls Recall@k is a hit rate: a query scores 1 if any of its relevant documents is
-among the first k, whatever their number. (The share of relevant documents that are found, "set
-recall", gives other numbers.)
+The hit rate at k is the fraction of queries with a relevant document among the first k. M-BEIR
+calls it Recall@k; it is not set recall, the fraction of relevant documents that are found.
 """
 
 from __future__ import annotations
@@ -14,33 +13,22 @@ import numpy as np
 from puma_jax.typing import Int, ndarray
 
 
-def hit_rate(
-    ranked: Int[ndarray, "queries depth"], relevant: Sequence[Collection[int]], k: int
-) -> float:
-    """Return the share of queries with a relevant document among their first k.
-
-    A query without any relevant document counts as a miss, as do relevant documents that are in
-    no pool and so can never be ranked.
-
-    Args:
-        ranked: Documents found for each query, best first; -1 stands for none.
-        relevant: Documents that answer each query.
-        k: How far to look, at most `depth`.
-    """
-    return float(np.mean(first_relevant(ranked, relevant) < k)) if len(ranked) else 0.0
-
-
 def first_relevant(
     ranked: Int[ndarray, "queries depth"], relevant: Sequence[Collection[int]]
 ) -> Int[ndarray, "queries"]:
     """Return the rank, from 0, of each query's first relevant document; `depth` if there is none.
 
-    One such array answers every k: the query is a hit where it is below k.
+    A query is a hit at k where this rank is below k. A query without relevant documents is a miss,
+    and relevant documents in no pool are never found.
+
+    Args:
+        ranked: Documents found for each query, best first; -1 for none.
+        relevant: Documents relevant to each query.
     """
     queries, depth = ranked.shape
     of_query = np.repeat(np.arange(queries), [len(rows) for rows in relevant])
     rows = np.fromiter((row for of_one in relevant for row in of_one), np.int64, len(of_query))
-    # A query and a document in one number; rows start at -1.
+    # Each pair of query and document is one number; rows start at -1.
     stride = max(ranked.max(initial=-1), rows.max(initial=-1)) + 2
     judged = of_query * stride + rows + 1
     found = np.arange(queries)[:, None] * stride + ranked + 1
@@ -58,15 +46,15 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Return the percentile bootstrap interval of the plain mean of several sets' hit rates.
 
-    Queries are drawn anew, with replacement, within each set. The hits among n such draws are a
-    binomial count, so that is what is drawn. One set gives the interval of its own rate.
+    Queries are resampled with replacement within each set. The hits among n resampled queries are
+    binomially distributed, so they are drawn from that. One set gives the interval of its rate.
 
     Args:
         rates: Hit rate of each set.
         queries: Number of queries of each set.
-        level: Share of the resampled means that lies within the interval.
-        resamples: How many means to draw.
-        seed: Of the draws.
+        level: Fraction of the resampled means inside the interval.
+        resamples: Number of means to draw.
+        seed: Seed of the draws.
     """
     counts = np.asarray(queries)
     hits = np.random.default_rng(seed).binomial(counts, rates, (resamples, len(counts)))

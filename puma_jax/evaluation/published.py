@@ -1,8 +1,8 @@
-"""What others have published for the test sets of M-BEIR, to stand beside an evaluation."""
+"""Published results on the test sets of M-BEIR, for comparison with an evaluation."""
 
 from __future__ import annotations
 
-from puma_jax.retrieval.report import Evaluation, markdown
+from puma_jax.evaluation.report import Evaluation, markdown
 
 _SETS = (
     ("visualnews", 0), ("mscoco", 0), ("fashion200k", 0), ("webqa", 1),
@@ -32,15 +32,15 @@ LOCAL: dict[str, tuple[float, ...]] = {
 """Headline hit rates on local pools, in per cent, in the order of `_SETS` (arXiv 2507.08064)."""
 
 
-def beside(evaluation: Evaluation, name: str) -> str | None:
-    """Return a table of an evaluation and what is published for the same sets, local pools.
+def compare_with(evaluation: Evaluation, name: str) -> str | None:
+    """Return a table of an evaluation and published results for the same sets, on local pools.
 
     Args:
-        evaluation: The whole pools, or the numbers do not compare.
-        name: Of the model.
+        evaluation: Evaluation on whole pools; others are not comparable.
+        name: Name of the evaluated model, the header of its column.
 
     Returns:
-        None if nothing is published for any of its sets.
+        The table, or None if nothing is published for any of the sets.
     """
     known = {key: place for place, key in enumerate(_SETS)}
     sets = [found for found in evaluation.sets if (found.name, found.task) in known]

@@ -7,7 +7,7 @@ import pytest
 
 from puma_jax import Embedder
 from puma_jax.errors import ConfigError, ItemError
-from puma_jax.retrieval.mteb import MtebModel
+from puma_jax.evaluation.mteb import MtebModel
 from tests.reference import random_image
 
 mteb = pytest.importorskip("mteb", reason="pip install -e '.[mteb]'")
@@ -173,7 +173,7 @@ def test_mteb_knows_the_model(model, tiny, embedder):
     assert meta.n_parameters == sum(of.numel() for of in tiny.torch.parameters())
     assert meta.n_embedding_parameters == tiny.torch.get_input_embeddings().weight.numel()
     assert meta.memory_usage_mb == pytest.approx(meta.n_parameters * 4 / 2**20)
-    assert (meta.embed_dim, meta.max_tokens) == (embedder.width, 450)
+    assert (meta.embed_dim, meta.max_tokens) == (embedder.embedding_dim, 450)
 
 
 def test_what_cannot_be_done_is_named(model, embedder, monkeypatch):

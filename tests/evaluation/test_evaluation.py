@@ -16,12 +16,12 @@ from puma_jax import Embedder
 from puma_jax import evaluate as entry_point
 from puma_jax.data import mbeir
 from puma_jax.errors import ConfigError, DataError, EvaluationError
+from puma_jax.evaluation import evaluation as evaluation_module
+from puma_jax.evaluation import published
+from puma_jax.evaluation.evaluation import Evaluation, Subset, evaluate, evaluate_selection
+from puma_jax.evaluation.report import compare
+from puma_jax.evaluation.selection import select
 from puma_jax.parallel.mesh import MeshConfig
-from puma_jax.retrieval import evaluation as room
-from puma_jax.retrieval import published
-from puma_jax.retrieval.evaluation import Evaluation, Subset, evaluate, evaluate_selection
-from puma_jax.retrieval.report import compare
-from puma_jax.retrieval.selection import select
 from tests.data import fake_mbeir
 
 QUERIES = "query/test/mbeir_{}_test.jsonl"
@@ -86,10 +86,10 @@ def relevant_of(root, stem):
     return relevant
 
 
-def expected_rankings(root, asked, paths):
+def expected_rankings(root, query_set, paths):
     """Ids by descending score, then ascending id, and the modality of each."""
     dids, documents, modalities = vectors_of_pool(root, paths)
-    for qid, item in zip(asked.qids, asked.items, strict=True):
+    for qid, item in zip(query_set.qids, query_set.items, strict=True):
         scores = documents @ encode([item])[0].astype(np.float64)
         order = sorted(range(len(dids)), key=lambda row: (-scores[row], dids[row]))
         yield qid, [dids[row] for row in order], [modalities[row] for row in order]
@@ -104,10 +104,10 @@ def test_all_sixteen_sets_have_the_numbers_of_plain_loops(tmp_path, global_pool)
     pool_of_all = benchmark.global_pools.get("test")
     assert len(results.sets) == 16
     assert (pool_of_all is not None) == global_pool
-    for found, asked, own_pool in zip(
+    for found, query_set, own_pool in zip(
         results.sets, select(benchmark).sets, local_pools, strict=True
     ):
-        assert (found.name, found.task) == (asked.name, asked.task)
+        assert (found.name, found.task) == (query_set.name, query_set.task)
         relevant = relevant_of(root, f"{found.name}_task{found.task}")
         target = mbeir.TASKS[found.task][1]
         for pool, paths in (
@@ -116,7 +116,7 @@ def test_all_sixteen_sets_have_the_numbers_of_plain_loops(tmp_path, global_pool)
         ):
             hits, wrong = Counter(), Counter()
             run = found.runs[pool]
-            for n, (qid, dids, modalities) in enumerate(expected_rankings(root, asked, paths)):
+            for n, (qid, dids, modalities) in enumerate(expected_rankings(root, query_set, paths)):
                 assert [did for did in run.dids[n] if did] == dids[:50]
                 for k in (1, 5, 10, 20, 50):
                     hits[k] += bool(relevant.get(qid, set()) & set(dids[:k]))
@@ -183,25 +183,25 @@ def test_nothing_depends_on_the_order_of_lines_or_on_batches(root, results, tmp_
     assert (other / QUERIES.format("cirr_task7")).read_bytes() != (
         root / QUERIES.format("cirr_task7")
     ).read_bytes()
-    monkeypatch.setattr(room, "_ITEMS_AT_ONCE", 7)
-    monkeypatch.setattr(room, "_TILE", 5)
-    again = evaluated(other, scratch=tmp_path / "scratch")
+    monkeypatch.setattr(evaluation_module, "_ITEMS_AT_ONCE", 7)
+    monkeypatch.setattr(evaluation_module, "_TILE", 5)
+    again = evaluated(other, vectors_dir=tmp_path / "vectors")
     assert again == results
     for one, two in zip(again.sets, results.sets, strict=True):
         for pool, run in one.runs.items():
             expected = dict(zip(two.runs[pool].qids, two.runs[pool].dids.tolist(), strict=True))
             assert dict(zip(run.qids, run.dids.tolist(), strict=True)) == expected
-    assert not list((tmp_path / "scratch").iterdir())
+    assert not list((tmp_path / "vectors").iterdir())
 
 
 def test_queries_are_asked_with_an_instruction_that_their_id_chooses(root):
     used = Counter()
-    for asked in select(mbeir.discover(root)).sets:
-        first = [item.get("text", "").partition("\n")[0] for item in asked.items]
-        if asked.name == "nights":  # which has no instructions
+    for query_set in select(mbeir.discover(root)).sets:
+        first = [item.get("text", "").partition("\n")[0] for item in query_set.items]
+        if query_set.name == "nights":  # which has no instructions
             assert not any(first)
             continue
-        named = f"Find {asked.name} {asked.task}."
+        named = f"Find {query_set.name} {query_set.task}."
         assert set(first) <= {named, "Look.", "Which?"}
         used.update("named" if line == named else line for line in first)
     # 15 sets of 8 queries, three instructions for each.
@@ -212,9 +212,9 @@ def test_queries_are_asked_with_an_instruction_that_their_id_chooses(root):
 def test_a_benchmark_without_instructions_works(tmp_path):
     root = fake_mbeir.write_test_sets(tmp_path)
     (root / "instructions/query_instructions.tsv").unlink()
-    (asked,) = (found for found in select(mbeir.discover(root)).sets if found.name == "edis")
+    (query_set,) = (found for found in select(mbeir.discover(root)).sets if found.name == "edis")
     queries = {row["qid"]: row for row in rows_of(root / QUERIES.format("edis_task2"))}
-    for qid, item in zip(asked.qids, asked.items, strict=True):
+    for qid, item in zip(query_set.qids, query_set.items, strict=True):
         assert item["text"].lower() == queries[qid]["query_txt"] + "."
     assert len(evaluated(root).sets) == 16
 
@@ -256,7 +256,7 @@ def test_headlines_are_there_whatever_ks_are_asked_for(root, results):
 
 
 def test_a_subset_is_chosen_by_ids_and_has_the_answers(root, tmp_path):
-    limits = Subset(queries=3, documents=4)
+    limits = Subset(max_queries=3, max_candidates=4)
     chosen = select(mbeir.discover(root), limits=limits)
     whole = select(mbeir.discover(root))
     for some, every in zip(chosen.sets, whole.sets, strict=True):
@@ -274,7 +274,7 @@ def test_a_subset_is_chosen_by_ids_and_has_the_answers(root, tmp_path):
     assert evaluated(other, limits=limits) == expected
     # Used again, a selection gives the same numbers.
     assert evaluate_selection(chosen, encode, progress=False) == expected
-    enough = Subset(queries=100, documents=100)
+    enough = Subset(max_queries=100, max_candidates=100)
     sets, local = evaluated(root, limits=enough).sets, evaluated(root).sets
     assert [found.hits["local"] for found in sets] == [found.hits["local"] for found in local]
     with pytest.raises(ConfigError, match="subset of 0 queries"):
@@ -283,7 +283,7 @@ def test_a_subset_is_chosen_by_ids_and_has_the_answers(root, tmp_path):
 
 def test_numbers_come_back_from_json(results):
     assert Evaluation.from_json(json.loads(json.dumps(results.to_json()))) == results
-    with pytest.raises(DataError, match="no results of an evaluation"):
+    with pytest.raises(DataError, match="not results of an evaluation"):
         Evaluation.from_json({"split": "test"})
 
 
@@ -303,7 +303,7 @@ def test_tables_name_sets_readably_and_are_aligned(root, results):
 
 
 def test_published_numbers_stand_beside_ours(results):
-    table = published.beside(results, "mine")
+    table = published.compare_with(results, "mine")
     lines = [re.split(r"\s*\|\s*", line.strip("| ")) for line in table.splitlines()]
     assert lines[0] == ["set, local @k", "mine", *published.LOCAL]
     # The means that the paper gives; one of them is not quite that of its own numbers.
@@ -313,7 +313,7 @@ def test_published_numbers_stand_beside_ours(results):
     cirr = next(line for line in lines if line[0].startswith("cirr"))
     assert cirr[2:] == ["44.6", "47.7", "49.9", "53.1"]
     own = dataclasses.replace(results, sets=(dataclasses.replace(results.sets[0], name="mine"),))
-    assert published.beside(own, "mine") is None
+    assert published.compare_with(own, "mine") is None
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,7 @@ def test_the_entry_point_writes_what_it_prints(tiny, root, results, tmp_path, ca
     other.write_text(json.dumps(results.to_json()))
     out = tmp_path / "out"
     entry_point.main(
-        str(tiny.folder), root, out, sets=("cirr", "nights"), subset=(3, 3), beside=(other,)
+        str(tiny.folder), root, out, sets=("cirr", "nights"), subset=(3, 3), compare_with=(other,)
     )
     written = json.loads((out / "results.json").read_text())
     found = Evaluation.from_json(written)
@@ -391,8 +391,8 @@ def test_devices_and_the_size_of_chunks_change_no_result(tiny, root, tmp_path):
     ("flags", "message"),
     [
         ({"sets": ("cir",)}, 'has no set "cir", only cirr, edis'),
-        ({"beside": (Path("no/results.json"),)}, "^no/results.json cannot be read"),
-        ({"beside": (Path(__file__),)}, "test_evaluation.py cannot be read as results.json"),
+        ({"compare_with": (Path("no/results.json"),)}, "^no/results.json cannot be read"),
+        ({"compare_with": (Path(__file__),)}, "test_evaluation.py cannot be read as results.json"),
     ],
 )
 def test_wrong_flags_cost_no_evaluation(root, tmp_path, flags, message):

@@ -1,6 +1,6 @@
-"""What a run says as it goes: JSON lines always, TensorBoard and Weights & Biases if asked.
+"""Writes the metrics of a run: JSON lines always, TensorBoard and Weights & Biases on request.
 
-Of several processes, the first one says it.
+In a multi-process run, process 0 alone writes.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from pathlib import Path
 from typing import Any
 
 from puma_jax.errors import ConfigError
-from puma_jax.parallel.multihost import is_first
+from puma_jax.parallel.multihost import is_process_zero
 from puma_jax.training.config import LogConfig
 
 
-class Journal:
-    """Writes metrics by step. A resumed run goes on where it was: later lines count."""
+class MetricWriter:
+    """Writes metrics by step. A resumed run appends: of two lines of a step, the later counts."""
 
     def __init__(self, folder: Path, config: LogConfig, about: Mapping[str, Any]):
         """Open the files.
 
         Args:
-            folder: Of the run.
-            config: Where to write.
-            about: The run's config, JSON.
+            folder: Folder of the run.
+            config: Which writers to use.
+            about: Config of the run, JSON.
 
         Raises:
-            ConfigError: Weights & Biases is asked for and not installed.
+            ConfigError: Weights & Biases is requested and not installed.
         """
         self._tensorboard = self._wandb = None
         folder.mkdir(parents=True, exist_ok=True)
-        where = folder / "metrics.jsonl" if is_first() else Path(os.devnull)
-        self._lines = where.open("a", encoding="utf-8")
-        if not is_first():
+        path = folder / "metrics.jsonl" if is_process_zero() else Path(os.devnull)
+        self._lines = path.open("a", encoding="utf-8")
+        if not is_process_zero():
             return
         if config.tensorboard:
             from tensorboardX import SummaryWriter
@@ -44,7 +44,7 @@ class Journal:
             self._wandb = _wandb_run(config.wandb, folder, about)
 
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Write the values of a step of a stage."""
+        """Write the metrics of one step of a stage."""
         self._lines.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
         self._lines.flush()
         named = {f"{stage}/{name}": value for name, value in values.items()}
@@ -55,7 +55,7 @@ class Journal:
             self._wandb.log({**named, f"{stage}/step": step})
 
     def close(self) -> None:
-        """Finish all files."""
+        """Flush and close all writers."""
         self._lines.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -68,7 +68,7 @@ def _wandb_run(project: str, folder: Path, about: Mapping[str, Any]) -> Any:
         import wandb
     except ImportError:
         raise ConfigError("log.wandb needs Weights & Biases: pip install wandb") from None
-    # The same folder is the same run, so that a resumed one goes on in the same chart.
+    # The id is that of the folder, so that a resumed run continues the same chart.
     return wandb.init(
         project=project, id=folder.resolve().name, resume="allow", config=dict(about), dir=folder
     )

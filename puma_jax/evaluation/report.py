@@ -1,4 +1,4 @@
-"""What an evaluation found: numbers, tables, and run files for other tools."""
+"""Results of an evaluation: numbers, tables, and run files for other tools."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from puma_jax.data.lines import FilePath, write_lines
 from puma_jax.data.mbeir import TASKS
-from puma_jax.data.mbeir.lines import FilePath, write_lines
 from puma_jax.errors import DataError
-from puma_jax.retrieval.metrics import bootstrap_interval
+from puma_jax.evaluation.metrics import bootstrap_interval
 from puma_jax.typing import Float, ndarray
 
 Pool = Literal["local", "global"]
 POOLS: tuple[Pool, ...] = get_args(Pool)
-"""A set's own pool, and that of all sets."""
+"""The pool of one set, and the pool of all sets."""
 
 _LETTERS = {"text": "t", "image": "i", "image,text": "it"}
 
 
 def headline_k(name: str) -> int:
-    """Return the k of a set's headline number, as M-BEIR has it."""
+    """Return the k of a set's headline hit rate, as M-BEIR defines it."""
     return 10 if name in ("fashion200k", "fashioniq") else 5
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the queries of a set found in a pool, best first."""
+    """Documents that the queries of a set found in a pool, best first."""
 
     qids: tuple[str, ...]
     dids: ndarray
-    """Ids, `[queries, depth]`; None where the pool had no more."""
+    """Ids, `[queries, depth]`; None beyond the end of a small pool."""
     scores: Float[ndarray, "queries depth"]
 
     def write(self, path: FilePath, tag: str = "puma_jax") -> int:
-        """Write a run file in TREC's format and return how many lines it has.
+        """Write a run file in TREC format and return its number of lines.
 
-        Tools that sort the run again break ties their own way: trec_eval by descending id, while
-        here they are in ascending order of ids.
+        Here equal scores are in ascending order of ids. Tools that sort a run again may break ties
+        differently: trec_eval sorts them by descending id.
         """
         return write_lines(
             path,
@@ -56,27 +56,27 @@ class Run:
 
 @dataclass(frozen=True)
 class SetResult:
-    """How well the queries of one dataset and task did. Rates lie between 0 and 1."""
+    """Hit rates of the queries of one dataset and task, between 0 and 1."""
 
     name: str
     task: int
     queries: int
     documents: int
-    """Of the local pool."""
+    """Number of documents in the local pool."""
     k: int
-    """Of the headline number."""
+    """The k of the headline hit rate."""
     hits: dict[Pool, dict[int, float]]
     """Hit rate at each k, in each pool."""
     interval: dict[Pool, tuple[float, float]]
     """95 % bootstrap interval of the headline number."""
     wrong_modality: dict[int, float]
-    """Share of queries that find a document of another modality than their task's among the first
-    k of the global pool; 1 is always there, for the document that comes first."""
+    """Fraction of queries with a document of another modality than their task's among the first k
+    of the global pool, at each k; k = 1 is always there."""
     runs: dict[Pool, Run] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def title(self) -> str:
-        """The set as tables name it.
+        """The name of the set in tables.
 
         >>> SetResult("cirr", 7, 0, 0, 5, {}, {}, {}).title
         'cirr task 7  it → i'
@@ -87,38 +87,39 @@ class SetResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How well a model did on a split of a benchmark."""
+    """Hit rates of a model on a split of a benchmark."""
 
     split: str
     documents: int
-    """Of the global pool."""
+    """Number of documents in the global pool."""
     sets: tuple[SetResult, ...]
 
     def mean(self, pool: Pool = "local", k: int | None = None) -> float:
         """Return the plain mean of the sets' hit rates.
 
         Args:
-            pool: Where documents were looked for.
-            k: How far to look; None takes the headline number of each set.
+            pool: Pool that was searched.
+            k: The k of the hit rate; None uses the headline k of each set.
 
         Raises:
-            KeyError: Hits at this k were not counted.
+            KeyError: The evaluation has no hit rate at this k.
         """
         rates = [found.hits[pool][found.k if k is None else k] for found in self.sets]
         return sum(rates) / len(rates)
 
     def interval(self, pool: Pool = "local") -> tuple[float, float]:
-        """Return the 95 % bootstrap interval of the mean of the headline numbers."""
+        """Return the 95 % bootstrap interval of the mean of the headline hit rates."""
         return bootstrap_interval(
             [found.hits[pool][found.k] for found in self.sets],
             [found.queries for found in self.sets],
         )
 
     def table(self) -> str:
-        """Return a table of the headline numbers in per cent, for a terminal or markdown.
+        """Return a markdown table of the headline hit rates in percent.
 
-        What comes after ± is half the width of the 95 % interval. The last column says how often
-        the document that comes first in the global pool has another modality than the task's.
+        The number after ± is half the width of the 95 % interval. The last column is the
+        percentage of queries whose first document in the global pool has another modality than the
+        task's.
         """
         rows = [
             [
@@ -146,27 +147,27 @@ class Evaluation:
         return markdown(header, rows)
 
     def to_json(self) -> dict[str, Any]:
-        """Return all numbers, without the runs, as plain values; `from_json` takes them back."""
+        """Return all numbers, without the runs, as JSON values; `from_json` reads them."""
         return {
             "split": self.split,
             "documents": self.documents,
             "mean": {pool: self.mean(pool) for pool in POOLS},
             "interval": {pool: list(self.interval(pool)) for pool in POOLS},
-            "sets": [_plain(found) for found in self.sets],
+            "sets": [_to_json(found) for found in self.sets],
         }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Evaluation:
-        """Return the evaluation that `to_json` made plain, without its runs.
+        """Return the evaluation in the values of `to_json`, without runs.
 
         Raises:
             DataError: The values are not those of an evaluation.
         """
         try:
-            sets = tuple(_from_plain(found) for found in values["sets"])
+            sets = tuple(_from_json(found) for found in values["sets"])
             return cls(split=values["split"], documents=values["documents"], sets=sets)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(f"these are no results of an evaluation: {error!r}") from None
+            raise DataError(f"these are not results of an evaluation: {error!r}") from None
 
     @classmethod
     def read(cls, path: Path) -> Evaluation:
@@ -189,12 +190,12 @@ class Evaluation:
 
 
 def compare(evaluations: Mapping[str, Evaluation]) -> str:
-    """Return a table of the headline numbers of several models, in per cent, side by side.
+    """Return a markdown table of the headline hit rates of several models, in percent.
 
-    The means are over the sets that all of them were evaluated on.
+    The means are over the sets that all models were evaluated on.
 
     Args:
-        evaluations: By the names of the models.
+        evaluations: Evaluations by the names of their models.
     """
     found = {
         model: {result.title: result for result in evaluation.sets}
@@ -219,7 +220,7 @@ def compare(evaluations: Mapping[str, Evaluation]) -> str:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a markdown table with its first column to the left and the others to the right.
+    """Return a markdown table, the first column aligned left and the others right.
 
     >>> print(markdown(["set", "hits"], [["cirr", "45.3"]]))
     | set  | hits |
@@ -239,13 +240,13 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _rate(rate: float, interval: tuple[float, float]) -> str:
-    """Return a rate in per cent and half the width of its interval."""
+    """Return a rate in percent and half the width of its interval."""
     low, high = interval
     return f"{100 * rate:.1f} ± {50 * (high - low):.1f}"
 
 
-def _plain(result: SetResult) -> dict[str, Any]:
-    """Return a set's numbers as JSON has them: its keys are texts, its tuples lists."""
+def _to_json(result: SetResult) -> dict[str, Any]:
+    """Return the numbers of a set as JSON values: keys are strings, tuples are lists."""
     values = {name: value for name, value in vars(result).items() if name != "runs"}
     values["hits"] = {
         pool: {str(k): rate for k, rate in rates.items()} for pool, rates in result.hits.items()
@@ -255,8 +256,8 @@ def _plain(result: SetResult) -> dict[str, Any]:
     return values
 
 
-def _from_plain(values: Mapping[str, Any]) -> SetResult:
-    """Return the result that `_plain` made plain."""
+def _from_json(values: Mapping[str, Any]) -> SetResult:
+    """Return the set in the values of `_to_json`."""
     return SetResult(
         **{name: values[name] for name in ("name", "task", "queries", "documents", "k")},
         hits={pool: {int(k): rate for k, rate in values["hits"][pool].items()} for pool in POOLS},

@@ -1,8 +1,8 @@
-"""What the code points of an emoji say: whom it shows, in which skin, facing where.
+"""Parse the code points of an emoji: base, skin tones, gender, hair and direction.
 
 A drawing is named by the code points of its emoji, "1F44B-1F3FD" for the waving hand in medium
-skin tone. What remains without the skin tone is its base; tone and base are what the benchmark
-combines anew in its test queries.
+skin tone. The base is what remains without the skin tones; test queries of the benchmark combine
+bases and tones in new ways.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _REGIONAL_A = 0x1F1E6
 
 
 class Traits(NamedTuple):
-    """What an edit may change of a drawing; None or empty where nothing is said."""
+    """Traits of a drawing that an edit may change; None or empty if the code does not say."""
 
     tones: tuple[str, ...]
     gender: str
@@ -35,36 +35,36 @@ class Traits(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Sign:
-    """An emoji, taken apart."""
+class EmojiCode:
+    """The parts of an emoji's code points."""
 
     stem: str
-    """Its code points in hexadecimal, joined by "-": the name of its drawing's file."""
+    """Code points in hexadecimal, joined by "-": the name of the drawing's file."""
     base: str
-    """Without skin tones."""
+    """Code points without skin tones."""
     role: str
-    """Without anything that `traits` holds."""
+    """Code points without anything that `traits` holds."""
     traits: Traits
 
     @property
     def is_component(self) -> bool:
-        """Whether it is no emoji of its own, but a swatch of skin or hair."""
+        """Whether it is a swatch of skin or hair, not an emoji of its own."""
         return self.stem in TONES or self.stem in _HAIR
 
 
-def read_sign(stem: str) -> Sign:
-    """Return what the code points of a drawing say.
+def parse_emoji_code(stem: str) -> EmojiCode:
+    """Return the parsed code points of a drawing.
 
-    >>> read_sign("1F469-1F3FD-200D-1F373").base
+    >>> parse_emoji_code("1F469-1F3FD-200D-1F373").base
     '1F469-200D-1F373'
     """
-    # FE0F asks for colour; whether it is written depends on the presence of a skin tone.
+    # FE0F requests color; whether it is written depends on the presence of a skin tone.
     points = [point for point in stem.split("-") if point != "FE0F"]
     plain = [point for point in points if point not in TONES]
     if not plain:
-        return Sign(stem, stem, stem, Traits((), "person", None, "left"))
+        return EmojiCode(stem, stem, stem, Traits((), "person", None, "left"))
     tones = tuple(point for point in points if point in TONES)
-    # Two people in the same tone are named, and drawn, like two of whom one tone is given.
+    # Two people in the same tone have the name and drawing of two people with one tone given.
     tones = tones[:1] if len(set(tones)) == 1 else tones
     base = role = "-".join(plain)
     facing, gender, hair = "left", "person", None
@@ -73,22 +73,22 @@ def read_sign(stem: str) -> Sign:
     for mark, marked in _GENDER_MARKS.items():
         if role.endswith(mark):
             gender, role = marked, role.removesuffix(mark)
-    # Of two people, an edit could not say which one it means.
+    # With two people, an edit could not say which one it means.
     if plain[0] in _PERSONS and sum(point in _PERSONS for point in plain) == 1:
         gender, role = _PERSONS[plain[0]], role.replace(plain[0], "1F9D1", 1)
         head, _, last = role.rpartition("-200D-")
         if last in _HAIR and head:
             hair, role = _HAIR[last], head
-    return Sign(stem, base, role, Traits(tones, gender, hair, facing))
+    return EmojiCode(stem, base, role, Traits(tones, gender, hair, facing))
 
 
-def edit_between(source: Sign, target: Sign) -> str | None:
-    """Return the words that ask for the target, given the source.
+def edit_between(source: EmojiCode, target: EmojiCode) -> str | None:
+    """Return the words that request the target, given the source.
 
-    None unless the two show the same role, differ in exactly one trait, and that trait can be
-    asked for: one skin tone, a gender, a hair, a direction.
+    Returns None unless both have the same role, differ in exactly one trait, and words exist for
+    it: one skin tone, a gender, a kind of hair, a direction.
 
-    >>> edit_between(read_sign("1F44B"), read_sign("1F44B-1F3FD"))
+    >>> edit_between(parse_emoji_code("1F44B"), parse_emoji_code("1F44B-1F3FD"))
     'medium skin tone'
     """
     if source.role != target.role or max(len(source.traits.tones), len(target.traits.tones)) > 1:
@@ -110,7 +110,7 @@ def edit_between(source: Sign, target: Sign) -> str | None:
 
 
 def country_code(stem: str) -> str | None:
-    """Return the two letters that a flag's code points spell, None if it is no such flag.
+    """Return the two letters that a flag's code points spell, None if it is not such a flag.
 
     >>> country_code("1F1EB-1F1F7")
     'FR'

@@ -1,9 +1,9 @@
 """Exact search: the k documents with the highest inner products, in a pool of any size.
 
-The pool goes by in tiles, and each tile leaves behind no more than k scores of a query. On
-accelerators the tiles are dealt out to all local devices, which work at the same time. On a CPU
-NumPy does the work: its matrix product is faster than XLA's there, and so is picking the few
-scores that count, which a compiled program of fixed shapes cannot do.
+The pool is read in tiles, and only the best k scores of each query are kept from one tile to the
+next. On accelerators the tiles are distributed over all local devices, which work in parallel. On
+a CPU, NumPy is used: its matrix product is faster than XLA's there, and it can select the few
+scores that matter, which a compiled program of fixed shapes cannot.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from puma_jax.errors import ConfigError
 from puma_jax.typing import AnyArray, Array, Float, Int, ndarray
 
-# Scores held at a time: those of so many queries and one tile.
+# Memory holds the scores of this many queries and one tile.
 _QUERIES = 1024
 _HOST_TILE = 4096
 _FIRST_HOST_TILE = 256
@@ -40,20 +40,20 @@ def top_k(
 ) -> tuple[Float[ndarray, "queries {k}"], Int[ndarray, "queries {k}"]]:
     """Return the k highest scores of each query and the rows of the pool they belong to.
 
-    Scores are inner products in float32, also those of bfloat16 vectors. Equal scores are in the
-    order of their rows, and where they compete for the last place the lower row has it. A pool of
-    fewer than k documents leaves places empty: row -1, score -inf.
+    Scores are inner products in float32, also for bfloat16 vectors. Equal scores are ordered by
+    row, and the lowest rows are kept. In a pool of fewer than k documents, the remaining places
+    hold row -1 and score -inf.
 
     Args:
-        queries: Vectors that search.
-        pool: Vectors that are searched: an array, a `np.memmap`, or an iterable of parts, with
-            any number of rows each, which is read once and never held as a whole.
-        k: How many documents to find.
-        devices: Where to compute; by default on all local accelerators, or with NumPy if there
+        queries: Query vectors.
+        pool: Document vectors: an array, a `np.memmap`, or an iterable of arrays of any number
+            of rows each, which is read once and never held as a whole.
+        k: Number of documents to return for each query.
+        devices: Devices to compute on; the default is all local accelerators, or NumPy if there
             are none. Every process searches by itself.
 
     Raises:
-        ConfigError: k is below 1, or queries and pool have vectors of different widths.
+        ConfigError: k is below 1, or the vectors of queries and pool have different widths.
     """
     if k < 1:
         raise ConfigError(f"k is {k}, expected at least 1")
@@ -121,11 +121,10 @@ def _add(
     new: Float[ndarray, "queries tile"],
     first: int,
 ) -> None:
-    """Let the scores of a tile, whose rows start at `first`, into the best so far, in place.
+    """Merge the scores of a tile, whose rows start at `first`, into the best so far, in place.
 
-    Few are above a query's k-th best score, about k where the tile doubles what has been seen:
-    they are gathered from the tile's scores, and only they are sorted. An equal score of a later
-    row would not displace anything, and none is taken.
+    Few scores exceed a query's k-th best so far (about k if the tile doubles the rows read): only
+    those are gathered and sorted. Equal scores of later rows displace nothing and are dropped.
     """
     queries, k = scores.shape
     flat = np.flatnonzero(new > scores[:, -1:])
@@ -148,14 +147,14 @@ def _add(
 def _on_devices(
     queries: AnyArray, tiles: Iterator[AnyArray], k: int, devices: Sequence[jax.Device]
 ) -> Best:
-    """Search on several devices, each of which takes a tile in turn."""
+    """Search on several devices, which take tiles in turn."""
     starts = range(0, max(1, len(queries)), _QUERIES)
     chunks = [queries[start : start + _QUERIES] for start in starts]
     nothing = [
         (np.full((len(chunk), k), -np.inf, np.float32), np.full((len(chunk), k), -1, np.int32))
         for chunk in chunks
     ]
-    asked = {device: jax.device_put(chunks, device) for device in devices}
+    queries_on = {device: jax.device_put(chunks, device) for device in devices}
     best: dict[jax.Device, list[Best]] = {
         device: jax.device_put(nothing, device) for device in devices
     }
@@ -167,9 +166,9 @@ def _on_devices(
         whole = _padded(vectors, _DEVICE_TILE)
         best[device] = [
             _better(*of_chunk, chunk, whole, place)
-            for of_chunk, chunk in zip(best[device], asked[device], strict=True)
+            for of_chunk, chunk in zip(best[device], queries_on[device], strict=True)
         ]
-        # A device may have one tile waiting, not the whole pool.
+        # At most one tile waits for each device, not the whole pool.
         started.append(best[device])
         if len(started) > 2 * len(devices):
             jax.block_until_ready(started.popleft())
@@ -185,7 +184,7 @@ def _on_devices(
 
 @partial(jax.jit, static_argnums=1)
 def _padded(tile: Float[Array, "_ width"], rows: int) -> Float[Array, "{rows} width"]:
-    """Return a tile of full size, so that the last one of a pool asks for no other program."""
+    """Return a tile padded to full size, so that the last one needs no other program."""
     return jnp.pad(tile, ((0, rows - len(tile)), (0, 0)))
 
 
@@ -197,17 +196,17 @@ def _better(
     tile: Float[Array, "tile width"],
     place: Int[Array, "2"],
 ) -> Best:
-    """Return the best of those so far and of a tile.
+    """Return the best scores and rows among those so far and those of a tile.
 
-    `jax.lax.top_k` is slow over wide rows. A score among the best k lies in one of the k blocks
-    with the highest maxima: so these are found first, and only what is in them is sorted.
+    `jax.lax.top_k` is slow over wide rows. The best k scores lie in the k blocks with the highest
+    maxima: these blocks are found first, and only their scores are sorted.
 
     Args:
-        scores: The best so far.
-        rows: Their rows, all below those of the tile.
-        queries: Vectors that search.
-        tile: Vectors that are searched.
-        place: Row of the first of these in the pool, and how many of them are not padding.
+        scores: Best scores so far.
+        rows: Rows of these scores, all below those of the tile.
+        queries: Query vectors.
+        tile: Document vectors.
+        place: Row of the first of them in the pool, and how many of them are not padding.
     """
     k = scores.shape[1]
     dtype = jnp.promote_types(queries.dtype, tile.dtype)
@@ -221,7 +220,7 @@ def _better(
     new = jnp.where(jnp.arange(len(tile)) < place[1], new, -jnp.inf)
     blocks = new.reshape(len(queries), len(tile) // _BLOCK, _BLOCK)
     _, chosen = jax.lax.top_k(blocks.max(-1), min(k, blocks.shape[1]))
-    # Of equal scores top_k takes the first: rows must ascend.
+    # top_k prefers the first of equal scores: rows must ascend.
     chosen = jnp.sort(chosen, axis=1)[:, :, None]
     inside = jnp.take_along_axis(blocks, chosen, axis=1)
     inside_rows = place[0] + chosen * _BLOCK + jnp.arange(_BLOCK)

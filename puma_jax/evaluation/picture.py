@@ -1,0 +1,51 @@
+"""Render the results of an evaluation: queries of every set beside their first documents."""
+
+from __future__ import annotations
+
+from PIL import Image
+
+from puma_jax.data.sheet import THUMBNAIL_SIZE, thumbnail
+from puma_jax.evaluation.report import Evaluation, Pool
+from puma_jax.evaluation.selection import Selection
+
+_QUERIES = 3  # per set
+_DOCUMENTS = 5  # per query
+
+
+def render_results(
+    selection: Selection, evaluation: Evaluation, pool: Pool = "global"
+) -> Image.Image:
+    """Return a picture with a query and its first documents in each row; relevant ones are green.
+
+    Queries are evenly spaced among those of a set whose text is ASCII, which the font can show.
+
+    Args:
+        selection: Selection that was evaluated.
+        evaluation: Its evaluation, with runs.
+        pool: Pool that was searched.
+    """
+    rows = []
+    row_of = {did: row for row, did in enumerate(selection.dids)}
+    for query_set, result in zip(selection.sets, evaluation.sets, strict=True):
+        run = result.runs[pool]
+        printable = [n for n, item in enumerate(query_set.items) if item.get("text", "").isascii()]
+        step = max(1, len(printable) // _QUERIES)
+        for number in printable[step // 2 :: step][:_QUERIES]:
+            query = query_set.items[number]
+            # The first line holds the instruction, which many queries share.
+            text = query.get("text", "").partition("\n")[2]
+            cells = [thumbnail(query.get("image"), text, f"task {query_set.task}")]
+            for did in run.dids[number][:_DOCUMENTS]:
+                if did is None:
+                    continue
+                document = selection.document(row_of[did])
+                right = row_of[did] in query_set.relevant[number]
+                label, color = ("found", "green") if right else ("other", "darkred")
+                cells.append(thumbnail(document.get("image"), document.get("text"), label, color))
+            rows.append(cells)
+    width, height = THUMBNAIL_SIZE
+    sheet = Image.new("RGB", ((1 + _DOCUMENTS) * width, len(rows) * height), "white")
+    for number, cells in enumerate(rows):
+        for place, picture in enumerate(cells):
+            sheet.paste(picture, (place * width, number * height))
+    return sheet

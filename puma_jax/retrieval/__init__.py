@@ -1,1 +1,0 @@
-"""Search and evaluation: what a query finds, and whether it is what it should find."""

@@ -1,0 +1,1 @@
+"""Search by inner product, and embed a corpus into shards of vectors."""
