@@ -42,7 +42,13 @@ from puma_jax.parallel.mesh import batch_sharding, data_shards, make_mesh, repli
 from puma_jax.rows import PackedBatch, PackedShape
 from puma_jax.train import load_config
 from puma_jax.training.config import StageConfig, TrainConfig
-from puma_jax.training.stages import build_step, build_student, kept_layers, param_dtype
+from puma_jax.training.stages import (
+    build_step,
+    build_student,
+    kept_layers,
+    param_dtype,
+    with_inputs,
+)
 from puma_jax.training.step import (
     FrozenParams,
     PairStates,
@@ -181,7 +187,7 @@ def base_model(config: TrainConfig, stage: str) -> ModelConfig:
         if model is None:
             raise ConfigError(f"stage {name} starts from scratch, whose shapes the data decide")
         if name == stage:
-            return dataclasses.replace(model, images=config.images, prompt=config.prompt)
+            return with_inputs(model, config)
         model = model.with_layers(
             tuple(model.kept_layers[i] for i in kept_layers(of_stage, model.decoder.layers))
         )

@@ -1,6 +1,10 @@
 """Unified multimodal retrieval with layer-pruned multimodal LLMs, in JAX and Flax."""
 
+import os
 from typing import TYPE_CHECKING
+
+# transformers, where torch is not installed, warns at every import that its models are missing.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 if TYPE_CHECKING:
     from puma_jax.embedder import Embedder

@@ -81,10 +81,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         try:
             _try_lock(held)
             yield partial
-            for path, _, files in os.walk(partial, topdown=False):
-                for file in files:
-                    _sync(Path(path, file))
-                _sync(Path(path))
+            sync(partial)
             if within:
                 check_output(target)  # nothing of another process may have come meanwhile
                 for child in sorted(partial.iterdir()):
@@ -92,6 +89,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             else:
                 os.replace(partial, target)
             _sync(parent)
+        except PumaError as error:  # of one who wrote into it, and names what is about to go
+            raise type(error)(str(error).replace(str(partial), str(folder))) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             os.close(held)
@@ -108,7 +107,7 @@ def check_output(folder: Path) -> Path:
         if target.exists() or target.is_symlink():
             if not target.is_dir():
                 raise ArtifactError(f"{folder} is a file: choose another folder")
-            if any(not is_partial(path) for path in target.iterdir()):
+            if any(not _is_ours(path) for path in target.iterdir()):
                 raise ArtifactError(f"{folder} is not empty: choose another folder, or remove it")
         existing = next(path for path in (target, *target.parents) if path.exists())
         if not existing.is_dir():
@@ -145,17 +144,14 @@ def claim(
     path, adopt = folder / marker, adopt or {}
     wanted = json.loads(json.dumps(dict(job), default=str))
     if not path.exists():
-        if folder.exists() and any(
-            not is_partial(entry) and not entry.name.startswith(_LOCK)
-            for entry in _entries(folder, what)
-        ):
+        if folder.exists() and not all(map(_is_ours, _entries(folder, what))):
             raise ArtifactError(f"{folder} is not empty and holds no {what}: choose another folder")
         _create(path, {**wanted, **{name: compute() for name, compute in adopt.items()}})
     found = read_json(path)
     for name, there, here in differences(found, wanted):
         if not any(name == one or name.startswith(f"{one}.") for one in (*adopt, *may_differ)):
             raise ArtifactError(
-                f"{folder} holds {what} of another job, which differs in {name} "
+                f"{folder} holds {what} of another job, which differs in {shown(name)[1:-1]} "
                 f"({shown(there)} there, {shown(here)} here): choose another folder, "
                 "or delete this one"
             )
@@ -212,6 +208,19 @@ def is_partial(path: Path) -> bool:
     return _PARTIAL.fullmatch(path.name) is not None
 
 
+def sync(folder: Path) -> None:
+    """Wait until a folder, with all that is in it, would survive a power failure.
+
+    Raises:
+        ArtifactError: The disk is full, or fails.
+    """
+    with writing(folder):
+        for path, _, files in os.walk(folder, topdown=False):
+            for file in files:
+                _sync(Path(path, file))
+            _sync(Path(path))
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write an object as indented JSON; the file appears whole, or stays as it was.
 
@@ -236,8 +245,26 @@ def writing(path: Path, *, error: type[PumaError] = ArtifactError) -> Iterator[N
     """
     try:
         yield
-    except OSError as reason:
-        raise error(f"{path} cannot be written: {reason.strerror or reason}") from reason
+    except PumaError:
+        raise
+    except Exception as reason:
+        said = _said_by_system(reason)
+        if said is None:
+            raise
+        raise error(f"{path} cannot be written: {said}") from reason
+
+
+def _said_by_system(error: Exception) -> str | None:
+    """Return what the operating system said, or None if the error is of another kind.
+
+    safetensors and tokenizers, which are written in Rust, put its number into errors of their own.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    found = re.search(r"\(os error ([0-9]+)\)", str(error))
+    if found:
+        return os.strerror(int(found[1]))
+    return str(error) if isinstance(error, OSError) else None
 
 
 def _remove_abandoned(parent: Path, name: str) -> None:
@@ -304,6 +331,11 @@ def _link(partial: Path, path: Path) -> None:
             file.write(partial.read_bytes())
             file.flush()
             os.fsync(file.fileno())
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a folder with this in it still counts as empty: a lock, or what was not finished."""
+    return is_partial(path) or path.name.startswith(_LOCK)
 
 
 def _entries(folder: Path, what: str) -> Iterator[Path]:

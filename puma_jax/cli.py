@@ -2,33 +2,132 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
+import io
 import os
+import re
+import select
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import tyro
 
 from puma_jax.errors import PumaError
+
+# What a user, and not a fault in the program, makes of a disk, a folder, or a limit of the system.
+_ERRORS_OF_THE_PLACE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ESTALE),
+}
+
+# Control characters steer a terminal, marks of direction reorder what it shows, separators break
+# the line, and lone surrogates, which stand for the bytes of names that are not UTF-8, cannot be
+# encoded. Newlines and tabs are for the caller to judge.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 def run(main: Callable[..., None]) -> None:
     """Call `main` with arguments from the command line; exit with 2 on a PumaError."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     module = spec.name.removesuffix(".__main__") if spec else None
-    exit_on_error(lambda: tyro.cli(main, prog=module and f"python -m {module}"))
+
+    # What tyro prints has escape sequences of its own, what `main` prints may have none.
+    @functools.wraps(main)
+    def printing(*arguments: object, **named: object) -> None:
+        with printable_output():
+            main(*arguments, **named)
+
+    exit_on_error(lambda: tyro.cli(printing, prog=module and f"python -m {module}"))
 
 
 def exit_on_error(main: Callable[[], None]) -> None:
-    """Call `main`; print a PumaError as one line and exit with 2."""
+    """Call `main`; print an error that users can cause as one line, and exit with its code.
+
+    The code is 2 for a PumaError or a disk that is full or not writable, 130 for an interrupt from
+    the keyboard, and 141, without a message, if what reads the output has gone.
+    """
     try:
-        main()
+        try:
+            main()
+        except SystemExit:  # of --help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
     except PumaError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(str(error))
         _exit(2, together=error.in_all_processes)
-    except Exception:
+    except KeyboardInterrupt:
+        _print_error("interrupted")
+        _exit(130, together=False)
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            # Python flushes once more when it ends, and would complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _exit(141, together=False)
+        if isinstance(error, OSError) and error.errno in _ERRORS_OF_THE_PLACE:
+            place = f"{error.filename}: " if error.filename is not None else ""
+            _print_error(f"{place}{error.strerror}")
+            _exit(2, together=False)
         traceback.print_exc()
         _exit(1, together=False)
+
+
+def printable(text: str) -> str:
+    r"""Return a text with all that would steer a terminal escaped; newlines and tabs stay.
+
+    >>> print(printable("a\x1b[31m\u202e"))
+    a\x1b[31m\u202e
+    """
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+@contextlib.contextmanager
+def printable_output() -> Iterator[None]:
+    """Make all that is printed to stdout `printable`: names of files and ids come from anywhere."""
+    with contextlib.redirect_stdout(_Printable(sys.stdout)):
+        yield
+
+
+class _Printable(io.TextIOBase):
+    """A stream that passes on what is printable, and the rest escaped."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str, /) -> int:
+        self._stream.write(printable(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+
+def _nobody_reads() -> bool:
+    """Whether the other end of stdout is closed; a worker's pipe may break, too."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return bool(poll.poll(0))
+
+
+def _print_error(message: str) -> None:
+    line = printable(message).replace("\n", "\\n").replace("\t", "\\t")
+    print(f"error: {line}", file=sys.stderr)
 
 
 def _exit(code: int, *, together: bool) -> None:

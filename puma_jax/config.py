@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 from puma_jax.errors import ConfigError
+from puma_jax.schema import Count, CountOrZero, Positive, Range, check, shown
 
 DType = Literal["float32", "bfloat16"]
 Positions = Literal["mrope", "1d"]
 Remat = Literal["none", "dots", "full"]
 PromptStyle = Literal["chat", "bare"]
+LoraTarget = Literal["query", "key", "value", "out", "gate", "up", "down"]
+
+# What no model exceeds: a wrong number in a config.json is refused before anything is sized by it.
+Layers = Annotated[int, Range(1, 1024)]
+Width = Annotated[int, Range(1, 2**20)]
+VocabSize = Annotated[int, Range(1, 2**24)]
+Side = Annotated[int, Range(1, 256)]
+Pixels = Annotated[int, Range(1, 2**26)]
 
 # Mean and deviation of CLIP's training images, which the Qwen2-VL tower inherits.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -28,32 +37,40 @@ def require(holds: bool, message: str) -> None:
 class VisionConfig:
     """The vision tower: a transformer over image patches, then the merger of patches."""
 
-    layers: int
+    layers: Layers
     """Transformer blocks."""
-    width: int
+    width: Width
     """Hidden size."""
-    heads: int
+    heads: Width
     """Attention heads."""
-    mlp_width: int
+    mlp_width: Width
     """Hidden size of the MLP."""
-    out_width: int
+    out_width: Width
     """Hidden size of the decoder, which the merger projects to."""
-    channels: int = 3
+    channels: Literal[3] = 3
     """Color channels of an image."""
-    patch_size: int = 14
+    patch_size: Side = 14
     """Side of a square patch, in pixels."""
-    temporal_patch_size: int = 2
+    temporal_patch_size: Side = 2
     """Frames in a patch; a still image is repeated to fill them."""
-    merge_size: int = 2
+    merge_size: Side = 2
     """Side of the square of patches that becomes one visual token."""
-    norm_eps: float = 1e-6
+    norm_eps: Positive = 1e-6
     """Constant added to the variance in layer norms."""
-    rope_base: float = 10_000.0
+    rope_base: Positive = 10_000.0
     """Base of the rotary frequencies."""
-    image_mean: tuple[float, ...] = CLIP_MEAN
+    image_mean: tuple[float, float, float] = CLIP_MEAN
     """Mean of each channel, subtracted from pixels in [0, 1]."""
-    image_std: tuple[float, ...] = CLIP_STD
+    image_std: tuple[Positive, Positive, Positive] = CLIP_STD
     """Standard deviation of each channel, which divides them."""
+
+    def __post_init__(self) -> None:
+        """Check the fields, and that heads and the two halves of rotary angles come out even."""
+        check(self, "vision")
+        require(
+            self.width % (4 * self.heads) == 0,
+            f"vision.width {self.width} must be a multiple of 4 × vision.heads {self.heads}",
+        )
 
     @property
     def head_dim(self) -> int:
@@ -75,36 +92,57 @@ class VisionConfig:
 class DecoderConfig:
     """The language model."""
 
-    vocab_size: int
+    vocab_size: VocabSize
     """Rows of the token embedding."""
-    width: int
+    width: Width
     """Hidden size."""
-    layers: int
+    layers: Layers
     """Layers kept, however many the base model has."""
-    heads: int
+    heads: Width
     """Attention heads."""
-    kv_heads: int
+    kv_heads: Width
     """Heads of keys and values."""
-    head_dim: int
+    head_dim: Width
     """Size of one head."""
-    mlp_width: int
+    mlp_width: Width
     """Hidden size of the MLP."""
-    norm_eps: float = 1e-6
+    norm_eps: Positive = 1e-6
     """Constant added to the mean square in RMS norms."""
-    rope_base: float = 1_000_000.0
+    rope_base: Positive = 1_000_000.0
     """Base of the rotary frequencies."""
-    mrope_section: tuple[int, int, int] = (16, 24, 24)
+    mrope_section: tuple[CountOrZero, CountOrZero, CountOrZero] = (16, 24, 24)
     """Split of the `head_dim / 2` rotary frequencies into those of time, height and width."""
+
+    def __post_init__(self) -> None:
+        """Check the fields, and what the arithmetic relies on."""
+        check(self, "decoder")
+        require(
+            self.heads % self.kv_heads == 0,
+            f"decoder.heads {self.heads} is not a multiple of kv_heads {self.kv_heads}",
+        )
+        require(
+            2 * sum(self.mrope_section) == self.head_dim,
+            f"decoder.mrope_section {self.mrope_section} must sum to half of head_dim "
+            f"{self.head_dim}",
+        )
 
 
 @dataclass(frozen=True)
 class ImageConfig:
     """Limits on the size of a resized image (arXiv 2507.08064: 4·28² to 300·28² pixels)."""
 
-    min_pixels: int = 4 * 28**2
+    min_pixels: Pixels = 4 * 28**2
     """Area in pixels that smaller images are enlarged to."""
-    max_pixels: int = 300 * 28**2
+    max_pixels: Pixels = 300 * 28**2
     """Area in pixels that larger images are reduced to."""
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        check(self, "images")
+        require(
+            self.min_pixels <= self.max_pixels,
+            f"images.min_pixels {self.min_pixels} is above images.max_pixels {self.max_pixels}",
+        )
 
 
 @dataclass(frozen=True)
@@ -113,7 +151,7 @@ class PromptConfig:
 
     ret_token: str = "[RET]"
     """Special token that ends every item; its last hidden state is the item's embedding."""
-    max_text_tokens: int = 450
+    max_text_tokens: Annotated[int, Range(1, 2**20)] = 450
     """Tokens of text to keep; longer texts are truncated. The prompt's own tokens do not count."""
     positions: Positions = "mrope"
     """Position ids: "mrope" in time, height and width, as serving engines compute them; "1d" in one
@@ -123,11 +161,11 @@ class PromptConfig:
     model was tuned on; "bare" adds nothing, for small models trained from scratch."""
 
     def __post_init__(self) -> None:
-        """Check what would otherwise fail far from here."""
-        known = get_args(PromptStyle)
+        """Check the fields."""
+        check(self, "prompt")
         require(
-            self.template in known,
-            f'prompt.template "{self.template}" is not one of {", ".join(known)}',
+            self.ret_token.strip() == self.ret_token != "" and self.ret_token.isprintable(),
+            f"prompt.ret_token {shown(self.ret_token)} must be printable, without spaces around it",
         )
 
 
@@ -139,43 +177,37 @@ class ModelConfig:
     """Name of a family in `puma_jax.model.families`."""
     vision: VisionConfig
     decoder: DecoderConfig
-    image_token_id: int
+    image_token_id: CountOrZero
     """Token that stands for one visual token."""
-    vision_start_token_id: int
+    vision_start_token_id: CountOrZero
     """Token before the visual tokens of an image."""
-    vision_end_token_id: int
+    vision_end_token_id: CountOrZero
     """Token after the visual tokens of an image."""
     images: ImageConfig = ImageConfig()
     prompt: PromptConfig = PromptConfig()
-    kept_layers: tuple[int, ...] = ()
+    kept_layers: tuple[CountOrZero, ...] = ()
     """Indices, in the base model, of the decoder layers kept; empty means all of them."""
 
     def __post_init__(self) -> None:
-        """Fill in `kept_layers` if it is empty, and check what the arithmetic relies on."""
+        """Fill in `kept_layers` if it is empty, and check that the parts fit together."""
         if not self.kept_layers:
             object.__setattr__(self, "kept_layers", tuple(range(self.decoder.layers)))
+        check(self)
         decoder, vision = self.decoder, self.vision
         require(
             len(self.kept_layers) == decoder.layers,
             f"kept_layers names {len(self.kept_layers)} layers, decoder.layers is {decoder.layers}",
         )
         require(
-            decoder.heads % decoder.kv_heads == 0,
-            f"decoder.heads {decoder.heads} is not a multiple of kv_heads {decoder.kv_heads}",
-        )
-        require(
-            2 * sum(decoder.mrope_section) == decoder.head_dim,
-            f"mrope_section {decoder.mrope_section} must sum to half of head_dim "
-            f"{decoder.head_dim}",
-        )
-        require(
-            vision.width % (4 * vision.heads) == 0,
-            f"vision.width {vision.width} must be a multiple of 4 × vision.heads {vision.heads}",
-        )
-        require(
             vision.out_width == decoder.width,
             f"vision.out_width {vision.out_width} is not decoder.width {decoder.width}",
         )
+        for name in ("image_token_id", "vision_start_token_id", "vision_end_token_id"):
+            require(
+                getattr(self, name) < decoder.vocab_size,
+                f"{name} {getattr(self, name)} is beyond the {decoder.vocab_size} rows of the "
+                "token table",
+            )
 
     def with_layers(self, kept: tuple[int, ...]) -> ModelConfig:
         """Return the config of the same model with only these base layers."""
@@ -187,19 +219,19 @@ class ModelConfig:
 class LoraConfig:
     """Low-rank adapters on the linears of the decoder (arXiv 2106.09685)."""
 
-    rank: int = 128
+    rank: Width = 128
     """Rank of the adapters."""
-    alpha: float = 256.0
+    alpha: Positive = 256.0
     """Scale of the adapters, whose output is multiplied by alpha / rank."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Range(0, 1, open_high=True)] = 0.0
     """Probability that an input of an adapter is dropped in training."""
-    targets: tuple[str, ...] = ("query", "key", "value", "out", "gate", "up", "down")
+    targets: tuple[LoraTarget, ...] = ("query", "key", "value", "out", "gate", "up", "down")
     """Linears of the decoder that get adapters."""
 
     def __post_init__(self) -> None:
-        """Check the ranges that would otherwise fail far from here."""
-        require(self.rank >= 1, f"lora rank {self.rank} must be at least 1")
-        require(0 <= self.dropout < 1, f"lora dropout {self.dropout} must be in [0, 1)")
+        """Check the fields."""
+        check(self, "lora")
+        require(bool(self.targets), "lora.targets is empty: name at least one linear")
 
 
 @dataclass(frozen=True)
@@ -215,31 +247,31 @@ class ComputeConfig:
     """Recomputation of each layer in the backward pass: "none", "dots" (all but matrix products),
     or "full"."""
 
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        check(self, "compute")
+
 
 @dataclass(frozen=True)
 class PlanConfig:
     """The pairs that make up the batch of each step."""
 
-    seed: int = 0
+    seed: CountOrZero = 0
     """Seed of the order of pairs, and of the choice of positives and instructions."""
-    batch_size: int = 600
+    batch_size: Count = 600
     """Pairs in the global batch (arXiv 2507.08064: 600 in stage 2)."""
-    mixture_weights: tuple[tuple[str, float], ...] = ()
+    mixture_weights: tuple[tuple[str, Positive], ...] = ()
     """Names of sets, each with its weight in the mixture; empty samples all pairs equally."""
     homogeneous_batches: bool = False
     """Fill each batch from one set, in place of a mixture of all sets."""
     instructions: bool = True
     """Put an instruction for the query's task before each query."""
-    balance_window: int = 32
+    balance_window: Count = 32
     """Steps over which long and short items are spread, so that all batches are of similar size."""
 
     def __post_init__(self) -> None:
-        """Check the ranges that would otherwise fail far from here."""
-        require(self.batch_size >= 1, f"plan.batch_size {self.batch_size} must be at least 1")
-        require(
-            self.balance_window >= 1,
-            f"plan.balance_window {self.balance_window} must be at least 1",
-        )
+        """Check the fields."""
+        check(self, "plan")
         require(
             not (self.mixture_weights and self.homogeneous_batches),
             "plan.mixture_weights and plan.homogeneous_batches exclude each other: batches of one "

@@ -36,6 +36,7 @@ def main(
     items_per_shard: int = 16384,
     on_bad_record: OnBadRecord = "error",
     dtype: DType | None = None,
+    ret_token: str | None = None,
     mesh: MeshConfig = _ALL_DEVICES,
     part: str | None = None,
     distributed: DistributedConfig = _ALONE,
@@ -54,6 +55,8 @@ def main(
         on_bad_record: "error" stops at an item that cannot be read, "skip" notes it in the shard's
             skipped.txt and continues.
         dtype: Dtype of weights and activations. The dtype of the model's files by default.
+        ret_token: Token that ends every item, such as "<|video_pad|>"; for models without a spare
+            row for [RET]. The one saved with the model, or [RET], by default.
         mesh: How the local devices share the work.
         part: Share of the shards to embed: "2/8" takes every eighth shard from number 2 on, for
             several machines that write one folder. The share of this process by default.
@@ -61,7 +64,11 @@ def main(
     """
     multihost.initialize(distributed)
     corpus = open_corpus(items, images)
-    embedder = Embedder.load(model, dtype=dtype, mesh=make_mesh(mesh, jax.local_devices()))
+    if corpus.passed_over:
+        print(corpus.passed_over, flush=True)
+    embedder = Embedder.load(
+        model, dtype=dtype, ret_token=ret_token, mesh=make_mesh(mesh, jax.local_devices())
+    )
     print(describe(embedder.compute), flush=True)
     complete = embed(
         corpus,

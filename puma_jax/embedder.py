@@ -7,31 +7,40 @@ import functools
 import hashlib
 import itertools
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from puma_jax.config import ComputeConfig, DType, ImageConfig, ModelConfig, PromptConfig
-from puma_jax.data.images import ImageSource, open_image, patchify
+from puma_jax.artifacts import atomic_folder
+from puma_jax.config import (
+    ComputeConfig,
+    DType,
+    ImageConfig,
+    ModelConfig,
+    PromptConfig,
+    require,
+)
+from puma_jax.data.images import ImageSource, read_patches
 from puma_jax.data.items import Item
-from puma_jax.data.prompts import Processor, load_tokenizer, query_text
-from puma_jax.errors import CheckpointError, ImageError, ItemError
+from puma_jax.data.prompts import Processor, query_text
+from puma_jax.data.tokenizer import load_tokenizer
+from puma_jax.errors import ImageError, ItemError
 from puma_jax.forward import Forward, Running, shape_for
 from puma_jax.model import encoder, hf
 from puma_jax.model.encoder import Encoder
 from puma_jax.model.tree import named_leaves
 from puma_jax.parallel import rules
 from puma_jax.parallel.mesh import data_shards
+from puma_jax.progress import Progress
 from puma_jax.rows import PackedShape
+from puma_jax.schema import shown
 from puma_jax.typing import Float, ndarray
 
 RawItem = Mapping[str, Any]
@@ -82,6 +91,7 @@ class Embedder:
         compute: ComputeConfig | None = None,
         images: ImageConfig | None = None,
         prompt: PromptConfig | None = None,
+        ret_token: str | None = None,
         mesh: Mesh | None = None,
     ) -> Embedder:
         """Open a model; its weights are read when they are first needed.
@@ -94,18 +104,27 @@ class Embedder:
             compute: How to run; the default takes its dtype from `dtype`.
             images: Limits on image sizes; None takes those saved with the model, or PUMA's.
             prompt: Prompt of the model; None takes the one saved with the model, or PUMA's.
+            ret_token: Token that ends every item, in place of the prompt's; for tokenizers whose
+                token table has no row for a new token.
             mesh: Devices that share the work, from `parallel.mesh.make_mesh`; each reads its part
                 of the weights, by `parallel.rules`. None uses the first device.
 
         Raises:
+            ConfigError: `dtype` is not one of those that are supported.
             CheckpointError: The folder does not hold a whole model; see `hf.open_checkpoint`.
             UnknownModelError: No family supports its model_type.
         """
+        if dtype is not None:
+            require(
+                dtype in get_args(DType),
+                f"dtype {shown(dtype)} is not one of {', '.join(get_args(DType))}",
+            )
         checkpoint = hf.open_checkpoint(source)
+        prompt = prompt or checkpoint.config.prompt
+        if ret_token is not None:
+            prompt = dataclasses.replace(prompt, ret_token=ret_token)
         config = dataclasses.replace(
-            checkpoint.config,
-            images=images or checkpoint.config.images,
-            prompt=prompt or checkpoint.config.prompt,
+            checkpoint.config, images=images or checkpoint.config.images, prompt=prompt
         )
         dtype = dtype or checkpoint.dtype
         layers = tuple(range(config.decoder.layers))
@@ -187,7 +206,7 @@ class Embedder:
         full = query_text(instruction, text)
         if image is None:
             return self._processor.item(full)
-        patches, grid = patchify(open_image(image), self.config.vision, self.config.images)
+        patches, grid = read_patches(image, self.config.vision, self.config.images)
         return self._processor.item(full, patches, grid)
 
     def shape_for(self, items: Sequence[Item], tokens_per_chunk: int | None = None) -> PackedShape:
@@ -225,7 +244,7 @@ class Embedder:
         tokens = tokens_per_chunk or _default_tokens()
         window_tokens = tokens * _CHUNKS_IN_WINDOW * (data_shards(self.mesh) if self.mesh else 1)
         forward = Forward(self.params, self.config.vision, self.compute, self.mesh)
-        bar = tqdm(
+        bar = Progress(
             total=len(items) if isinstance(items, Sequence) else None,
             unit="item",
             delay=_SECONDS_UNTIL_BAR,
@@ -262,15 +281,9 @@ class Embedder:
                 model class for generation. This class loads both.
 
         Raises:
-            CheckpointError: The folder exists and is not empty, or cannot be written.
+            ArtifactError: The folder is not empty, or cannot be written.
         """
-        folder = Path(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise CheckpointError(f"{folder} exists: choose another folder, or remove it")
-        unfinished = folder.with_name(f"{folder.name}.partial")
-        try:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
+        with atomic_folder(Path(folder)) as unfinished:
             hf.write_checkpoint(
                 unfinished,
                 self.config,
@@ -280,10 +293,6 @@ class Embedder:
                 backbone=backbone,
             )
             self._processor.save_tokenizer(unfinished, self._source.tokenizer)
-            unfinished.replace(folder)
-        except OSError as error:
-            reason = error.strerror or error
-            raise CheckpointError(f"{folder} cannot be written: {reason}") from error
 
     def _windows(
         self,

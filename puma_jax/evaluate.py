@@ -5,23 +5,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import tyro
 
 from puma_jax import Embedder, cli
+from puma_jax.artifacts import atomic_folder, check_output, write_json
 from puma_jax.config import DType
 from puma_jax.data import mbeir
-from puma_jax.data.lines import write_lines
+from puma_jax.data.lines import OnBadRecord
 from puma_jax.data.mbeir import Benchmark
 from puma_jax.errors import ConfigError, DataError
 from puma_jax.evaluation import published
-from puma_jax.evaluation.evaluation import Subset, evaluate
-from puma_jax.evaluation.report import Evaluation, compare
+from puma_jax.evaluation.encoding import ItemEncoder
+from puma_jax.evaluation.evaluation import Evaluation, Subset, evaluate_selection
+from puma_jax.evaluation.results import compare, differing, read_evaluations
+from puma_jax.evaluation.selection import Selection, select
+from puma_jax.evaluation.vector_folder import VectorFolder, vector_folder
 from puma_jax.model.attention import describe
 from puma_jax.parallel import multihost
 from puma_jax.parallel.mesh import MeshConfig, make_mesh
@@ -38,9 +42,11 @@ def main(
     split: str = "test",
     sets: tuple[str, ...] = (),
     subset: tuple[int, int] | None = None,
+    on_bad_record: OnBadRecord = "error",
     vectors_dir: Path | None = None,
     compare_with: tuple[Path, ...] = (),
     dtype: DType | None = None,
+    ret_token: str | None = None,
     tokens_per_chunk: int | None = None,
     mesh: MeshConfig = _ALL_DEVICES,
     distributed: DistributedConfig = _ALONE,
@@ -56,50 +62,107 @@ def main(
             of these sets. All sets by default.
         subset: Queries of each set and candidates of each pool to evaluate, for a quick look. All
             of them by default.
-        vectors_dir: Folder to keep the candidates' vectors in while they are searched, if memory is
-            too small for them. They stay in memory by default.
-        compare_with: Files results.json of other models, to print in the same table.
+        on_bad_record: "error" stops at a record or image that cannot be read, "skip" leaves it out
+            and counts it.
+        vectors_dir: Folder to keep vectors in until the results are written, if memory is too small
+            for them: the same command then resumes after a kill. They stay in memory by default.
+        compare_with: Files results.json of other models or of training runs, or result.json of
+            their stages, to print in the same table.
         dtype: Dtype of weights and activations. The dtype of the model's files by default.
+        ret_token: Token that ends every item, such as "<|video_pad|>"; for models without a spare
+            row for [RET]. The one saved with the model, or [RET], by default.
         tokens_per_chunk: Approximate tokens that a device processes at a time; no result depends on
             it. Small on a CPU and large on an accelerator by default.
         mesh: How the devices of a process share the work.
         distributed: How processes that share the work find each other.
     """
     multihost.initialize(distributed)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists: choose another folder, or remove it")
-    others = {str(path.parent): Evaluation.read(path) for path in compare_with}
+    multihost.on_process_zero(lambda: check_output(out))
+    if vectors_dir is not None and out.absolute() in (
+        vectors_dir.absolute(),
+        *vectors_dir.absolute().parents,
+    ):
+        raise ConfigError(f"vectors_dir {vectors_dir} lies in {out}: choose a folder outside of it")
+    others = _others(compare_with)
     benchmark = mbeir.discover(data_root)
     if sets:
         benchmark = only(benchmark, sets)
-    devices = make_mesh(mesh, jax.local_devices())
-    embedder = Embedder.load(model, dtype=dtype, mesh=devices)
-    print(describe(embedder.compute), flush=True)
-    evaluation = evaluate(
-        benchmark,
-        multihost.map_across_processes(
-            lambda items: embedder.encode(items, tokens_per_chunk=tokens_per_chunk, progress=False)
-        ),
-        split=split,
-        limits=Subset(*subset) if subset else None,
-        vectors_dir=vectors_dir,
-        progress=multihost.is_process_zero(),
+    selection = select(
+        benchmark, split, Subset(*subset) if subset else None, on_bad_record=on_bad_record
     )
-    results = {"model": model, "benchmark": str(data_root), **evaluation.to_json()}
+    devices = make_mesh(mesh, jax.local_devices())
+    embedder = Embedder.load(model, dtype=dtype, ret_token=ret_token, mesh=devices)
+    print(describe(embedder.compute), flush=True)
+    with contextlib.ExitStack() as stack:
+        vectors = None
+        if vectors_dir is not None:
+            job = [_what_decides_vectors(embedder, selection), tokens_per_chunk, sets, subset]
+            vectors = stack.enter_context(vector_folder(vectors_dir, job))
+        evaluation = evaluate_selection(
+            selection,
+            ItemEncoder(embedder, tokens_per_chunk),
+            on_bad_record=on_bad_record,
+            vectors=vectors,
+            progress=multihost.is_process_zero(),
+        )
+        # What was measured is told before anything can fail, and vectors are kept until it is safe.
+        _print(evaluation, vectors, {**others, str(out): evaluation}, whole=subset is None)
+        results = {"model": model, "benchmark": str(data_root), **evaluation.to_json()}
+        multihost.on_process_zero(lambda: _write(out, results, evaluation))
+    print(f"Numbers are in {out / 'results.json'}, ranked documents in {out / 'runs'}")
 
-    def write() -> None:
-        write_lines(out / "results.json", [json.dumps(results, indent=2)])
-        evaluation.write_runs(out / "runs")
 
-    multihost.on_process_zero(write)
+def _others(paths: tuple[Path, ...]) -> dict[str, Evaluation]:
+    """Return the evaluations in files of results, each by a name of its own."""
+    others: dict[str, Evaluation] = {}
+    for path in paths:
+        for stage, evaluation in read_evaluations(path).items():
+            name = str(path.parent / stage)
+            others[name if name not in others else f"{path} {stage}".strip()] = evaluation
+    return others
+
+
+def _what_decides_vectors(embedder: Embedder, selection: Selection) -> list[str]:
+    """Return what decides the vectors besides the items themselves."""
+    return [embedder.fingerprint, repr(embedder.compute), str(selection.root), selection.split]
+
+
+def _print(
+    evaluation: Evaluation,
+    vectors: VectorFolder | None,
+    models: dict[str, Evaluation],
+    *,
+    whole: bool,
+) -> None:
+    """Print the table, what it leaves out, and comparisons.
+
+    Args:
+        evaluation: What was measured.
+        vectors: Folder that the vectors were kept in.
+        models: Evaluations to compare, this one included.
+        whole: Whether whole pools were searched, as for published results.
+    """
+    if vectors is not None and vectors.reused:
+        print(f"{vectors.reused:,} vectors are those of an interrupted run")
     print(evaluation.table())
-    table = None if subset else published.compare_with(evaluation, "this model")
+    for note in evaluation.notes():
+        print(note)
+    table = published.compare_with(evaluation, "this model") if whole else None
     if table:
         print(f"\nCompared with published results:\n{table}")
-    if others:
+    if len(models) > 1:
         print()
-        print(compare({**others, str(out): evaluation}))
-    print(f"Numbers are in {out / 'results.json'}, ranked documents in {out / 'runs'}")
+        print(compare(models))
+        for line in differing(models):
+            print(line)
+    print(end="", flush=True)
+
+
+def _write(out: Path, results: dict[str, Any], evaluation: Evaluation) -> None:
+    """Write the numbers and the ranked documents; the folder appears whole, or not at all."""
+    with atomic_folder(out) as folder:
+        write_json(folder / "results.json", results)
+        evaluation.write_runs(folder / "runs")
 
 
 def only(benchmark: Benchmark, names: tuple[str, ...]) -> Benchmark:

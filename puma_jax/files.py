@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from puma_jax.errors import ArtifactError, ConfigError, PumaError
@@ -80,7 +81,7 @@ def parse_json(content: bytes) -> Any:
     if len(content) > MAX_JSON_BYTES:
         raise ValueError(f"longer than {MAX_JSON_BYTES:,} bytes")
     try:
-        return _DECODER.decode(content.decode("utf-8-sig").rstrip())
+        return DECODER.decode(content.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
         position, value = error.start, content[error.start]
         raise ValueError(f"byte {position + 1}, 0x{value:02x}, is not UTF-8") from None
@@ -127,8 +128,15 @@ def sha256_of(value: Any) -> str:
 def save_tensors(
     tensors: Mapping[str, ndarray], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file that others may read: the library makes it its owner's alone."""
-    save_file(dict(tensors), path, metadata)
+    """Write a safetensors file that others may read: the library makes it its owner's alone.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    try:
+        save_file(dict(tensors), path, metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
     os.umask(mask := os.umask(0))
     path.chmod(0o666 & ~mask)
 
@@ -148,6 +156,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
-_DECODER = json.JSONDecoder(
+DECODER = json.JSONDecoder(
     object_pairs_hook=_object_of_unique_keys, parse_constant=_refuse_constant
 )
+"""Reads the JSON that all readers agree on; errors are ValueError."""

@@ -8,18 +8,23 @@ from __future__ import annotations
 from pathlib import Path
 
 from puma_jax import Embedder, cli
+from puma_jax.artifacts import check_output
 from puma_jax.model.encoder import parse_layers
 
 
-def main(model: str, keep_layers: str, out: Path) -> None:
+def main(model: str, keep_layers: str, out: Path, ret_token: str | None = None) -> None:
     """Write a model with some of the decoder layers of another.
 
     Args:
         model: Hugging Face folder or hub id of the model.
         keep_layers: Layers to keep: "12" for the first twelve, or indices such as "0-10,27".
-        out: Folder to write; must not exist.
+        out: Folder to write; must not exist, or be empty.
+        ret_token: Token that ends every item, such as "<|video_pad|>"; for models without a spare
+            row for [RET]. The one saved with the model, or [RET], by default.
     """
-    embedder = Embedder.load(model, dtype=None).keep_layers(parse_layers(keep_layers))
+    check_output(out)
+    layers = parse_layers(keep_layers)
+    embedder = Embedder.load(model, dtype=None, ret_token=ret_token).keep_layers(layers)
     print(
         f"Reading {embedder.config.decoder.layers} layers of {model}, writing {out} ...", flush=True
     )

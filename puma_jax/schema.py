@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from puma_jax.errors import ConfigError
 Kind = TypeVar("Kind")
 
 _SHOWN_CHARACTERS = 60
+_DIGITS = re.compile("0|[1-9][0-9]{0,17}")
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ def from_json(
 
     Args:
         kind: A dataclass. Its fields may be bool, int, float, str, Path, None, Any, Literal,
-            another dataclass, and unions, lists, tuples and dictionaries of these.
+            another dataclass, and unions, lists, tuples and dictionaries of these. Keys of
+            dictionaries may be str, int or Literal.
         value: What `json` makes of a file.
         at: Name of the value, put before what is wrong with it.
         unknown: "error" refuses fields that a dataclass does not declare, "ignore" drops them.
@@ -132,7 +135,7 @@ def _convert(kind: Any, value: Any, at: str, *, from_file: bool, ignore: bool = 
         value = convert(arguments[0], value, at)
         for limit in arguments[1:]:
             if isinstance(limit, Range) and value is not None and value not in limit:
-                raise ConfigError(f"{at} {shown(value)} must be {limit}")
+                raise ConfigError(f"{_printable(at)} {shown(value)} must be {limit}")
         return value
     if origin is Literal:
         if not any(value == one and type(value) is type(one) for one in arguments):
@@ -157,9 +160,11 @@ def _convert(kind: Any, value: Any, at: str, *, from_file: bool, ignore: bool = 
     if origin is dict or kind is dict:
         if not isinstance(value, Mapping):
             raise _mismatch(value, at, "an object")
-        values = arguments[1] if arguments else Any
+        keys, values = arguments or (str, Any)
         return {
-            convert(str, key, f"{at} key"): convert(values, entry, f"{at}.{key}" if at else key)
+            _convert_key(keys, key, at, convert): convert(
+                values, entry, f"{at}.{key}" if at else str(key)
+            )
             for key, entry in value.items()
         }
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
@@ -189,6 +194,13 @@ def _convert_scalar(kind: type, value: Any, at: str) -> Any:
     if not math.isfinite(number):
         raise _mismatch(value, at, "a finite number")
     return number
+
+
+def _convert_key(kind: Any, key: Any, at: str, convert: Any) -> Any:
+    """Return a key of a dictionary; in JSON, a number that is a key is a text of digits."""
+    if kind is int and isinstance(key, str) and _DIGITS.fullmatch(key):
+        return int(key)
+    return convert(kind, key, f"{at} key")
 
 
 def _convert_union(kinds: tuple[Any, ...], value: Any, at: str, convert: Any) -> Any:
@@ -226,11 +238,11 @@ def _convert_dataclass(kind: Any, value: Any, at: str, convert: Any, ignore: boo
     hints = _fields(kind)
     extra = sorted(map(str, set(value) - set(hints)))
     if extra and not ignore:
-        raise ConfigError(f"{place}{extra[0]} is unknown, expected {', '.join(hints)}")
+        raise ConfigError(f"{_printable(place + extra[0])} is unknown, expected {', '.join(hints)}")
     for field in dataclasses.fields(kind):
         required = field.default is field.default_factory is dataclasses.MISSING
         if field.init and required and field.name not in value:
-            raise ConfigError(f"{place}{field.name} is missing")
+            raise ConfigError(f"{_printable(place)}{field.name} is missing")
     fields = {
         name: convert(hint, value[name], f"{place}{name}")
         for name, hint in hints.items()
@@ -239,11 +251,16 @@ def _convert_dataclass(kind: Any, value: Any, at: str, convert: Any, ignore: boo
     try:
         return kind(**fields)
     except ConfigError as error:
-        raise ConfigError(f"{at}: {error}" if at else str(error)) from None
+        raise ConfigError(f"{_printable(at)}: {error}" if at else str(error)) from None
 
 
 def _mismatch(value: object, at: str, expected: str) -> ConfigError:
-    return ConfigError(f"{at or 'value'} {shown(value)} is not {expected}")
+    return ConfigError(f"{_printable(at) or 'value'} {shown(value)} is not {expected}")
+
+
+def _printable(name: str) -> str:
+    """Return a dotted name as messages show it: keys of a file may hold anything."""
+    return name if name.isprintable() else shown(name)[1:-1]
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Annotated
 import tyro
 
 from puma_jax import cli
-from puma_jax.errors import ConfigError
+from puma_jax.errors import ConfigError, PumaError
 from puma_jax.parallel.multihost import initialize
 from puma_jax.training.config import TrainConfig
 from puma_jax.training.loop import Preempted
@@ -32,15 +33,31 @@ class _Run:
     """Python file with a function `get_config()` that returns a `TrainConfig`."""
     workdir: Path
     """Folder of the run: checkpoints, metrics, models and results. The same one resumes the run."""
+    reuse: Path | None = None
+    """Workdir of another run: stages that are finished there, with the same settings, base model
+    and data, are copied and not trained again. Nothing in it is changed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse flags and run.
+    """Parse flags and run."""
+    config, workdir, reuse = parse(list(sys.argv[1:] if arguments is None else arguments))
+    initialize(config.distributed)
+    try:
+        with cli.printable_output():
+            run(config, workdir, reuse)
+    except Preempted:
+        print("Stopped, all is saved: rerun the same command to resume")
 
-    Flags are `--config` and `--workdir`, the arguments of the file's `get_config` (such as
-    `--preset`), and all fields of the config that it returns.
+
+def parse(given: list[str]) -> tuple[TrainConfig, Path, Path | None]:
+    """Return the config, the workdir and the run to reuse that flags describe.
+
+    Flags are `--config`, `--workdir` and `--reuse`, the arguments of the file's `get_config` (such
+    as `--preset`), and all fields of the config that it returns.
+
+    Raises:
+        ConfigError: The file holds no config, or a setting is out of its range.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
     if not any(flag.split("=")[0] == "--config" for flag in given):
         tyro.cli(_Run, args=given, prog=_PROG)
     wants_help = bool({"-h", "--help"} & set(given))
@@ -51,17 +68,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config, rest = tyro.cli(
         load_config(chosen.config), args=rest, return_unknown_args=True, prog=_PROG
     )
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(
+            f"get_config() of {chosen.config} returns a {type(config).__name__}, expected a "
+            "TrainConfig"
+        )
     config = tyro.cli(
         Annotated[TrainConfig, tyro.conf.AvoidSubcommands],
         default=config,
         args=[*rest, *(["--help"] if wants_help else [])],
         prog=f"{_PROG} --config {chosen.config} --workdir {chosen.workdir}",
     )
-    initialize(config.distributed)
-    try:
-        run(config, chosen.workdir)
-    except Preempted:
-        print("Stopped, all is saved: rerun the same command to resume")
+    return config, chosen.workdir, chosen.reuse
 
 
 _PROG = "python -m puma_jax.train"
@@ -71,19 +89,39 @@ def load_config(path: Path) -> Callable[..., TrainConfig]:
     """Return the function `get_config` of a config file.
 
     Raises:
-        ConfigError: There is no such file, or it has no such function.
+        ConfigError: There is no such file, it is not Python, or it has no such function.
     """
     if not path.is_file():
         raise ConfigError(f"--config {path} is not a file")
+    if path.suffix != ".py":
+        raise ConfigError(f"--config {path} is not a Python file: its name must end with .py")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except PumaError:
+        raise
+    except Exception as error:  # whatever the file does
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{_place(path, error)}: {type(error).__name__}: {reason}") from error
     function = getattr(module, "get_config", None)
     if not inspect.isfunction(function):
         raise ConfigError(f"{path} has no function get_config() that returns a TrainConfig")
     return function
+
+
+def _place(path: Path, error: Exception) -> str:
+    """Return the file and the line at which a config file failed."""
+    if isinstance(error, SyntaxError):
+        return f"{path}:{error.lineno}"
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename) == path
+    ]
+    return f"{path}:{lines[-1]}" if lines else str(path)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 
 from puma_jax import Embedder, forward
 from puma_jax.config import ComputeConfig, ImageConfig
-from puma_jax.errors import CheckpointError, ImageError, ItemError, LayerSelectionError
+from puma_jax.errors import ArtifactError, ImageError, ItemError, LayerSelectionError
 from puma_jax.model.encoder import abstract
 from puma_jax.parallel.mesh import MeshConfig, make_mesh
 from puma_jax.prune import parse_layers
@@ -40,7 +40,7 @@ def test_vectors_equal_the_reference(whole, tiny):
     items = [{"text": "a red bicycle"}, {"image": image}, {"image": image, "text": "make it blue"}]
     vectors = whole.encode(items, instruction="Find an image that matches.")
     assert vectors.dtype == np.float32
-    assert vectors.shape == (3, whole.width)
+    assert vectors.shape == (3, whole.embedding_dim)
     same = [
         tiny.item("Find an image that matches.\na red bicycle."),
         tiny.item("Find an image that matches.", image),
@@ -121,7 +121,7 @@ def test_bfloat16_weights_are_never_widened_all_at_once(tiny):
 
 
 def test_no_items_give_no_vectors(whole):
-    assert whole.encode([]).shape == (0, whole.width)
+    assert whole.encode([]).shape == (0, whole.embedding_dim)
 
 
 def test_keeping_layers_before_and_after_reading_is_the_same(whole, tiny):
@@ -140,9 +140,65 @@ def test_saved_and_loaded_it_gives_the_same_vectors(whole, tmp_path):
     loaded = Embedder.load(tmp_path / "saved", dtype=None)
     assert loaded.config == cut.config
     np.testing.assert_array_equal(loaded.encode(items), cut.encode(items))
-    with pytest.raises(CheckpointError, match="exists: choose another folder, or remove it"):
+    with pytest.raises(ArtifactError, match="is not empty: choose another folder, or remove it"):
         cut.save(tmp_path / "saved")
-    assert not (tmp_path / "saved.partial").exists()
+
+
+def test_saving_leaves_what_lies_beside_alone(whole, tmp_path):
+    beside = tmp_path / "mine.partial"
+    beside.mkdir()
+    (beside / "notes.txt").write_text("mine")
+    whole.keep_layers(1).save(tmp_path / "mine")
+    assert (beside / "notes.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "mine.partial"]
+    with pytest.raises(ArtifactError, match=r"notes.txt is a file"):
+        whole.save(beside / "notes.txt" / "model")
+
+
+def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(tiny, tmp_path):
+    code = f"""
+import resource
+from puma_jax import Embedder
+from puma_jax.errors import ArtifactError
+embedder = Embedder.load({str(tiny.folder)!r}, dtype=None)
+for limit in (100, 10_000, 400_000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        embedder.save({str(tmp_path / "out")!r})
+    except ArtifactError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3, done.stderr
+    assert all("cannot be written: " in line for line in lines)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dtype_that_is_not_supported_is_named_with_those_that_are(tiny):
+    code = f"""
+from puma_jax import Embedder
+from puma_jax.errors import ConfigError
+for dtype in ("float16", "bf16"):
+    try:
+        Embedder.load({str(tiny.folder)!r}, dtype=dtype)
+    except ConfigError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == [
+        'dtype "float16" is not one of float32, bfloat16',
+        'dtype "bf16" is not one of float32, bfloat16',
+    ]
+
+
+def test_a_model_without_a_spare_row_is_read_with_a_token_that_it_has(tiny, tmp_path):
+    embedder = Embedder.load(tiny.folder, dtype="float32", ret_token="<|video_pad|>").keep_layers(1)
+    vector = embedder.encode([{"text": "A."}])
+    embedder.save(tmp_path / "saved")
+    saved = Embedder.load(tmp_path / "saved", dtype="float32")
+    assert saved.config.prompt.ret_token == "<|video_pad|>"
+    np.testing.assert_array_equal(saved.encode([{"text": "A."}]), vector)
 
 
 def test_bfloat16_vectors_stay_near(whole, tiny):
@@ -194,8 +250,9 @@ def test_layers_are_named_by_count_index_or_range():
     assert parse_layers("12") == 12
     assert parse_layers("0-3,27") == [0, 1, 2, 3, 27]
     assert parse_layers("5,") == [5]
-    with pytest.raises(LayerSelectionError, match='"all" is neither a number'):
-        parse_layers("all")
+    for text in ("all", "3-1", "0,5-3", "0-1000000000000", "-1"):
+        with pytest.raises(LayerSelectionError, match=f'"{text}" is neither a number'):
+            parse_layers(text)
 
 
 def test_model_and_losses_need_nothing_but_the_core():

@@ -6,7 +6,6 @@ The arithmetic of sizes and the order of patches are those of transformers' `Qwe
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,18 +15,16 @@ import numpy as np
 from PIL import Image
 
 from puma_jax.config import ImageConfig, VisionConfig
+from puma_jax.data.decode import DecodeError, ImageSource, decoded, displayed_size
 from puma_jax.errors import ImageError
 from puma_jax.typing import Int, UInt8, ndarray
 
-ImageSource = str | os.PathLike | bytes | Image.Image | ndarray
-
 MOST_ELONGATED = 200
 """How many times the short side of an image its long side may be."""
-_MOST_PIXELS = 2**26
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """Return a decoded RGB image.
+    """Return an image as a person sees it, in RGB: see `data.decode`.
 
     Args:
         source: A path, the bytes of a file, a PIL image, or uint8 pixels [height, width, 3].
@@ -35,59 +32,41 @@ def open_image(source: ImageSource) -> Image.Image:
     Raises:
         ImageError: There is no such file, or it cannot be decoded.
     """
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
-            raise ImageError(
-                f"image array is {source.dtype} {list(source.shape)}, "
-                "expected uint8 [height, width, 3]"
-            )
-        return Image.fromarray(source)
-    if isinstance(source, Image.Image):
-        return _decoded(source)
-    with _opened(source) as image:
-        return _decoded(image)
+    with _image_errors(), decoded(source) as image:
+        return image
 
 
 def image_size(source: str | os.PathLike | bytes) -> tuple[int, int]:
-    """Return the height and width of an image in pixels; only its header is read.
+    """Return the height and width in pixels that `open_image` gives; only a header is read.
 
     Raises:
-        ImageError: There is no such file, or it is no image, or too large to be decoded.
+        ImageError: There is no such file, or it is no image, or one that is not decoded.
     """
-    with _opened(source) as image:
-        return image.height, image.width
+    with _image_errors():
+        return displayed_size(source)
+
+
+def read_patches(
+    source: ImageSource, vision: VisionConfig, limits: ImageConfig
+) -> tuple[UInt8[ndarray, "patches values"], tuple[int, int]]:
+    """Return the patches of an image and their grid, see `patchify`.
+
+    Any number of threads may call it: `data.decode` limits the memory they take together.
+
+    Raises:
+        ImageError: As of `open_image` and `patchify`.
+    """
+    with _image_errors(), decoded(source) as image:
+        return patchify(image, vision, limits)
 
 
 @contextmanager
-def _opened(source: str | os.PathLike | bytes) -> Iterator[Image.Image]:
-    """Open an image that is not larger than what is decoded."""
-    name = _name(source)
+def _image_errors() -> Iterator[None]:
+    """Turn the errors of `data.decode`, which also stands alone, into ours."""
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-    except FileNotFoundError:
-        raise ImageError(f"{name} does not exist") from None
-    except Exception as error:  # decoders raise whatever their format's parser trips over
-        raise ImageError(f"{name} cannot be decoded: {error}") from error
-    with image:
-        # PIL only warns of these, and a warning cannot be made an error in one thread alone.
-        if image.width * image.height > _MOST_PIXELS:
-            raise ImageError(
-                f"{name} has {image.width} × {image.height} pixels, "
-                f"more than the {_MOST_PIXELS:,} that are decoded"
-            )
-        yield image
-
-
-def _decoded(image: Image.Image) -> Image.Image:
-    try:
-        return image.convert("RGB")
-    except Exception as error:
-        name = getattr(image, "filename", "") or "image"
-        raise ImageError(f"{name} cannot be decoded: {error}") from error
-
-
-def _name(source: str | os.PathLike | bytes) -> str:
-    return "image" if isinstance(source, bytes) else str(source)
+        yield
+    except DecodeError as error:
+        raise ImageError(str(error)) from error
 
 
 def resized_sizes(

@@ -106,7 +106,10 @@ class TokenizedTemplate:
             framed = [config.vision_start_token_id, *placeholders, config.vision_end_token_id]
             grids = [(grid[0] // vision.merge_size, grid[1] // vision.merge_size)]
         ids = np.array([*self.start, *framed, *tokens, *self.end], np.int32)
-        image_token_mask = ids == config.image_token_id
+        # Told by place: a text may hold the id, where the tokenizer does not call it special.
+        first = len(self.start) + 1
+        image_token_mask = np.zeros(len(ids), bool)
+        image_token_mask[first : first + len(patches) // vision.merged] = True
         return Item(
             tokens=ids,
             positions=mrope_positions(image_token_mask, grids)

@@ -19,7 +19,10 @@ from typing import Any, Generic, Literal, NamedTuple, SupportsIndex, TypeVar
 
 import numpy as np
 
+from puma_jax.artifacts import atomic_file
 from puma_jax.errors import DataError
+from puma_jax.files import DECODER
+from puma_jax.schema import shown
 from puma_jax.typing import Int, ndarray
 
 FilePath = str | os.PathLike[str]
@@ -28,8 +31,6 @@ Record = TypeVar("Record")
 
 MAX_LINE_BYTES = 1 << 26
 """A longer line is a bad record. No more than this is ever read of a line into memory."""
-
-_SHOWN_CHARACTERS = 60
 
 
 @dataclass
@@ -65,7 +66,7 @@ def numbered_lines(path: FilePath) -> Iterator[Line]:
     Raises:
         DataError: The file does not exist or cannot be read.
     """
-    with _as_data_error(path, "read"), open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
         start = len(codecs.BOM_UTF8)
         if file.read(start) != codecs.BOM_UTF8:
             start = 0
@@ -149,7 +150,7 @@ def json_object(content: bytes) -> dict[str, Any]:
         DataError: The line is not UTF-8, not JSON or not an object, or it gives a key twice.
     """
     try:
-        value = _DECODER.decode(decode_line(content).rstrip())
+        value = DECODER.decode(decode_line(content).rstrip())
     except json.JSONDecodeError as error:
         raise DataError(f"not JSON: {error.msg} (column {error.pos + 1})") from None
     except RecursionError:
@@ -161,19 +162,20 @@ def json_object(content: bytes) -> dict[str, Any]:
     return value
 
 
-def shown(value: object) -> str:
-    """Return a JSON value for an error message: short, on one line, spelled as in the file."""
-    if isinstance(value, dict):
-        return "{...}"
-    if isinstance(value, list):
-        return "[...]"
-    if isinstance(value, str):
-        # Unprintable characters are escaped: newlines break lines, lone surrogates fail to print.
-        cut = value[:_SHOWN_CHARACTERS]
-        end = "" if cut == value else "..."
-        return json.dumps(cut + end, ensure_ascii=not cut.isprintable())
-    text = json.dumps(value)
-    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
+def resolve_inside(root: FilePath, path: str) -> Path:
+    """Return the file below a folder that a relative path names, links followed.
+
+    Data from others must not read what lies elsewhere on this machine. A path is taken if it is
+    relative and its target, after all links, lies in the folder; the folder itself may be a link.
+
+    Raises:
+        DataError: The path is absolute, or it leads out of the folder.
+    """
+    folder = os.path.realpath(root)
+    target = os.path.realpath(os.path.join(folder, path))
+    if os.path.isabs(path) or not target.startswith(os.path.join(folder, "")):
+        raise DataError(f"{shown(path)} is not a path of a file in {root}, links followed")
+    return Path(target)
 
 
 def write_lines(path: FilePath, lines: Iterable[str]) -> int:
@@ -182,21 +184,16 @@ def write_lines(path: FilePath, lines: Iterable[str]) -> int:
     The file appears under its name once it is complete; an older file is kept if writing fails.
 
     Raises:
-        DataError: The file cannot be written.
+        ArtifactError: The file cannot be written.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     count = 0
-    with _as_data_error(path, "written"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "w", encoding="utf-8", newline="\n") as file:
-                for line in lines:
-                    file.write(line + "\n")
-                    count += 1
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    with (
+        atomic_file(Path(path)) as partial,
+        open(partial, "w", encoding="utf-8", newline="\n") as file,
+    ):
+        for line in lines:
+            file.write(line + "\n")
+            count += 1
     return count
 
 
@@ -228,7 +225,7 @@ class RowIndex(Generic[Record]):
             if not line.content.isspace():
                 starts.append(line.start)
                 line_numbers.append(line.number)
-        with _as_data_error(path, "read"):
+        with reading(path):
             starts.append(self.path.stat().st_size)
         self.starts = np.array(starts, np.int64)
         self.line_numbers = np.array(line_numbers, np.int64)
@@ -246,7 +243,7 @@ class RowIndex(Generic[Record]):
         """
         row = range(len(self))[row]
         start, end = int(self.starts[row]), int(self.starts[row + 1])
-        with _as_data_error(self.path, "read"):
+        with reading(self.path):
             # pread uses no file position that a forked process or another thread could move.
             content = os.pread(self._descriptor, min(end - start, MAX_LINE_BYTES + 1), start)
         try:
@@ -255,7 +252,7 @@ class RowIndex(Generic[Record]):
             raise located(error, self.path, int(self.line_numbers[row])) from None
 
     def _open(self) -> None:
-        with _as_data_error(self.path, "read"):
+        with reading(self.path):
             self._descriptor = os.open(self.path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
 
@@ -268,31 +265,15 @@ class RowIndex(Generic[Record]):
 
 
 @contextmanager
-def _as_data_error(path: FilePath, verb: str) -> Iterator[None]:
-    """Raise errors of the operating system as DataError."""
+def reading(path: FilePath) -> Iterator[None]:
+    """Turn the operating system's errors while a path is read into one line.
+
+    Raises:
+        DataError: The path cannot be read.
+    """
     try:
         yield
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
     except OSError as error:
-        raise DataError(f"{path} cannot be {verb}: {error.strerror or error}") from error
-
-
-def _object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object of unique keys: JSON readers differ in which of two values they take."""
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key {shown(twice)} is given twice")
-    return value
-
-
-def _refuse_constant(name: str) -> None:
-    """Refuse NaN and Infinity, which Python reads and other JSON readers do not."""
-    raise ValueError(f"{name} is not a JSON number")
-
-
-_DECODER = json.JSONDecoder(
-    object_pairs_hook=_object_of_unique_keys, parse_constant=_refuse_constant
-)
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error

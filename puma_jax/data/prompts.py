@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,10 +16,17 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
+from puma_jax.artifacts import write_json
 from puma_jax.config import ModelConfig, PromptStyle
 from puma_jax.data.items import Item, TokenizedTemplate, TokenizedText
+from puma_jax.data.texts import normalize_text
 from puma_jax.errors import CheckpointError, ItemError
+from puma_jax.schema import shown
 from puma_jax.typing import UInt8, ndarray
+
+# A longer text is cut before it is tokenized. What is left is more than enough for the tokens that
+# are kept, and this many characters more: tokens never depend on what comes after their own word.
+_LONGEST_WORD = 2**16
 
 
 class PromptTemplate(NamedTuple):
@@ -63,19 +69,6 @@ class TextTruncationWarning(UserWarning):
     """A text was longer than `PromptConfig.max_text_tokens` and is truncated."""
 
 
-def normalize_text(text: str | None) -> str:
-    """Return a text trimmed and capitalized, with a full stop at its end.
-
-    >>> normalize_text(' "a red bicycle" ')
-    'A red bicycle.'
-    """
-    text = (text or "").replace("\r", "").strip().strip('"')
-    if not text:
-        return ""
-    text = text[0].upper() + text[1:]
-    return text if text.endswith((".", "?", "!")) else text + "."
-
-
 def query_text(instruction: str | None, text: str | None) -> str:
     r"""Return the text of a query: its instruction, then its own text on the next line.
 
@@ -87,41 +80,22 @@ def query_text(instruction: str | None, text: str | None) -> str:
     return normalize_text(f"{normalize_text(instruction)}\n{(text or '').strip()}")
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Return the tokenizer in a model folder.
-
-    Raises:
-        CheckpointError: There is no tokenizer.json, or it cannot be read.
-    """
-    # Not AutoTokenizer, which imports torch wherever it is installed.
-    if not (folder / "tokenizer.json").is_file():
-        raise CheckpointError(
-            f"{folder} has no tokenizer.json: save it once with transformers' AutoTokenizer"
-        )
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(folder)
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise CheckpointError(f"{folder}/tokenizer.json cannot be read: {error}") from error
-
-
 class Processor:
     """Turns texts and patches into items for one model."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, config: ModelConfig):
-        """Add [RET] to the tokenizer; it takes the first spare row of the token table.
+        """Add [RET] to the tokenizer, unless it has it; a new one takes the next row of the table.
 
         Raises:
-            CheckpointError: The token table has no spare row.
+            CheckpointError: The token table has no spare row, the tokenizer has ids beyond the
+                table, or `ret_token` is a word of texts or stands for an image.
         """
         self.config = config
         self.tokenizer = tokenizer
-        tokenizer.add_special_tokens({"additional_special_tokens": [config.prompt.ret_token]})
-        self.ret_token_id = tokenizer.get_added_vocab()[config.prompt.ret_token]
-        if self.ret_token_id >= config.decoder.vocab_size:
-            raise CheckpointError(
-                f"no spare row for {config.prompt.ret_token}: the tokenizer has {len(tokenizer)} "
-                f"tokens, the token table {config.decoder.vocab_size} rows"
-            )
+        self.ret_token_id = _add_ret_token(tokenizer, config)
+        # No token is longer. Four characters compose to one at most, in Unicode's form NFC.
+        longest = max(map(len, tokenizer.get_vocab()))
+        self._most_characters = 4 * config.prompt.max_text_tokens * longest + _LONGEST_WORD
         # Users' texts may hold "<|image_pad|>" or "<|im_end|>": to this copy they are plain text.
         self._plain = copy.deepcopy(tokenizer.backend_tokenizer)
         self._plain.encode_special_tokens = True
@@ -174,9 +148,10 @@ class Processor:
             text += self._strings.text_end
         elif instructed:
             suffix = suffix.removeprefix("\n")
-        alone, limit = self._encode(text), self.config.prompt.max_text_tokens
+        start, limit = text[: self._most_characters], self.config.prompt.max_text_tokens
+        alone = self._encode(start)
         if len(alone) > limit:
-            self._warn_once(len(alone))
+            self._warn_once(len(alone), counted=len(start) == len(text))
             return TokenizedText((*alone[:limit], *self._encode(suffix)), limit)
         return TokenizedText(self._encode(text + suffix), len(alone))
 
@@ -187,7 +162,7 @@ class Processor:
         result equals tokenizing both at once, because Qwen tokenizers never merge a newline with
         the text after it.
         """
-        return self._encode(normalize_text(instruction) + "\n")
+        return self._encode((normalize_text(instruction) + "\n")[: self._most_characters])
 
     def save_tokenizer(self, folder: Path, source: Mapping[str, Any]) -> None:
         """Write the tokenizer, with [RET], so that transformers 4 and 5 load it.
@@ -196,33 +171,94 @@ class Processor:
             folder: An existing folder.
             source: The tokenizer_config.json of the base model, empty if there is none. It is kept
                 with [RET] added, because transformers 5 writes class names that 4 does not know.
+
+        Raises:
+            OSError: The folder cannot be written.
         """
-        self.tokenizer.save_pretrained(folder)
+        try:
+            self.tokenizer.save_pretrained(folder)
+        except OSError:
+            raise
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise OSError(str(error)) from error
         if not source:
             return
         ret = self.config.prompt.ret_token
-        special = [*source.get("additional_special_tokens", ()), ret]
-        config = {**source, "additional_special_tokens": list(dict.fromkeys(special))}
-        if "added_tokens_decoder" in source:
+        special = source.get("additional_special_tokens") or []
+        if ret not in special:
+            special = [*special, ret]
+        config = {**source, "additional_special_tokens": special}
+        if source.get("added_tokens_decoder") is not None:
             entry = {"content": ret, "special": True, "normalized": False}
             entry |= dict.fromkeys(("lstrip", "rstrip", "single_word"), False)
             decoder = {**source["added_tokens_decoder"], str(self.ret_token_id): entry}
             config["added_tokens_decoder"] = decoder
-        path = folder / "tokenizer_config.json"
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        write_json(folder / "tokenizer_config.json", config)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._plain.encode(text, add_special_tokens=False).ids)
 
-    def _warn_once(self, length: int) -> None:
+    def _warn_once(self, length: int, *, counted: bool) -> None:
         if not self._warned:
             self._warned = True
+            found = f"{length}" if counted else f"more than {length}"
             warnings.warn(
-                f"a text of {length} tokens was truncated to {self.config.prompt.max_text_tokens} "
+                f"a text of {found} tokens was truncated to {self.config.prompt.max_text_tokens} "
                 "(PromptConfig.max_text_tokens); later truncations are not reported",
                 TextTruncationWarning,
                 stacklevel=3,
             )
+
+
+def _add_ret_token(tokenizer: PreTrainedTokenizerFast, config: ModelConfig) -> int:
+    """Return the id of [RET] in a tokenizer, to which it is added if it is new."""
+    ret, rows = config.prompt.ret_token, config.decoder.vocab_size
+    vocab = tokenizer.get_vocab()
+    last = max(vocab, key=vocab.__getitem__)
+    if vocab[last] >= rows:
+        raise CheckpointError(
+            f"the tokenizer gives {shown(last)} the id {vocab[last]}, the token table has {rows} "
+            "rows: the tokenizer is of another model"
+        )
+    if ret in vocab and ret not in tokenizer.get_added_vocab():
+        remedy = _name_free_token(tokenizer, config)
+        raise CheckpointError(f"ret_token {shown(ret)} is a token of ordinary texts: {remedy}")
+    tokenizer.add_special_tokens({"additional_special_tokens": [ret]})
+    number = tokenizer.get_added_vocab()[ret]
+    if number >= rows:
+        raise CheckpointError(
+            f"no spare row for {ret}: the tokenizer has {len(tokenizer) - 1} tokens, the token "
+            f"table {rows} rows: {_name_free_token(tokenizer, config)}"
+        )
+    if number in _image_tokens(config) or (ret not in vocab and number in vocab.values()):
+        raise CheckpointError(
+            f"ret_token {shown(ret)} has the id {number}, which stands for something else: "
+            f"{_name_free_token(tokenizer, config)}"
+        )
+    return number
+
+
+def _name_free_token(tokenizer: PreTrainedTokenizerFast, config: ModelConfig) -> str:
+    """Return what to do about a token that cannot be [RET], with the name of one that can."""
+    template = PROMPT_TEMPLATES[config.prompt.template]
+    free = [
+        token.content
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special
+        and number not in _image_tokens(config)
+        and number < config.decoder.vocab_size
+        and token.content != config.prompt.ret_token
+        and token.content not in template.start + template.generation_prompt
+    ]
+    grow = "add rows to the table with resize_token_embeddings of transformers"
+    if not free:
+        return grow
+    example = max(free, key=lambda token: "pad" in token)
+    return f"use a special token that is free, such as --ret-token {shown(example)}, or {grow}"
+
+
+def _image_tokens(config: ModelConfig) -> tuple[int, ...]:
+    return config.image_token_id, config.vision_start_token_id, config.vision_end_token_id
 
 
 def prompt_fingerprint(processor: Processor) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from puma_jax.data.images import open_image
+
 THUMBNAIL_SIZE = (150, 96)
 """Width and height of a thumbnail, in pixels."""
 _PICTURE = 44
@@ -22,14 +24,16 @@ def thumbnail(image: Path | None, text: str | None, label: str, color: str = "gr
         text: Text, cut to fit; the font has Latin letters only.
         label: A word for the corner.
         color: Color of the label.
+
+    Raises:
+        ImageError: The image cannot be read.
     """
     picture = Image.new("RGB", THUMBNAIL_SIZE, "white")
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(_FONT_SIZE)
     pen.text((4, 2), label, color, font)
     top = 16
     if image is not None:
-        with Image.open(image) as opened:
-            picture.paste(opened.resize((_PICTURE, _PICTURE)), (50, 4))
+        picture.paste(open_image(image).resize((_PICTURE, _PICTURE)), (50, 4))
         top = _PICTURE + 6
     lines = textwrap.wrap(text or "", width=25, max_lines=_LINES, placeholder="...")
     pen.text((4, top), "\n".join(lines), "black", font)

@@ -150,7 +150,9 @@ class Store:
                 return open_image(record.image)
             if record.image is None:
                 raise ImageError("there is no image")
-            return open_image(_bytes_of(epath.Path(self.root) / record.image))
+            path = epath.Path(self.root) / record.image
+            in_bucket = "://" in self.root
+            return open_image(_bytes_of(path) if in_bucket else path)
         except ImageError as error:
             name = f"{record.id} ({record.image})" if isinstance(record.image, str) else record.id
             raise ImageError(f"{name}: {error}") from error

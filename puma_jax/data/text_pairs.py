@@ -20,11 +20,11 @@ from puma_jax.data.lines import (
     located,
     numbered_lines,
     reject,
-    shown,
 )
 from puma_jax.data.mbeir.files import write_candidates, write_queries
 from puma_jax.data.mbeir.records import Candidate, Query
 from puma_jax.errors import DataError
+from puma_jax.schema import shown
 
 _COLUMNS = ("sent0", "sent1")
 

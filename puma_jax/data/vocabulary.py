@@ -25,6 +25,7 @@ from puma_jax.data.builder.sources import (
 )
 from puma_jax.data.mbeir import (
     BadRecords,
+    OnBadRecord,
     discover,
     instruction_key,
     parse_candidate,
@@ -57,7 +58,9 @@ _WORDS = (
 )
 
 
-def train_tokenizer(root: Path, vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    root: Path, vocab_size: int, on_bad_record: OnBadRecord = "error"
+) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer trained on the training texts of a benchmark.
 
     The same files give the same tokenizer, byte for byte, on any number of threads.
@@ -66,6 +69,7 @@ def train_tokenizer(root: Path, vocab_size: int) -> PreTrainedTokenizerFast:
         root: A folder in M-BEIR layout.
         vocab_size: Rows of the token table of the model: bytes, learned tokens, special tokens and
             [RET], which `Processor` adds. Small benchmarks may give fewer tokens.
+        on_bad_record: "error" stops at a bad record, "skip" leaves it out.
 
     Raises:
         ConfigError: `vocab_size` leaves no room for the bytes.
@@ -76,7 +80,7 @@ def train_tokenizer(root: Path, vocab_size: int) -> PreTrainedTokenizerFast:
         f"vocab_size {vocab_size} must be at least {SMALLEST}: 256 bytes, {len(SPECIAL_TOKENS)} "
         "special tokens and [RET]",
     )
-    lines = _lines(root)
+    lines = _lines(root, on_bad_record)
     first = next(lines, None)
     if first is None:
         raise DataError(f"{root} has no texts to train a tokenizer on, only images")
@@ -107,7 +111,7 @@ def train_tokenizer(root: Path, vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def _lines(root: Path) -> Iterator[str]:
+def _lines(root: Path, on_bad_record: OnBadRecord) -> Iterator[str]:
     """Yield every text of the training data as a line that the model reads.
 
     A query comes once with each prompt of its instruction: these few sentences are a large part of
@@ -115,7 +119,7 @@ def _lines(root: Path) -> Iterator[str]:
     """
     benchmark = discover(root)
     rows = read_instructions(benchmark.instructions) if benchmark.instructions else {}
-    reading = Reading("error", BadRecords())
+    reading = Reading(on_bad_record, BadRecords())
     ids: Ids = {}
     queries = find_queries(query_files(benchmark), rows, (), ids, reading)
     candidates, _ = find_candidates(pool_files(benchmark), ids, reading, only_named=False)

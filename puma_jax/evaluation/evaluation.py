@@ -1,50 +1,47 @@
 """Evaluate a model on a benchmark in M-BEIR layout, on local pools and on the global one.
 
 A document is embedded once, whatever the number of pools and ids it has; a query is embedded once
-for each set. Search is exact and gives the same result on any number of devices; see `search.topk`.
+for each set. What cannot be read is an error, or left out and counted. Search is exact and gives
+the same result on any number of devices; see `search.topk`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from puma_jax.data.lines import FilePath
+from puma_jax.data.lines import OnBadRecord
 from puma_jax.data.mbeir import TASKS, Benchmark, modality_code
-from puma_jax.embedder import RawItem
-from puma_jax.errors import ConfigError, EvaluationError
+from puma_jax.embedder import Embedder
+from puma_jax.errors import ConfigError, DataError
+from puma_jax.evaluation.encoding import Batches, Encode, ItemEncoder, Sources
 from puma_jax.evaluation.metrics import bootstrap_interval, first_relevant
-from puma_jax.evaluation.report import Evaluation, Pool, Run, SetResult, headline_k
+from puma_jax.evaluation.ranking import Run
+from puma_jax.evaluation.report import Evaluation, Pool, SetResult, headline_k
 from puma_jax.evaluation.selection import QuerySet, Selection, Subset, select
-from puma_jax.search.embedding import check_finite
+from puma_jax.evaluation.vector_folder import GatheredRows, VectorFolder
+from puma_jax.progress import Progress
 from puma_jax.search.topk import top_k
-from puma_jax.typing import Float, Int, ndarray
+from puma_jax.typing import Bool, Float, Int, ndarray
 
-__all__ = ["Evaluation", "Subset", "evaluate", "evaluate_selection"]
+__all__ = ["Encode", "Evaluation", "Subset", "evaluate", "evaluate_selection"]
 
-Encode = Callable[[Sequence[RawItem]], ndarray]
-"""Maps items to unit vectors, `[n, width]`, in the same order, such as `Embedder.encode`."""
-
-_ITEMS_AT_ONCE = 1 << 16  # a call of an embedder may compile a program
 _TILE = 4096
 
 
 def evaluate(
     benchmark: Benchmark,
-    encode: Encode,
+    model: Embedder | Encode,
     *,
     split: str = "test",
     ks: Collection[int] = (1, 5, 10, 20, 50),
     limits: Subset | None = None,
-    vectors_dir: FilePath | None = None,
+    on_bad_record: OnBadRecord = "error",
+    vectors: VectorFolder | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Return the hit rates of a model on the queries of a split.
@@ -55,25 +52,30 @@ def evaluate(
 
     Args:
         benchmark: The files, as `mbeir.discover` finds them.
-        encode: The model: `Embedder.encode`, or any function from items to unit vectors.
+        model: An embedder, or any function from items to unit vectors.
         split: Split of the queries.
         ks: Depths at which hits are counted, besides the k of each set's headline number.
         limits: How many queries and documents to use, for evaluation during training; None uses
             all.
-        vectors_dir: Folder for the documents' vectors, if memory is too small for them; they are
-            removed in the end.
-        progress: Whether to show a progress bar.
+        on_bad_record: "error" stops at a record or image that cannot be read, "skip" leaves it out
+            and counts it. A function cannot skip images.
+        vectors: Folder for the vectors, from `vector_folder`, if memory is too small for them or a
+            rerun is to resume; None keeps them in memory.
+        progress: Whether to show progress bars.
     """
-    selection = select(benchmark, split, limits)
-    return evaluate_selection(selection, encode, ks=ks, vectors_dir=vectors_dir, progress=progress)
+    selection = select(benchmark, split, limits, on_bad_record=on_bad_record)
+    return evaluate_selection(
+        selection, model, ks=ks, on_bad_record=on_bad_record, vectors=vectors, progress=progress
+    )
 
 
 def evaluate_selection(
     selection: Selection,
-    encode: Encode,
+    model: Embedder | Encode,
     *,
     ks: Collection[int] = (1, 5, 10, 20, 50),
-    vectors_dir: FilePath | None = None,
+    on_bad_record: OnBadRecord = "error",
+    vectors: VectorFolder | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Return the hit rates of a model on a selection, which can be evaluated many times.
@@ -82,32 +84,51 @@ def evaluate_selection(
 
     Raises:
         ConfigError: A k is below 1.
-        EvaluationError: `encode` does not return one finite vector for each item.
+        DataError: An item cannot be read and `on_bad_record` is "error", or too few can.
+        EvaluationError: `model` does not return one finite vector for each item.
     """
     if min(ks, default=1) < 1:
         raise ConfigError(f"k is {min(ks)}, expected at least 1")
     depth = max((*ks, *(headline_k(query_set.name) for query_set in selection.sets)))
-    items = [item for query_set in selection.sets for item in query_set.items]
-    qids = [qid for query_set in selection.sets for qid in query_set.qids]
     order = selection.reading_order()
-    total = len(items) + len(order)
-    bar = tqdm(total=total, desc=f"embedding {selection.split}", unit="item", disable=not progress)
-    with contextlib.ExitStack() as stack:
-        folder = None
-        if vectors_dir is not None:
-            Path(vectors_dir).mkdir(parents=True, exist_ok=True)
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=vectors_dir)))
-        with bar:
-            embed = _Embedding(encode, bar)
-            queries = embed("query", qids, items.__getitem__, np.arange(len(items)))
-            documents = embed("document", selection.dids, selection.document, order, folder)
+    total = len(order) + sum(len(query_set.items) for query_set in selection.sets)
+    bar = Progress(
+        total=total, desc=f"embedding {selection.split}", unit="item", disable=not progress
+    )
+    skipped = replace(selection.skipped, messages=list(selection.skipped.messages))
+    with bar:
+        encode = ItemEncoder(model) if isinstance(model, Embedder) else model
+        batches = Batches(encode, selection.root, bar, vectors, on_bad_record, skipped)
+        queries, readable = batches.embed(*_queries(selection))
+        documents, of_representative = batches.embed(
+            Sources(
+                "document",
+                len(selection.dids),
+                selection.document,
+                selection.dids.__getitem__,
+                selection.document_error,
+            ),
+            order,
+        )
+    queries = queries[np.flatnonzero(readable)]
+    sets = _readable_sets(selection, readable, of_representative[selection.representative])
+    pool = selection.pool[of_representative[selection.representative[selection.pool]]]
+    pairs = sum(len(found.qids) * (len(found.pool) + len(pool)) for found in sets)
+    searching = Progress(
+        total=pairs, desc="searching", unit="score", unit_scale=True, disable=not progress
+    )
+    with searching:
         search = partial(
-            _search, documents=documents, representative=selection.representative, depth=depth
+            _search,
+            documents=documents,
+            representative=selection.representative,
+            depth=depth,
+            bar=searching,
         )
         # All queries are searched together, so that the global pool is read once.
-        in_global_pool = search(queries, pool=selection.pool)
+        in_global_pool = search(queries, pool=pool)
         results, start = [], 0
-        for query_set in selection.sets:
+        for query_set in sets:
             own = slice(start, start + len(query_set.qids))
             start = own.stop
             found: dict[Pool, SearchResult] = {
@@ -115,74 +136,39 @@ def evaluate_selection(
                 "global": SearchResult(in_global_pool.scores[own], in_global_pool.rows[own]),
             }
             results.append(_result(selection, query_set, found, ks))
-    return Evaluation(split=selection.split, documents=len(selection.pool), sets=tuple(results))
+    return Evaluation(
+        split=selection.split,
+        documents=len(pool),
+        sets=tuple(results),
+        skipped=skipped.count,
+        skipped_messages=tuple(skipped.messages),
+        unused_files=selection.unused_files,
+    )
 
 
-@dataclass(frozen=True)
-class _Embedding:
-    """Embeds items in large batches and checks the vectors."""
+def _queries(selection: Selection) -> tuple[Sources, Int[ndarray, "queries"]]:
+    """Return the queries of all sets, and their order."""
+    items = [item for query_set in selection.sets for item in query_set.items]
+    qids = [qid for query_set in selection.sets for qid in query_set.qids]
+    files = [query_set.file for query_set in selection.sets for _ in query_set.qids]
 
-    encode: Encode
-    bar: tqdm
+    def located(row: int, error: Exception) -> DataError:
+        return DataError(f'{files[row]}: query "{qids[row]}": {error}')
 
-    def __call__(
-        self,
-        kind: str,
-        names: Sequence[str],
-        item: Callable[[int], RawItem],
-        order: Int[ndarray, "n"],
-        folder: Path | None = None,
-    ) -> Float[ndarray, "items width"]:
-        """Return the vectors of items.
-
-        Args:
-            kind: "query" or "document", for error messages.
-            names: Ids of all items.
-            item: Returns the item of a row.
-            order: Rows to embed, in this order; the vectors of other rows are undefined.
-            folder: Folder of the file that holds the vectors; None keeps them in memory.
-        """
-        vectors: ndarray | None = None
-        for start in range(0, len(order), _ITEMS_AT_ONCE):
-            rows = order[start : start + _ITEMS_AT_ONCE]
-            # Shuffled, so that each call has the same mixture of lengths and images: the embedder
-            # then fills rows of one shape and compiles once.
-            rows = np.random.default_rng(0).permutation(rows)
-            items = _TrackedItems([item(row) for row in rows.tolist()], self.bar)
-            new = np.asarray(self.encode(items), np.float32)
-            self.bar.update(len(rows) - items.seen)  # items that encode did not iterate over
-            if new.ndim != 2 or len(new) != len(rows):
-                raise EvaluationError(
-                    f"encode returned an array of shape {new.shape} for {len(rows)} items, "
-                    "expected one vector for each"
-                )
-            check_finite(new, [names[row] for row in rows], kind)
-            if vectors is None:
-                shape = len(names), new.shape[1]
-                vectors = (
-                    np.empty(shape, np.float32)
-                    if folder is None
-                    else np.memmap(folder / "vectors.float32", np.float32, "w+", shape=shape)
-                )
-            vectors[rows] = new
-        assert vectors is not None  # a selection has queries and documents
-        return vectors
+    sources = Sources("query", len(items), items.__getitem__, qids.__getitem__, located)
+    return sources, np.arange(len(items))
 
 
-class _TrackedItems(list[RawItem]):
-    """Items that advance a progress bar as they are iterated over."""
-
-    def __init__(self, items: list[RawItem], bar: tqdm):
-        super().__init__(items)
-        self.bar = bar
-        self.seen = 0
-
-    def __iter__(self) -> Iterator[RawItem]:
-        for item in super().__iter__():
-            yield item
-            if self.seen < len(self):  # not in a second iteration
-                self.seen += 1
-                self.bar.update()
+def _readable_sets(
+    selection: Selection, queries: Bool[ndarray, "queries"], documents: Bool[ndarray, "documents"]
+) -> list[QuerySet]:
+    """Return the sets without what cannot be read."""
+    ends = np.cumsum([len(query_set.qids) for query_set in selection.sets])
+    parts = np.split(queries, ends[:-1])
+    return [
+        query_set.readable(part, documents)
+        for query_set, part in zip(selection.sets, parts, strict=True)
+    ]
 
 
 class SearchResult(NamedTuple):
@@ -196,10 +182,11 @@ class SearchResult(NamedTuple):
 def _search(
     queries: Float[ndarray, "queries width"],
     *,
-    documents: Float[ndarray, "documents width"],
+    documents: ndarray | GatheredRows,
     representative: Int[ndarray, "documents"],
     pool: Int[ndarray, "documents_of_pool"],
     depth: int,
+    bar: Progress,
 ) -> SearchResult:
     """Return the best documents of a pool for each query.
 
@@ -211,8 +198,15 @@ def _search(
     )
     order = np.argsort(first_in_pool)  # groups in the order of their first documents
     unique = representative[pool[first_in_pool[order]]]
-    tiles = (documents[unique[start : start + _TILE]] for start in range(0, len(unique), _TILE))
-    scores, groups = top_k(queries, tiles, depth)
+
+    def tiles() -> Iterator[Float[ndarray, "_ width"]]:
+        for start in range(0, len(unique), _TILE):
+            tile = unique[start : start + _TILE]
+            yield documents[tile]
+            bar.update(len(queries) * len(tile))
+
+    scores, groups = top_k(queries, tiles(), depth)
+    bar.update(len(queries) * (len(pool) - len(unique)))
     if len(unique) == len(pool):
         return SearchResult(scores, np.where(groups < 0, -1, pool[groups]))
     group_of = np.argsort(order)[group_of]
@@ -276,8 +270,9 @@ def _result(
             pool: bootstrap_interval([of_pool[k]], [count]) for pool, of_pool in hits.items()
         },
         wrong_modality={at: float(np.mean(wrong[:, :at].any(1))) for at in sorted({1, *ks})},
+        left_out=query_set.left_out(),
         runs={
-            pool: Run(query_set.qids, names[of_pool.rows], of_pool.scores)
+            pool: Run(query_set.qids, names[of_pool.rows], of_pool.scores, of_pool.rows)
             for pool, of_pool in found.items()
         },
     )

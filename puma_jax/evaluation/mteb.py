@@ -108,8 +108,8 @@ class MtebModel:
         Args:
             inputs: A data loader of mteb, read when needed.
             task_metadata: Metadata of the task, which holds the instruction.
-            hf_split: Not used.
-            hf_subset: Not used.
+            hf_split: Split of the task, for error messages.
+            hf_subset: Subset of the task, for error messages.
             prompt_type: "query", "document", or None for tasks without that distinction.
             show_progress_bar: Whether to show a progress bar if encoding takes more than a few
                 seconds.
@@ -119,15 +119,21 @@ class MtebModel:
         Raises:
             ConfigError: `precision` is not "float32".
             ItemError: A batch has neither texts nor images.
-            ImageError: An image cannot be read.
+            ImageError: An image cannot be read. mteb gives no ids: the message has the task, the
+                split, queries or documents, and the number of the item, from 0.
         """
         if precision != "float32":
             raise ConfigError(f'precision is "{precision}", expected "float32"')
-        return self.embedder.encode(
-            (item for batch in inputs for item in _items(batch, task_metadata.name)),
-            instruction=_instruction(task_metadata, prompt_type),
-            progress=show_progress_bar,
-        )
+        try:
+            return self.embedder.encode(
+                (item for batch in inputs for item in _items(batch)),
+                instruction=_instruction(task_metadata, prompt_type),
+                progress=show_progress_bar,
+            )
+        except ItemError as error:
+            side = getattr(prompt_type, "value", prompt_type)
+            part = f"{task_metadata.name} {hf_subset} {hf_split}{f' {side}' if side else ''}"
+            raise type(error)(f"{part}: {error}") from error
 
     def similarity(self, embeddings1: AnyArray, embeddings2: AnyArray) -> AnyArray:
         """Return the cosine similarities of all pairs of vectors, as a torch tensor."""
@@ -152,11 +158,11 @@ def _instruction(task: TaskMetadata, prompt_type: str | None) -> str | None:
     return prompt or get_abstask_prompt(task.name)
 
 
-def _items(batch: _Batch, task: str) -> Iterator[RawItem]:
+def _items(batch: _Batch) -> Iterator[RawItem]:
     """Yield the items of a batch."""
     columns = {name: batch[name] for name in ("text", "image") if name in batch}
     if not columns:
-        raise ItemError(f"{task} has batches of {sorted(batch)}, expected text or image")
+        raise ItemError(f"a batch has {sorted(batch)}, expected text or image")
     for row in zip(*columns.values(), strict=True):
         # If only some documents have an image, or a text, mteb fills the gaps with empty values.
         item = {

@@ -25,21 +25,25 @@ def render_results(
         pool: Pool that was searched.
     """
     rows = []
-    row_of = {did: row for row, did in enumerate(selection.dids)}
     for query_set, result in zip(selection.sets, evaluation.sets, strict=True):
         run = result.runs[pool]
-        printable = [n for n, item in enumerate(query_set.items) if item.get("text", "").isascii()]
+        found = dict(zip(run.qids, run.rows.tolist(), strict=True))  # unreadable ones are not there
+        printable = [
+            number
+            for number, (qid, item) in enumerate(zip(query_set.qids, query_set.items, strict=True))
+            if qid in found and item.get("text", "").isascii()
+        ]
         step = max(1, len(printable) // _QUERIES)
         for number in printable[step // 2 :: step][:_QUERIES]:
             query = query_set.items[number]
             # The first line holds the instruction, which many queries share.
             text = query.get("text", "").partition("\n")[2]
             cells = [thumbnail(query.get("image"), text, f"task {query_set.task}")]
-            for did in run.dids[number][:_DOCUMENTS]:
-                if did is None:
+            for row in found[query_set.qids[number]][:_DOCUMENTS]:
+                if row < 0:  # beyond the end of a small pool
                     continue
-                document = selection.document(row_of[did])
-                right = row_of[did] in query_set.relevant[number]
+                document = selection.document(row)
+                right = row in query_set.relevant[number]
                 label, color = ("found", "green") if right else ("other", "darkred")
                 cells.append(thumbnail(document.get("image"), document.get("text"), label, color))
             rows.append(cells)

@@ -1,18 +1,19 @@
-"""Results of an evaluation: numbers, tables, and run files for other tools."""
+"""Results of an evaluation: numbers, their table, and what they leave out."""
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from puma_jax.data.lines import FilePath, write_lines
+from puma_jax.data.lines import FilePath
 from puma_jax.data.mbeir import TASKS
-from puma_jax.errors import DataError
+from puma_jax.errors import ConfigError, DataError
 from puma_jax.evaluation.metrics import bootstrap_interval
-from puma_jax.typing import Float, ndarray
+from puma_jax.evaluation.ranking import Run
+from puma_jax.schema import Count, CountOrZero, Fraction, check, from_json, shown
 
 Pool = Literal["local", "global"]
 POOLS: tuple[Pool, ...] = get_args(Pool)
@@ -27,31 +28,35 @@ def headline_k(name: str) -> int:
 
 
 @dataclass(frozen=True)
-class Run:
-    """Documents that the queries of a set found in a pool, best first."""
+class LeftOut:
+    """Counts of what the numbers of a set leave out, or count as a miss."""
 
-    qids: tuple[str, ...]
-    dids: ndarray
-    """Ids, `[queries, depth]`; None beyond the end of a small pool."""
-    scores: Float[ndarray, "queries depth"]
+    unjudged_queries: CountOrZero = 0
+    """Queries without a relevant judgment, which count as misses."""
+    uninstructed_queries: CountOrZero = 0
+    """Queries without an instruction, which are embedded without one."""
+    missing_documents: CountOrZero = 0
+    """Relevant judgments of documents that are in no pool."""
+    unused_judgments: CountOrZero = 0
+    """Relevant judgments of queries that the set does not have."""
+    skipped_queries: CountOrZero = 0
+    """Queries that cannot be read."""
+    skipped_documents: CountOrZero = 0
+    """Documents of the local pool that cannot be read."""
 
-    def write(self, path: FilePath, tag: str = "puma_jax") -> int:
-        """Write a run file in TREC format and return its number of lines.
+    def __post_init__(self) -> None:
+        """Check the counts."""
+        check(self)
 
-        Here equal scores are in ascending order of ids. Tools that sort a run again may break ties
-        differently: trec_eval sorts them by descending id.
-        """
-        return write_lines(
-            path,
-            (
-                f"{qid} Q0 {did} {rank} {score:.9g} {tag}"
-                for qid, dids, scores in zip(
-                    self.qids, self.dids.tolist(), self.scores.tolist(), strict=True
-                )
-                for rank, (did, score) in enumerate(zip(dids, scores, strict=True), 1)
-                if did is not None
-            ),
-        )
+
+_LEFT_OUT = {
+    "missing_documents": "relevant documents are in no pool",
+    "unjudged_queries": "queries have no relevant document and count as misses",
+    "uninstructed_queries": "queries have no instruction",
+    "unused_judgments": "judgments are of queries that their set does not have",
+    "skipped_queries": "queries cannot be read and are left out",
+    "skipped_documents": "documents of local pools cannot be read and are left out",
+}
 
 
 @dataclass(frozen=True)
@@ -60,27 +65,43 @@ class SetResult:
 
     name: str
     task: int
-    queries: int
-    documents: int
+    queries: Count
+    documents: Count
     """Number of documents in the local pool."""
-    k: int
+    k: Count
     """The k of the headline hit rate."""
-    hits: dict[Pool, dict[int, float]]
+    hits: dict[Pool, dict[int, Fraction]]
     """Hit rate at each k, in each pool."""
-    interval: dict[Pool, tuple[float, float]]
+    interval: dict[Pool, tuple[Fraction, Fraction]]
     """95 % bootstrap interval of the headline number."""
-    wrong_modality: dict[int, float]
+    wrong_modality: dict[int, Fraction]
     """Fraction of queries with a document of another modality than their task's among the first k
     of the global pool, at each k; k = 1 is always there."""
+    left_out: LeftOut = LeftOut()
     runs: dict[Pool, Run] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            ConfigError: A number is out of range, or the number of a table is missing.
+        """
+        check(self)
+        if self.task not in TASKS:
+            raise ConfigError(f"task {self.task} is not one of {', '.join(map(str, TASKS))}")
+        for name, of_pools in (("hits", self.hits), ("interval", self.interval)):
+            if set(of_pools) != set(POOLS):
+                raise ConfigError(f"{name} has pools {sorted(of_pools)}, expected local, global")
+        for name, rates, k in (
+            *((f"hits.{pool}", self.hits[pool], self.k) for pool in POOLS),
+            ("wrong_modality", self.wrong_modality, 1),
+        ):
+            if k not in rates or min(rates) < 1:
+                raise ConfigError(f"{name} has k {sorted(rates)}, expected {k} and others above 0")
 
     @property
     def title(self) -> str:
-        """The name of the set in tables.
-
-        >>> SetResult("cirr", 7, 0, 0, 5, {}, {}, {}).title
-        'cirr task 7  it → i'
-        """
+        """The name of the set in tables, such as "cirr task 7  it → i"."""
         query, document = (_LETTERS[modality] for modality in TASKS[self.task])
         return f"{self.name} task {self.task}  {query} → {document}"
 
@@ -90,9 +111,28 @@ class Evaluation:
     """Hit rates of a model on a split of a benchmark."""
 
     split: str
-    documents: int
+    documents: Count
     """Number of documents in the global pool."""
     sets: tuple[SetResult, ...]
+    skipped: CountOrZero = 0
+    """Number of records that cannot be read and are left out, in all files."""
+    skipped_messages: tuple[str, ...] = ()
+    """What is wrong with the first of them."""
+    unused_files: tuple[str, ...] = ()
+    """Files of the split that are not used, because their names are not of the layout."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            ConfigError: A number is out of range, or there is no set.
+        """
+        check(self)
+        if not self.sets:
+            raise ConfigError("sets is empty, expected at least one")
+        titles = [found.title for found in self.sets]
+        if len(set(titles)) < len(titles):
+            raise ConfigError(f"sets holds one set twice: {', '.join(titles)}")
 
     def mean(self, pool: Pool = "local", k: int | None = None) -> float:
         """Return the plain mean of the sets' hit rates.
@@ -146,77 +186,82 @@ class Evaluation:
         header = ["set", "queries", "pool", "k", "local @k", "global @k", "wrong modality"]
         return markdown(header, rows)
 
+    def notes(self) -> list[str]:
+        """Return a line for each kind of thing that the numbers leave out."""
+        lines = []
+        for name, what in _LEFT_OUT.items():
+            counts = {found.title: getattr(found.left_out, name) for found in self.sets}
+            where = ", ".join(
+                f"{' '.join(title.split()[:3])}: {count:,}"
+                for title, count in counts.items()
+                if count
+            )
+            if where:
+                lines.append(f"{sum(counts.values()):,} {what} ({where})")
+        if self.unused_files:
+            lines.append(
+                f"{len(self.unused_files):,} files are not used, their names are not of the "
+                f"layout: {', '.join(self.unused_files)}"
+            )
+        if self.skipped:
+            lines.append(f"{self.skipped:,} records are skipped, the first of them:")
+            lines += [f"  {message}" for message in self.skipped_messages]
+        return lines
+
     def to_json(self) -> dict[str, Any]:
         """Return all numbers, without the runs, as JSON values; `from_json` reads them."""
+        values = {name: value for name, value in vars(self).items() if name != "sets"}
         return {
             "split": self.split,
             "documents": self.documents,
             "mean": {pool: self.mean(pool) for pool in POOLS},
             "interval": {pool: list(self.interval(pool)) for pool in POOLS},
             "sets": [_to_json(found) for found in self.sets],
+            **{name: list(v) if isinstance(v, tuple) else v for name, v in values.items()},
         }
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Evaluation:
+    def from_json(cls, values: Any) -> Evaluation:
         """Return the evaluation in the values of `to_json`, without runs.
 
         Raises:
             DataError: The values are not those of an evaluation.
         """
+        if not isinstance(values, Mapping) or "sets" not in values:
+            raise DataError(f"{shown(values)} is no evaluation: it has no sets")
+        numbers = {name: value for name, value in values.items() if name not in _NOT_READ}
         try:
-            sets = tuple(_from_json(found) for found in values["sets"])
-            return cls(split=values["split"], documents=values["documents"], sets=sets)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(f"these are not results of an evaluation: {error!r}") from None
-
-    @classmethod
-    def read(cls, path: Path) -> Evaluation:
-        """Return the numbers in a results.json, as `python -m puma_jax.evaluate` writes it.
-
-        Raises:
-            DataError: The file cannot be read, or holds something else.
-        """
-        try:
-            return cls.from_json(json.loads(path.read_text("utf-8")))
-        except (OSError, ValueError, DataError) as error:
-            raise DataError(f"{path} cannot be read as results.json: {error}") from None
+            found = from_json(cls, numbers)
+        except ConfigError as error:
+            raise DataError(f"this is no evaluation: {error}") from None
+        mean = values.get("mean")
+        if mean != (computed := {pool: found.mean(pool) for pool in POOLS}) and not (
+            isinstance(mean, Mapping)
+            and mean.keys() == computed.keys()
+            and all(
+                isinstance(mean[pool], int | float)
+                and math.isclose(mean[pool], computed[pool], abs_tol=1e-9)
+                for pool in POOLS
+            )
+        ):
+            raise DataError(f"mean {shown(mean)} is not that of the sets: the file was changed")
+        return found
 
     def write_runs(self, folder: FilePath, tag: str = "puma_jax") -> None:
-        """Write a TREC run file for each set and pool; see `Run.write`."""
+        """Write a TREC run file for each set and pool; see `Run.write`.
+
+        Raises:
+            OSError: A file cannot be written.
+        """
+        Path(folder).mkdir(parents=True, exist_ok=True)
         for found in self.sets:
             for pool, run in found.runs.items():
                 name = f"mbeir_{found.name}_task{found.task}_{self.split}_{pool}_run.txt"
                 run.write(Path(folder) / name, tag)
 
 
-def compare(evaluations: Mapping[str, Evaluation]) -> str:
-    """Return a markdown table of the headline hit rates of several models, in percent.
-
-    The means are over the sets that all models were evaluated on.
-
-    Args:
-        evaluations: Evaluations by the names of their models.
-    """
-    found = {
-        model: {result.title: result for result in evaluation.sets}
-        for model, evaluation in evaluations.items()
-    }
-    titles = list(dict.fromkeys(title for of_model in found.values() for title in of_model))
-    shared = [title for title in titles if all(title in of_model for of_model in found.values())]
-    header = ["set", *(f"{model} {pool}" for model in evaluations for pool in POOLS)]
-
-    rows = []
-    for title in titles:
-        rows.append([title])
-        for of_model in found.values():
-            result = of_model.get(title)
-            rows[-1] += [f"{100 * result.hits[p][result.k]:.1f}" if result else "–" for p in POOLS]
-    if shared:
-        rows.append([f"mean of {len(shared)}"])
-        for evaluation, of_model in zip(evaluations.values(), found.values(), strict=True):
-            both = replace(evaluation, sets=tuple(of_model[title] for title in shared))
-            rows[-1] += [f"{100 * both.mean(pool):.1f}" for pool in POOLS]
-    return markdown(header, rows)
+_NOT_READ = ("model", "benchmark", "mean", "interval")
+"""Fields of results.json that say what was evaluated, or follow from the others."""
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -253,14 +298,5 @@ def _to_json(result: SetResult) -> dict[str, Any]:
     }
     values["interval"] = {pool: list(ends) for pool, ends in result.interval.items()}
     values["wrong_modality"] = {str(k): rate for k, rate in result.wrong_modality.items()}
+    values["left_out"] = asdict(result.left_out)
     return values
-
-
-def _from_json(values: Mapping[str, Any]) -> SetResult:
-    """Return the set in the values of `_to_json`."""
-    return SetResult(
-        **{name: values[name] for name in ("name", "task", "queries", "documents", "k")},
-        hits={pool: {int(k): rate for k, rate in values["hits"][pool].items()} for pool in POOLS},
-        interval={pool: tuple(values["interval"][pool]) for pool in POOLS},
-        wrong_modality={int(k): rate for k, rate in values["wrong_modality"].items()},
-    )

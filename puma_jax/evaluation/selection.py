@@ -1,21 +1,18 @@
 """Select the queries of a split, the documents they search, and the documents that are relevant.
 
 Nothing here depends on the order of files or lines, or on a seed: documents are numbered in the
-order of their ids, and every choice depends on a hash of an id.
+order of their ids, and every choice depends on a hash of an id. What is left out is counted.
 """
 
 from __future__ import annotations
 
-import hashlib
-import heapq
-from array import array
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from puma_jax.data.lines import RowIndex
+from puma_jax.data.lines import BadRecords, OnBadRecord, RowIndex, located, reject
 from puma_jax.data.mbeir import (
     Benchmark,
     Candidate,
@@ -24,8 +21,6 @@ from puma_jax.data.mbeir import (
     InstructionKey,
     Query,
     instruction_key,
-    modality_code,
-    parse_candidate,
     read_instructions,
     read_qrels,
     read_queries,
@@ -33,8 +28,10 @@ from puma_jax.data.mbeir import (
 from puma_jax.data.prompts import query_text
 from puma_jax.embedder import RawItem
 from puma_jax.errors import ConfigError, DataError
+from puma_jax.evaluation.documents import Pools, hash_of, hash_sample
+from puma_jax.evaluation.report import LeftOut
 from puma_jax.search.corpus import raw_item
-from puma_jax.typing import Int, UInt8, ndarray
+from puma_jax.typing import Bool, Int, UInt8, ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +67,58 @@ class QuerySet:
     """The item to embed for each query, its instruction included."""
     relevant: tuple[tuple[int, ...], ...]
     """Rows of the documents relevant to each query; those that are in no pool are left out."""
+    missing: Int[ndarray, "queries"]
+    """Number of documents relevant to each query that are in no pool."""
+    instructed: Bool[ndarray, "queries"]
+    """Whether each query has an instruction."""
     pool: Int[ndarray, "documents"]
     """Rows of the documents of the local pool, ascending."""
+    file: str
+    """Name of the file of the queries."""
+    unused_judgments: int = 0
+    """Relevant judgments of queries that are not in the file."""
+    skipped_queries: int = 0
+    skipped_documents: int = 0
+
+    def readable(
+        self, queries: Bool[ndarray, "queries"], documents: Bool[ndarray, "documents"]
+    ) -> QuerySet:
+        """Return the set without what cannot be read, which is counted.
+
+        Args:
+            queries: Which queries can be read.
+            documents: Which documents of the selection can be read.
+
+        Raises:
+            DataError: No query or no document is left.
+        """
+        kept, pool = np.flatnonzero(queries).tolist(), self.pool[documents[self.pool]]
+        for left, kind in ((kept, "queries"), (pool, "documents")):
+            if not len(left):
+                raise DataError(f"{self.file}: no {kind} of {self.name} task {self.task} are left")
+        return replace(
+            self,
+            qids=tuple(self.qids[query] for query in kept),
+            items=tuple(self.items[query] for query in kept),
+            relevant=tuple(self.relevant[query] for query in kept),
+            missing=self.missing[kept],
+            instructed=self.instructed[kept],
+            pool=pool,
+            skipped_queries=self.skipped_queries + len(self.qids) - len(kept),
+            skipped_documents=self.skipped_documents + len(self.pool) - len(pool),
+        )
+
+    def left_out(self) -> LeftOut:
+        """Return the counts of what the numbers of this set leave out."""
+        judged = np.array([len(rows) for rows in self.relevant]) + self.missing
+        return LeftOut(
+            unjudged_queries=int((judged == 0).sum()),
+            uninstructed_queries=int((~self.instructed).sum()),
+            missing_documents=int(self.missing.sum()),
+            unused_judgments=self.unused_judgments,
+            skipped_queries=self.skipped_queries,
+            skipped_documents=self.skipped_documents,
+        )
 
 
 @dataclass(frozen=True)
@@ -93,6 +140,10 @@ class Selection:
     """Row of the first document with the same text and image, whose vector stands for all of them:
     equal documents then have equal scores whatever the rounding, and are ordered by their ids."""
     files: tuple[RowIndex[Candidate], ...]
+    unused_files: tuple[str, ...]
+    """Files of this split, relative to the root, whose names are not of the layout."""
+    skipped: BadRecords
+    """The bad records that were left out."""
 
     def document(self, row: int) -> RawItem:
         """Return the item to embed for a document.
@@ -104,13 +155,25 @@ class Selection:
         candidate = self.files[file][file_row]
         return raw_item(self.root, candidate.text, candidate.image)
 
+    def document_error(self, row: int, error: Exception) -> DataError:
+        """Return an error with the file, line and id of its document before the message."""
+        file, file_row = self.locations[row].tolist()
+        named = DataError(f'document "{self.dids[row]}": {error}')
+        return located(named, self.files[file].path, int(self.files[file].line_numbers[file_row]))
+
     def reading_order(self) -> Int[ndarray, "documents"]:
         """Return the rows of the representatives, in the order of their files."""
         order = np.lexsort((self.locations[:, 1], self.locations[:, 0]))
         return order[self.representative[order] == order]
 
 
-def select(benchmark: Benchmark, split: str = "test", limits: Subset | None = None) -> Selection:
+def select(
+    benchmark: Benchmark,
+    split: str = "test",
+    limits: Subset | None = None,
+    *,
+    on_bad_record: OnBadRecord = "error",
+) -> Selection:
     """Return the queries of a split and the documents of its pools.
 
     The global pool is that of the split, or all local pools joined if the benchmark has none.
@@ -123,129 +186,157 @@ def select(benchmark: Benchmark, split: str = "test", limits: Subset | None = No
         benchmark: Files of the benchmark.
         split: Split of the queries.
         limits: How much to use; None uses all.
+        on_bad_record: "error" stops at a bad record, "skip" leaves it out and counts it.
 
     Raises:
         DataError: The benchmark has no such split, a file is missing, has a bad record or no
-            records, or an id is given to two queries of one set.
+            records, or an id is given to two queries of one set, or to two documents.
     """
-    sets = [found for found in benchmark.sets if found.split == split]
-    if not sets:
-        splits = ", ".join(sorted({found.split for found in benchmark.sets})) or "none"
-        raise DataError(
-            f'{benchmark.root} has no queries of split "{split}", the splits it has: {splits}'
-        )
+    sets = sets_of(benchmark, split)
     for found in sets:
         for path in found.missing:
             raise DataError(f"{path} is missing: {found.name} task {found.task} needs it")
     instructions = read_instructions(benchmark.instructions) if benchmark.instructions else {}
-
-    documents = _Documents()
-    selected: list[tuple[EvaluationSet, list[Query], dict[str, set[str]], list[int]]] = []
-    for found in sets:
-        queries = _queries(found.queries_path, limits)
-        relevant: dict[str, set[str]] = {query.qid: set() for query in queries}
-        for qrel in read_qrels(found.qrels_path):
-            if qrel.qid in relevant:
-                relevant[qrel.qid].add(qrel.did)
-        always = {did for dids in relevant.values() for did in dids}
-        pool = documents.add(found.pool_path, limits.max_candidates if limits else None, always)
-        selected.append((found, queries, relevant, pool))
+    pools = Pools(on_bad_record)
+    read = [_read_set(found, limits, pools) for found in sets]
     global_path = None if limits else benchmark.global_pools.get(split)
-    union = range(len(documents.dids))
-    global_pool = documents.add(global_path, None, ()) if global_path else union
-
-    order = sorted(range(len(documents.dids)), key=documents.dids.__getitem__)
-    rows = np.empty(len(order), np.int64)
+    chosen = {number for of_set in read for number in of_set.pool}
+    global_pool = pools.add(global_path) if global_path else list(chosen)
+    dids = list(pools.ids.numbers)
+    order = sorted(chosen.union(global_pool), key=dids.__getitem__)
+    rows = np.full(len(dids), -1, np.int64)
     rows[order] = np.arange(len(order))
-    contents = np.array(documents.contents, np.uint64)[order]
+    contents = np.array(pools.contents, np.uint64)[order]
     _, first, group_of = np.unique(contents, return_index=True, return_inverse=True)
     return Selection(
         root=benchmark.root,
         split=split,
         sets=tuple(
-            QuerySet(
-                name=found.name,
-                task=found.task,
-                qids=tuple(query.qid for query in queries),
-                items=tuple(_query_item(benchmark.root, query, instructions) for query in queries),
-                relevant=tuple(
-                    tuple(int(rows[number]) for number in documents.known(relevant[query.qid]))
-                    for query in queries
-                ),
-                pool=np.unique(rows[pool]),
-            )
-            for found, queries, relevant, pool in selected
+            _query_set(benchmark.root, of_set, pools.ids.numbers, rows, instructions)
+            for of_set in read
         ),
-        dids=tuple(documents.dids[number] for number in order),
-        modalities=np.array(documents.modalities, np.uint8)[order],
+        dids=tuple(dids[number] for number in order),
+        modalities=np.array(pools.modalities, np.uint8)[order],
         pool=np.unique(rows[global_pool]),
-        locations=np.array([documents.files_of, documents.rows_of], np.int64).T[order],
+        locations=np.array([pools.files_of, pools.rows_of], np.int64).T[order],
         representative=first[group_of],
-        files=tuple(documents.files),
+        files=tuple(pools.files),
+        unused_files=_unused_files(benchmark, split),
+        skipped=pools.skipped,
     )
 
 
-class _Documents:
-    """Documents of all pools, numbered in the order in which they are first read."""
+def sets_of(benchmark: Benchmark, split: str) -> tuple[EvaluationSet, ...]:
+    """Return the evaluation sets of a split.
 
-    def __init__(self) -> None:
-        self.files: list[RowIndex[Candidate]] = []
-        self.dids: list[str] = []
-        self.numbers: dict[str, int] = {}
-        self.modalities, self.files_of, self.rows_of = array("B"), array("q"), array("q")
-        self.contents = array("Q")
-        """Hashes of text and image. Among ten million documents, the probability of a collision is
-        1 in 400,000."""
-
-    def add(self, path: Path, limit: int | None, always: Collection[str]) -> list[int]:
-        """Read a pool and return the numbers of its chosen documents.
-
-        Args:
-            path: File of the pool.
-            limit: Number of documents to choose; None chooses all.
-            always: Ids of documents that are chosen in addition.
-        """
-        index = RowIndex(path, parse_candidate)
-        dids, modalities, contents = [], array("B"), array("Q")
-        for row in range(len(index)):
-            candidate = index[row]
-            dids.append(candidate.did)
-            modalities.append(modality_code(candidate.modality))
-            contents.append(_hash(f"{candidate.image or ''}\0{candidate.text or ''}"))
-        if not dids:
-            raise DataError(f"{path} holds no documents")
-        chosen = None if limit is None else {*hash_sample(dids, limit), *always}
-        numbers = []
-        for row, did in enumerate(dids):
-            if chosen is not None and did not in chosen:
-                continue
-            if did not in self.numbers:
-                self.numbers[did] = len(self.dids)
-                self.dids.append(did)
-                self.modalities.append(modalities[row])
-                self.contents.append(contents[row])
-                self.files_of.append(len(self.files))
-                self.rows_of.append(row)
-            numbers.append(self.numbers[did])
-        self.files.append(index)
-        return numbers
-
-    def known(self, dids: Iterable[str]) -> list[int]:
-        """Return the numbers of the documents that some pool holds."""
-        return [self.numbers[did] for did in dids if did in self.numbers]
+    Raises:
+        DataError: There are none.
+    """
+    sets = tuple(found for found in benchmark.sets if found.split == split)
+    if not sets:
+        splits = ", ".join(sorted({found.split for found in benchmark.sets})) or "none"
+        raise DataError(
+            f'{benchmark.root} has no queries of split "{split}", the splits it has: {splits}'
+        )
+    return sets
 
 
-def _queries(path: Path, limits: Subset | None) -> list[Query]:
-    """Return the queries of a file, or a sample of them."""
+def count_queries(benchmark: Benchmark, split: str) -> int:
+    """Return the number of queries of a split, bad records left out; 0 if it has none."""
+    return sum(
+        1
+        for found in benchmark.sets
+        if found.split == split
+        for _ in read_queries(found.queries_path, on_bad_record="skip")
+    )
+
+
+@dataclass(frozen=True)
+class _ReadSet:
+    """What the files of an evaluation set hold."""
+
+    files: EvaluationSet
+    queries: list[Query]
+    relevant: dict[str, set[str]]
+    """Ids of the documents relevant to each query."""
+    pool: list[int]
+    """Numbers of the documents of the local pool."""
+    unused_judgments: int
+    skipped_queries: int
+    skipped_documents: int
+
+
+def _read_set(found: EvaluationSet, limits: Subset | None, pools: Pools) -> _ReadSet:
+    """Return what the files of a set hold."""
+    on_bad_record, skipped = pools.on_bad_record, pools.skipped
+    before = skipped.count
     queries: dict[str, Query] = {}
-    for query in read_queries(path):
+    for query in read_queries(found.queries_path, on_bad_record=on_bad_record, skipped=skipped):
         if query.qid in queries:
-            raise DataError(f'{path} has two queries of qid "{query.qid}", expected one')
+            message = f'{found.queries_path} has two queries of qid "{query.qid}", expected one'
+            reject(DataError(message), on_bad_record, skipped)
+            continue
         queries[query.qid] = query
     if not queries:
-        raise DataError(f"{path} holds no queries")
+        raise DataError(f"{found.queries_path} holds no queries")
+    skipped_queries = skipped.count - before
     chosen = queries if limits is None else hash_sample(queries, limits.max_queries)
-    return [queries[qid] for qid in chosen]
+    relevant: dict[str, set[str]] = {qid: set() for qid in chosen}
+    unused = 0
+    for qrel in read_qrels(found.qrels_path, on_bad_record=on_bad_record, skipped=skipped):
+        unused += qrel.qid not in queries
+        if qrel.qid in relevant:
+            relevant[qrel.qid].add(qrel.did)
+    always = {did for dids in relevant.values() for did in dids}
+    before = skipped.count
+    pool = pools.add(found.pool_path, limits.max_candidates if limits else None, always)
+    return _ReadSet(
+        files=found,
+        queries=[queries[qid] for qid in chosen],
+        relevant=relevant,
+        pool=pool,
+        unused_judgments=unused,
+        skipped_queries=skipped_queries,
+        skipped_documents=skipped.count - before,
+    )
+
+
+def _query_set(
+    root: Path,
+    found: _ReadSet,
+    numbers: Mapping[str, int],
+    rows: Int[ndarray, "documents"],
+    instructions: Mapping[InstructionKey, Instruction],
+) -> QuerySet:
+    """Return a set with its documents by their rows.
+
+    Args:
+        root: Folder of the benchmark.
+        found: What the files of the set hold.
+        numbers: Number of each id.
+        rows: Row in the selection of each number; -1 for documents that are not chosen.
+        instructions: Instructions of queries.
+    """
+    relevant, missing = [], []
+    for query in found.queries:
+        dids = found.relevant[query.qid]
+        known = rows[[numbers[did] for did in dids if did in numbers]]
+        relevant.append(tuple(np.sort(known[known >= 0]).tolist()))
+        missing.append(len(dids) - len(relevant[-1]))
+    return QuerySet(
+        name=found.files.name,
+        task=found.files.task,
+        qids=tuple(query.qid for query in found.queries),
+        items=tuple(_query_item(root, query, instructions) for query in found.queries),
+        relevant=tuple(relevant),
+        missing=np.array(missing),
+        instructed=np.array([instruction_key(query) in instructions for query in found.queries]),
+        pool=np.unique(rows[found.pool]),
+        file=found.files.queries_path.name,
+        unused_judgments=found.unused_judgments,
+        skipped_queries=found.skipped_queries,
+        skipped_documents=found.skipped_documents,
+    )
 
 
 def _query_item(
@@ -253,15 +344,12 @@ def _query_item(
 ) -> RawItem:
     """Return the item to embed for a query, with one of its instructions if it has any."""
     found = instructions.get(instruction_key(query))
-    instruction = found.prompts[_hash(query.qid) % len(found.prompts)] if found else None
+    instruction = found.prompts[hash_of(query.qid) % len(found.prompts)] if found else None
     return raw_item(root, query_text(instruction, query.text) or None, query.image)
 
 
-def hash_sample(identifiers: Iterable[str], count: int) -> list[str]:
-    """Return the `count` ids with the lowest hashes: a sample that does not depend on order."""
-    return heapq.nsmallest(count, set(identifiers), key=lambda name: (_hash(name), name))
-
-
-def _hash(text: str) -> int:
-    """Return a 64-bit hash of a text, the same in every process (unlike `hash`)."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+def _unused_files(benchmark: Benchmark, split: str) -> tuple[str, ...]:
+    """Return the files of a split whose names are not of the layout, relative to the root."""
+    folders = (f"query/{split}", f"qrels/{split}", "cand_pool/local", "cand_pool/global")
+    names = [path.relative_to(benchmark.root) for path in benchmark.unknown]
+    return tuple(name.as_posix() for name in names if name.parent.as_posix() in folders)

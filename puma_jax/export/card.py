@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 from puma_jax.embedder import Embedder
 from puma_jax.errors import ConfigError, DataError
 from puma_jax.evaluation.report import Evaluation, markdown
+from puma_jax.files import read_json, read_object
 from puma_jax.model.tree import named_leaves
 
 _PAPER = "https://arxiv.org/abs/2507.08064"
@@ -28,22 +27,93 @@ vectors = Embedder().encode([{{"text": "a red bicycle"}}, {{"image": "bike.jpg"}
 model = SentenceTransformer("{folder}")
 vectors = model.encode([{{"text": "a red bicycle"}}, {{"image": "bike.jpg"}}])""",
 }
+_READ_IMAGES = (
+    "The EXIF orientation is applied, transparent pixels are put on white, and gray of 16 bits "
+    "keeps its high byte. Color profiles are not applied."
+)
+_IMAGES = {
+    "huggingface": f"{_READ_IMAGES} This holds for puma_jax; other software has rules of its own.",
+    "stablehlo": _READ_IMAGES,
+    "sentence-transformers": "The model was trained on upright images with transparent pixels on "
+    "white. Of a path, Sentence Transformers applies the EXIF orientation and drops an alpha "
+    "channel; of a PIL image, it does neither, and puts transparent pixels on white. "
+    "`ImageOps.exif_transpose(Image.open(path))`, with both names from PIL, is read as in "
+    "training. Bring gray images of 16 bits to 8 bits first, or they turn white.",
+}
+"""How each kind of export reads images."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The part of a stage's loss that a card tells."""
+
+    kind: str
+    temperature: float
+    relative: bool
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The part of a stage's distillation that a card tells."""
+
+    weight: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """The part of a stage's optimizer that a card tells."""
+
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The part of a stage's plan that a card tells."""
+
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The part of a training stage that a card tells.
+
+    No field has a default: what an older version has not recorded is not made up.
+    """
+
+    model: str | None
+    keep_layers: str
+    loss: Loss
+    distill: Distillation
+    trainable: str
+    train_vision: bool
+    steps: int | None
+    epochs: float | None
+    plan: Plan
+    optimizer: Optimizer
+
+
+@dataclass(frozen=True)
+class Run:
+    """The part of the config.json of a training run that a card tells."""
+
+    seed: int
+    stages: dict[str, Stage]
 
 
 @dataclass(frozen=True)
 class Training:
     """Record of the training of a model: one stage of a run of `puma_jax.train`."""
 
-    config: Mapping[str, Any]
+    run: Run
     stage: str
     evaluation: Evaluation | None
 
     @property
-    def stages(self) -> dict[str, Any]:
+    def stages(self) -> dict[str, Stage]:
         """The stages that made the model, by name, from the last one that names a base model."""
-        made: dict[str, Any] = {}
-        for name, stage in self.config["stages"].items():
-            made = {name: stage} if stage["model"] else {**made, name: stage}
+        made: dict[str, Stage] = {}
+        for name, stage in self.run.stages.items():
+            made = {name: stage} if stage.model else {**made, name: stage}
             if name == self.stage:
                 break
         return made
@@ -51,35 +121,56 @@ class Training:
     @property
     def base(self) -> str | None:
         """The model that training started from; None if it was random weights."""
-        return next(iter(self.stages.values()))["model"]
+        return next(iter(self.stages.values())).model
+
+
+@dataclass(frozen=True)
+class _StageResults:
+    evaluation: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Results:
+    """The part of the results.json of a training run that a card tells."""
+
+    stages: dict[str, _StageResults]
 
 
 def training_of(model: Path) -> Training | None:
     """Return how a model was trained, if its folder lies in the workdir of the run.
 
     Raises:
-        ConfigError: The run is of an older version of puma_jax.
+        ConfigError: The files of the run are damaged, or of another version of puma_jax.
     """
     path = model.absolute().parent / "config.json"
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    if not path.is_file():
         return None
-    if not isinstance(config, dict) or model.name not in config.get("stages", {}):
-        return None
-    for name, stage in config["stages"].items():
-        if "trainable" not in stage:
-            raise ConfigError(
-                f"{path} is of an older version of puma_jax: stage {name} has no field trainable; "
-                f"copy {model} out of its workdir to export it without a record of its training"
-            )
-    evaluation = None
+    advice = f"copy {model} out of its workdir to export it without a record of its training"
     try:
-        results = json.loads((model.absolute().parent / "results.json").read_text("utf-8"))
-        evaluation = Evaluation.from_json(results["stages"][model.name]["evaluation"])
-    except (OSError, ValueError, KeyError, TypeError, DataError):
-        pass  # the run is not finished, or has no evaluation
-    return Training(config, model.name, evaluation)
+        stages = read_json(path, error=ConfigError).get("stages")
+        if not isinstance(stages, dict) or model.name not in stages:
+            return None  # what lies above is no run, or not the run of this model
+        run = read_object(path, Run, error=ConfigError, unknown="ignore")
+        return Training(run, model.name, _evaluation_of(model))
+    except (ConfigError, DataError) as error:
+        raise ConfigError(
+            f"{error}: the file is damaged, or of another version of puma_jax; {advice}"
+        ) from None
+
+
+def _evaluation_of(model: Path) -> Evaluation | None:
+    """Return the results of a model in its run; None if the run has none, or is not finished."""
+    path = model.absolute().parent / "results.json"
+    if not path.is_file():
+        return None
+    results = read_object(path, _Results, error=ConfigError, unknown="ignore")
+    found = results.stages.get(model.name)
+    if found is None or found.evaluation is None:
+        return None
+    try:
+        return Evaluation.from_json(found.evaluation)
+    except DataError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def model_card(
@@ -115,6 +206,7 @@ def model_card(
         f"# {name}",
         _what_it_is(embedder),
         f"```python\n{_LOAD[kind].format(folder=name)}\n```",
+        f"**Images.** {_IMAGES[kind]}",
         _training(training) if training else "",
         _results(evaluation) if evaluation else "",
         f"## License\n\n{_license(license_name, base, training)}",
@@ -142,25 +234,24 @@ def _what_it_is(embedder: Embedder) -> str:
 def _training(training: Training) -> str:
     rows = []
     for name, stage in training.stages.items():
-        loss, distill, optimizer = stage["loss"], stage["distill"], stage["optimizer"]
-        share = distill["weight"]
+        share = stage.distill.weight
         rows.append(
             [
                 name,
-                stage["keep_layers"] or "all",
-                loss["kind"] + (", relative" if loss["relative"] else ""),
-                str(loss["temperature"]),
+                stage.keep_layers or "all",
+                stage.loss.kind + (", relative" if stage.loss.relative else ""),
+                str(stage.loss.temperature),
                 f"{share[0]:g} → {share[1]:g}" if max(share) > 0 else "–",
-                stage["trainable"] + (" + vision" if stage["train_vision"] else ""),
-                str(stage["steps"] or f"{stage['epochs']:g} epochs"),
-                str(stage["plan"]["batch_size"]),
-                f"{optimizer['learning_rate']:g}",
+                stage.trainable + (" + vision" if stage.train_vision else ""),
+                str(stage.steps or f"{stage.epochs or 0:g} epochs"),
+                str(stage.plan.batch_size),
+                f"{stage.optimizer.learning_rate:g}",
             ]
         )
     header = ["stage", "layers", "loss", "temperature", "distillation", "trained", "steps"]
     table = markdown([*header, "batch", "rate"], rows)
     start = f"`{training.base}`" if training.base else "random weights"
-    return f"## Training\n\nFrom {start}, seed {training.config['seed']}.\n\n{table}"
+    return f"## Training\n\nFrom {start}, seed {training.run.seed}.\n\n{table}"
 
 
 def _results(evaluation: Evaluation) -> str:

@@ -1,6 +1,9 @@
 """Embed texts and images with the model beside this file: `from load import Embedder`."""
 
+import functools
+import hashlib
 import json
+import runpy
 from pathlib import Path
 
 import jax
@@ -10,12 +13,16 @@ from tokenizers import Tokenizer
 
 
 class Embedder:
-    """Makes vectors of {"text": str}, {"image": path, PIL image or uint8 array}, or both."""
+    """Makes vectors of {"text": str}, {"image": path, bytes, PIL image or uint8 array}, or both."""
 
     def __init__(self, folder=Path(__file__).parent):
-        """Read the model of a folder."""
-        folder = Path(folder)
-        self.manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        """Read the model of a folder.
+
+        Raises:
+            ValueError: A file is missing, or is not the one that was written.
+        """
+        self.folder = folder = Path(folder)
+        self.manifest = checked_manifest(folder)
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.encode_special_tokens = True  # a text cannot forge "<|image_pad|>"
         self.weights = jax.device_put(load_file(folder / "weights.safetensors"))
@@ -26,7 +33,13 @@ class Embedder:
         """Return one unit vector per item, float32 [n, embedding_dim].
 
         The instruction is put before the text of every item.
+
+        Raises:
+            ValueError: An item has no such fields, is too long, or its image cannot be read.
         """
+        if isinstance(items, str | dict) or batch_size < 1:
+            found = f"items {type(items).__name__}, batch_size {batch_size}"
+            raise ValueError(f"{found}: expected a list and at least 1")
         vectors = [np.zeros((0, self.manifest["embedding_dim"]), np.float32)]
         for start in range(0, len(items), batch_size):
             batch = [
@@ -34,8 +47,16 @@ class Embedder:
                 for number in range(start, min(start + batch_size, len(items)))
             ]
             tokens, blocks, sizes = (self._padded(arrays) for arrays in zip(*batch, strict=True))
-            vectors.append(self.function(self.weights, tokens, blocks, sizes))
+            vectors.append(np.asarray(self.function(self.weights, tokens, blocks, sizes)))
+            bad = np.flatnonzero(~np.isfinite(vectors[-1]).all(axis=1))
+            if len(bad):
+                raise ValueError(f"item {start + bad[0]}: its vector is not finite")
         return np.concatenate(vectors)
+
+    @functools.cached_property
+    def _decoded(self):
+        """What opens an image, upright and in RGB; Pillow is needed for images alone."""
+        return runpy.run_path(str(self.folder / "decode.py"))["decoded"]
 
     def _padded(self, arrays):
         """Return arrays stacked, padded to one of few lengths, each of which is compiled once."""
@@ -45,7 +66,16 @@ class Embedder:
 
     def _preprocess(self, number, item, instruction):
         """Return the tokens of an item, the blocks of its image, and the sizes of both."""
-        image, text = item.get("image"), query_text(instruction, item.get("text"))
+        fields = item if isinstance(item, dict) else {"": item}
+        if fields.keys() - {"text", "image"}:
+            found = ", ".join(map(repr, fields)) if fields is item else type(item).__name__
+            raise ValueError(f"item {number} has {found}, expected a dict of text, image or both")
+        for part in (instruction, fields.get("text")):
+            if not isinstance(part, str | None):
+                raise ValueError(f"item {number}: {type(part).__name__} is not a text")
+        image, text = fields.get("image"), query_text(instruction, fields.get("text"))
+        if not text.isascii() and (bad := next((c for c in text if "\ud7ff" < c < "\ue000"), "")):
+            raise ValueError(f"item {number}: {bad!a} in its text is half a character: remove it")
         if image is None and not text:
             raise ValueError(f"item {number} has neither text nor image")
         tokens = self._tokenize(number, text, image is not None)
@@ -53,7 +83,11 @@ class Embedder:
         side = self.manifest["preprocessing"]["block_side"]
         blocks = np.zeros((0, side, side, 3), np.uint8)
         if image is not None:
-            pixels = self._resize(number, image)
+            try:
+                with self._decoded(image) as rgb:
+                    pixels = self._resize(rgb)
+            except ValueError as error:
+                raise ValueError(f"item {number}: {error}") from error
             rows, columns = pixels.shape[0] // side, pixels.shape[1] // side
             blocks = pixels.reshape(rows, side, columns, side, 3).swapaxes(1, 2)
             blocks = blocks.reshape(rows * columns, side, side, 3)
@@ -69,20 +103,37 @@ class Embedder:
             raise ValueError(f"item {number}: text of {count} tokens, over {limit}: shorten it")
         return self.tokenizer.encode(text + suffix).ids
 
-    def _resize(self, number, image):
+    def _resize(self, image):
         """Return the pixels of an image, resized to whole blocks within the limits on pixels."""
-        from PIL import Image
-
         config = self.manifest["preprocessing"]
-        if isinstance(image, np.ndarray):
-            image = Image.fromarray(image)
-        elif isinstance(image, str | Path):
-            image = Image.open(image)
-        image = image.convert("RGB")
         ratio = config["max_aspect_ratio"]
         if max(image.size) > ratio * min(image.size):
-            raise ValueError(f"item {number}: image {image.size} is over {ratio} : 1, crop it")
+            raise ValueError(f"image {image.size} is over {ratio} : 1, crop it")
         return np.asarray(image.resize(resized_size(image.size, config)))
+
+
+def checked_manifest(folder):
+    """Return what manifest.json holds, if all files that are read are those it was written for."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_bytes())
+        digest = manifest.pop("content_sha256")
+        content = json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: export the model again") from error
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError(f"{path} was changed: export the model again")
+    for name in ("decode.py", "embed.jax", "tokenizer.json", "weights.safetensors"):
+        try:
+            with open(folder / name, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise ValueError(f"{folder / name} cannot be read: {error.strerror}") from error
+        if digest != manifest["sha256"][name]:
+            raise ValueError(f"{folder / name} is damaged: copy it or export the model again")
+    return manifest
 
 
 def query_text(instruction, text):

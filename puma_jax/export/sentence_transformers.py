@@ -22,8 +22,11 @@ Vectors equal those of `Embedder.encode`, except for
   {"sanitize_control_tokens": True}})` reads them as plain text, though not always tokenized as
   here;
 - texts that begin with a quotation mark and a line break, which is read with the line before;
-- PIL images with transparent pixels, which transformers puts on white, and files with an EXIF
-  orientation, which it applies.
+- images given as paths that have an alpha channel, which transformers drops, and images given as
+  PIL images that have an EXIF orientation, which it does not apply. A PIL image that
+  `ImageOps.exif_transpose(Image.open(path))` returns is read as here;
+- gray images of 16 bits, which transformers turns white, and PNG files in gray of 2 or 4 bits, or
+  in RGB of 16 bits, with a transparent color, which it takes for one of 8 bits.
 """
 
 from __future__ import annotations
@@ -32,11 +35,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from puma_jax.artifacts import write_json
+from puma_jax.artifacts import write_json, write_text
 from puma_jax.config import require
 from puma_jax.data.prompts import PROMPT_TEMPLATES
 from puma_jax.embedder import Embedder
-from puma_jax.model.hf import read_json
+from puma_jax.files import as_json, read_json
 
 _STATES = {"method": "forward", "method_output_name": "last_hidden_state"}
 _TRANSFORMER = {
@@ -164,7 +167,7 @@ def _write_modules(folder: Path, width: int) -> None:
         write_json(folder / path / name, config)
         kind = f"sentence_transformers.{kind}"
         listed.append({"idx": number, "name": str(number), "path": path, "type": kind})
-    (folder / "modules.json").write_text(json.dumps(listed, indent=2) + "\n", "utf-8")
+    write_text(folder / "modules.json", as_json(listed))
     write_json(
         folder / "config_sentence_transformers.json",
         {

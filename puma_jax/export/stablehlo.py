@@ -5,6 +5,7 @@
     tokenizer.json       tokenizer
     manifest.json        shapes, limits, suffixes of the prompt, digests of the other files
     load.py              loader: `from load import Embedder`
+    decode.py            decoder of images, a copy of `data.decode`
 
 Batch size, text length and image size are symbolic: one function serves all. It computes whatever
 follows from the tokens of a text and the size of an image (the prompt around them, segment ids,
@@ -14,6 +15,7 @@ positions, places of image tokens), so that loaders stay small.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import shutil
@@ -26,6 +28,7 @@ import numpy as np
 
 from puma_jax.artifacts import write_json
 from puma_jax.config import ModelConfig, require
+from puma_jax.data import decode
 from puma_jax.data.images import MOST_ELONGATED
 from puma_jax.data.items import TokenizedTemplate
 from puma_jax.data.prompts import PROMPT_TEMPLATES, Processor
@@ -36,7 +39,7 @@ from puma_jax.model.tree import assemble, named_leaves
 from puma_jax.rows import PackedBatch
 from puma_jax.typing import Array, Int, UInt8
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 # Texts and images are padded to one of these numbers of tokens, or to the limits. More numbers mean
@@ -69,9 +72,14 @@ def write(embedder: Embedder, folder: Path) -> None:
     tokenizer |= dict.fromkeys(("post_processor", "truncation", "padding"))
     write_json(folder / "tokenizer.json", tokenizer)
     shutil.copyfile(Path(__file__).with_name("loader.py"), folder / "load.py")
+    shutil.copyfile(decode.__file__, folder / "decode.py")
     manifest = _manifest(embedder, template, exported)
     digests = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-    write_json(folder / "manifest.json", manifest | {"sha256": digests})
+    # Read back, for lists where JSON has no tuples.
+    manifest = json.loads(json.dumps(manifest | {"sha256": digests}))
+    content = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    write_json(folder / "manifest.json", manifest | {"content_sha256": digest})
 
 
 def one_item_rows(

@@ -18,6 +18,9 @@ from puma_jax.model.families import family_of
 from puma_jax.rows import PackedBatch
 from puma_jax.typing import Array, Float, Int, PRNGKeyArray
 
+# A range of layers that goes further is a typing error, and would take memory as it is listed.
+_MOST_LAYERS = 1024
+
 
 class Encoder(nnx.Module):
     """A vision tower and a decoder. The module is a pytree: its leaves are the parameters."""
@@ -160,7 +163,10 @@ def parse_layers(text: str) -> int | list[int]:
         for part in text.split(","):
             first, _, last = part.partition("-")
             if part.strip():
-                layers += range(int(first), int(last or first) + 1)
+                start, end = int(first), int(last or first)
+                if not start <= end < _MOST_LAYERS:
+                    raise ValueError
+                layers += range(start, end + 1)
         return layers
     except ValueError:
         raise LayerSelectionError(

@@ -14,6 +14,7 @@ from typing import Any
 
 from puma_jax.config import ModelConfig
 from puma_jax.errors import UnknownModelError
+from puma_jax.schema import shown
 
 # model_type of a Hugging Face config → module that defines FAMILY
 FAMILIES = {"qwen2_vl": "puma_jax.model.qwen2_vl"}
@@ -26,7 +27,7 @@ class Family:
     tower: Callable[..., Any]
     """The vision tower: `tower(config.vision, rngs)`, called with packed patch rows."""
     read_config: Callable[[Mapping[str, Any], Mapping[str, Any]], ModelConfig]
-    """Contents of config.json and preprocessor_config.json → config."""
+    """Contents of config.json and settings of the image processor → config, or ConfigError."""
     write_config: Callable[[ModelConfig, Mapping[str, Any]], dict[str, Any]]
     """Config and the config.json it came from → the config.json that transformers reads."""
     write_preprocessor: Callable[[ModelConfig, Mapping[str, Any]], dict[str, Any]]
@@ -54,5 +55,5 @@ def family_of(model_type: str) -> Family:
     """
     if model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise UnknownModelError(f'model_type "{model_type}" is not one of {known}')
+        raise UnknownModelError(f"model_type {shown(model_type)} is not one of {known}")
     return importlib.import_module(FAMILIES[model_type]).FAMILY

@@ -7,17 +7,17 @@ pruned before reading, and layers that are not kept cost nothing.
 from __future__ import annotations
 
 import contextlib
-import json
+import functools
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from puma_jax.artifacts import write_json
 from puma_jax.config import DType, ModelConfig
@@ -25,29 +25,27 @@ from puma_jax.errors import CheckpointError
 from puma_jax.files import save_tensors
 from puma_jax.model.encoder import Encoder, abstract, layer_indices
 from puma_jax.model.families import family_of
+from puma_jax.model.hub_folder import (
+    INDEX,
+    SINGLE,
+    HubConfigs,
+    Tensor,
+    local_folder,
+    read_config,
+    tensors_of,
+    weight_files,
+)
 from puma_jax.model.tree import map_named, named_leaves
+from puma_jax.schema import shown
 from puma_jax.typing import ndarray
 
 Shardings = jax.sharding.Sharding | Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
 """One sharding for all leaves, or a function from the name and shape of a leaf to its sharding."""
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
 _MOST_LISTED = 20
 _BLOCK_ROWS = 256
-
-
-@dataclass(frozen=True)
-class HubConfigs:
-    """The JSON files beside the weights of a base model, as they were read."""
-
-    model: Mapping[str, Any] = field(default_factory=dict)
-    """config.json"""
-    preprocessor: Mapping[str, Any] = field(default_factory=dict)
-    """preprocessor_config.json"""
-    tokenizer: Mapping[str, Any] = field(default_factory=dict)
-    """tokenizer_config.json"""
+# Of integers and of float8, the values are codes that mean nothing without their scales.
+_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -83,6 +81,9 @@ class Checkpoint:
             keep: Layers to read, as in `encoder.keep_layers`; None reads all.
             dtype: Dtype of the arrays, whatever the files hold.
             shardings: Where the arrays live; None puts everything on the first device.
+
+        Raises:
+            CheckpointError: A value is not finite, or is too large for `dtype`.
         """
         layers = self.config.decoder.layers
         chosen = tuple(range(layers)) if keep is None else layer_indices(keep, layers)
@@ -118,7 +119,10 @@ class Checkpoint:
                 path, stored = self.files[tensor]
                 if path not in opened:
                     opened[path] = stack.enter_context(safe_open(path, "numpy"))
-                _copy(opened[path].get_slice(stored), index, slot, transposed=_is_kernel(name))
+                try:
+                    _copy(opened[path].get_slice(stored), index, slot, transposed=_is_kernel(name))
+                except OverflowError as error:
+                    raise CheckpointError(f"{path}: {stored} {error}") from None
         return part
 
 
@@ -133,32 +137,23 @@ def open_checkpoint(location: str | os.PathLike[str]) -> Checkpoint:
             are not those of the model its config describes; all of them are listed.
         UnknownModelError: No family has its model_type.
     """
-    folder = _local_folder(location)
+    folder = local_folder(location)
     config, source = read_config(folder)
     family = family_of(config.family)
-    found: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
-    for path in _shards(folder):
-        for stored, shape in _tensor_shapes(path).items():
-            found[family.hf_key(stored)] = (path, stored, shape)
-    _check_tensors(folder, config, {name: shape for name, (_, _, shape) in found.items()})
-    files = {name: (path, stored) for name, (path, stored, _) in found.items()}
+    found: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        for tensor in tensors_of(path):
+            name = family.hf_key(tensor.name)
+            if name in found:
+                other = found[name]
+                raise CheckpointError(
+                    f"{folder}: {name} is there twice, as {other.name} in {other.path.name} and as "
+                    f"{tensor.name} in {path.name}: remove the file that is not of this model"
+                )
+            found[name] = tensor
+    _check_tensors(folder, config, found)
+    files = {name: (tensor.path, tensor.name) for name, tensor in found.items()}
     return Checkpoint(folder, config, source, files)
-
-
-def read_config(folder: Path) -> tuple[ModelConfig, HubConfigs]:
-    """Return the config of the model in a folder, and the files it was read from.
-
-    Raises:
-        CheckpointError: config.json is missing, or a file is broken.
-        UnknownModelError: No family has its model_type.
-    """
-    optional = [folder / "preprocessor_config.json", folder / "tokenizer_config.json"]
-    source = HubConfigs(
-        read_json(folder / "config.json"),
-        *(read_json(path) if path.exists() else {} for path in optional),
-    )
-    family = family_of(str(source.model.get("model_type")))
-    return family.read_config(source.model, source.preprocessor), source
 
 
 def write_checkpoint(
@@ -212,7 +207,7 @@ def write_checkpoint(
     shapes = family.disk_shapes(config)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
-        file = _SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors_of_shard = {}
         for tensor, name, layer in shard:
             values = np.asarray(leaves[name] if layer is None else leaves[name][layer])
@@ -223,29 +218,12 @@ def write_checkpoint(
         save_tensors(tensors_of_shard, folder / file, {"format": "pt"})
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(folder / _INDEX, index)
+        write_json(folder / INDEX, index)
 
 
 def stacked(name: str) -> bool:
     """Return whether a leaf has a leading axis of layers."""
     return name.startswith(("decoder.layers.", "vision.blocks."))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        CheckpointError: The file is missing or holds something else.
-    """
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected an object")
-    return value
 
 
 def _is_kernel(name: str) -> bool:
@@ -258,6 +236,9 @@ def _copy(values: Any, index: tuple[slice, ...], slot: ndarray, *, transposed: b
 
     Copying block by block keeps a tensor from being in memory twice, and a block that is transposed
     in the cache. Inputs of more than one axis (a convolution's) are flattened.
+
+    Raises:
+        OverflowError: A value is not finite once it has the dtype of `slot`.
     """
     shape = values.get_shape()
     rows = range(*index[-1 if transposed else 0].indices(shape[0]))
@@ -265,12 +246,31 @@ def _copy(values: Any, index: tuple[slice, ...], slot: ndarray, *, transposed: b
         here = slice(start, min(start + _BLOCK_ROWS, len(rows)))
         there = slice(rows[here.start], rows[here.stop - 1] + 1)
         if not transposed:
-            slot[here] = values[(there, *index[1:])]
+            slot[here] = _cast(values[(there, *index[1:])], slot.dtype)
         elif len(shape) == 2:
-            slot[:, here] = values[there, index[0]].T
+            slot[:, here] = _cast(values[there, index[0]], slot.dtype).T
         else:
             block = values[there]
-            slot[:, here] = block.reshape(len(block), -1)[:, index[0]].T
+            slot[:, here] = _cast(block.reshape(len(block), -1)[:, index[0]], slot.dtype).T
+
+
+def _cast(block: ndarray, dtype: np.dtype) -> ndarray:
+    with np.errstate(over="ignore"):
+        cast = block.astype(dtype, copy=False)
+    if not _all_finite(cast):
+        if _all_finite(block):
+            raise OverflowError(f"has values too large for {dtype.name}: read it as float32")
+        raise OverflowError("has values that are not finite")
+    return cast
+
+
+def _all_finite(values: ndarray) -> bool:
+    """Return whether no value is NaN or infinite."""
+    if values.dtype != jnp.bfloat16:
+        return bool(np.isfinite(values).all())
+    # NumPy's own function takes ten times as long: an exponent of ones is all that has to be found.
+    exponents = np.ascontiguousarray(values).view(np.uint16) & np.uint16(0x7F80)
+    return int(exponents.max(initial=0)) < 0x7F80
 
 
 def _tensor_names(config: ModelConfig, name: str, decoder_layers: Sequence[int]) -> list[str]:
@@ -282,7 +282,8 @@ def _tensor_names(config: ModelConfig, name: str, decoder_layers: Sequence[int])
     return [pattern.format(layer) for layer in layers]
 
 
-def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=8)
+def tensor_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """Return the shape on disk of every tensor of a model, by its Hugging Face key."""
     on_disk = family_of(config.family).disk_shapes(config)
     expected = {}
@@ -293,64 +294,26 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return expected
 
 
-def _check_tensors(folder: Path, config: ModelConfig, found: dict[str, tuple[int, ...]]) -> None:
+def _check_tensors(folder: Path, config: ModelConfig, found: dict[str, Tensor]) -> None:
     expected = tensor_shapes(config)
     ignored = family_of(config.family).ignored
     wrong = [f"{name} is missing" for name in expected if name not in found]
     wrong += [
-        f"{name} has no place in this model"
+        f"{shown(name)[1:-1]} has no place in this model"
         for name in found
         if name not in expected and name not in ignored
     ]
     wrong += [
-        f"{name} has shape {list(found[name])}, expected {list(shape)}"
+        f"{name} has shape {list(found[name].shape)}, expected {list(shape)}"
         for name, shape in expected.items()
-        if name in found and found[name] != shape
+        if name in found and found[name].shape != shape
+    ]
+    wrong += [
+        f"{name} is of dtype {found[name].dtype}, expected one of {', '.join(_DTYPES)}"
+        for name in expected
+        if name in found and found[name].dtype not in _DTYPES
     ]
     if wrong:
         listed = "; ".join(wrong[:_MOST_LISTED])
         more = f"; and {len(wrong) - _MOST_LISTED} more" if len(wrong) > _MOST_LISTED else ""
         raise CheckpointError(f"{folder}: {len(wrong)} wrong tensors: {listed}{more}")
-
-
-def _shards(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder, all of them present."""
-    index = folder / _INDEX
-    if not index.exists():
-        if not (folder / _SINGLE).exists():
-            raise CheckpointError(f"{folder} holds neither {_SINGLE} nor {_INDEX}")
-        return [folder / _SINGLE]
-    named = read_json(index).get("weight_map")
-    if not isinstance(named, dict) or not named:
-        raise CheckpointError(f"{index} has no weight_map")
-    shards = sorted({folder / str(name) for name in named.values()})
-    missing = [path.name for path in shards if not path.exists()]
-    if missing:
-        raise CheckpointError(f"{folder} lacks {len(missing)} shards: {', '.join(missing)}")
-    return shards
-
-
-def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        with safe_open(path, "numpy") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated or not safetensors: {error}") from None
-
-
-def _local_folder(location: str | os.PathLike[str]) -> Path:
-    folder = Path(location).expanduser()
-    if folder.is_dir():
-        return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(location)):
-        raise CheckpointError(f"{folder} is not a folder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(location), allow_patterns=list(_HUB_PATTERNS)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{location} is neither a folder here nor available from the hub: {reason}"
-        ) from None

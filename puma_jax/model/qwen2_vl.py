@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from puma_jax.config import (
     CLIP_MEAN,
     CLIP_STD,
     DecoderConfig,
-    ImageConfig,
     ModelConfig,
-    PromptConfig,
     VisionConfig,
+    require,
 )
-from puma_jax.errors import CheckpointError
+from puma_jax.errors import ConfigError
 from puma_jax.model.families import Family
+from puma_jax.model.hub_schemas import (
+    DecoderFields,
+    ImageProcessorFields,
+    ModelFields,
+    RopeFields,
+    SavedFields,
+    TowerFields,
+)
 from puma_jax.model.vision import VisionTower
+from puma_jax.schema import from_json
+
+Value = TypeVar("Value")
 
 # Key in a saved config.json for what transformers has no field for.
 CONFIG_KEY = "puma_jax"
@@ -88,59 +99,96 @@ def backbone_key(name: str) -> str:
 
 
 def read_config(hf: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> ModelConfig:
-    """Return the config that a config.json and a preprocessor_config.json describe.
+    """Return the config that a config.json and the settings of an image processor describe.
 
     Decoder fields stand at the top (hub files) or in `text_config` (transformers 5), the rope
     settings in `rope_parameters` or `rope_scaling` and `rope_theta`.
 
     Raises:
-        CheckpointError: A field is missing, or asks for something that is not supported.
+        ConfigError: A field is missing, out of range, or asks for something that is not supported.
     """
-    text, tower = {**hf, **(hf.get("text_config") or {})}, hf.get("vision_config") or {}
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    _check_supported(text, rope, tower)
-    saved = hf.get(CONFIG_KEY, {})
+    fields = _read(ModelFields, hf, "config.json")
+    text = _read(DecoderFields, {**hf, **(fields.text_config or {})}, "config.json")
+    decoder = _decoder_config(text)
+    processor = _read(ImageProcessorFields, preprocessor, "image processor")
+    tower = fields.vision_config or TowerFields()
+    saved = fields.puma_jax or SavedFields()
+    return ModelConfig(
+        family="qwen2_vl",
+        vision=_vision_config(tower, processor, decoder),
+        decoder=decoder,
+        image_token_id=_or(fields.image_token_id, 151655),
+        vision_start_token_id=_or(fields.vision_start_token_id, 151652),
+        vision_end_token_id=_or(fields.vision_end_token_id, 151653),
+        images=saved.images,
+        prompt=saved.prompt,
+        kept_layers=saved.kept_layers,
+    )
+
+
+def _read(kind: type[Value], value: Mapping[str, Any], name: str) -> Value:
     try:
-        heads = text["num_attention_heads"]
-        decoder = DecoderConfig(
-            vocab_size=text["vocab_size"],
-            width=text["hidden_size"],
-            layers=text["num_hidden_layers"],
-            heads=heads,
-            kv_heads=text.get("num_key_value_heads") or heads,
-            head_dim=text["hidden_size"] // heads,
-            mlp_width=text["intermediate_size"],
-            norm_eps=text.get("rms_norm_eps", 1e-5),
-            rope_base=rope.get("rope_theta", text.get("rope_theta", 1e6)),
-            mrope_section=tuple(rope["mrope_section"]),
+        return from_json(kind, value, unknown="ignore")
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
+def _decoder_config(text: DecoderFields) -> DecoderConfig:
+    rope = text.rope_parameters or text.rope_scaling or RopeFields()
+    if rope.mrope_section is None:
+        raise ConfigError("rope_parameters.mrope_section is missing: only M-RoPE is supported")
+    require(
+        text.hidden_size % text.num_attention_heads == 0,
+        f"hidden_size {text.hidden_size} is not a multiple of num_attention_heads "
+        f"{text.num_attention_heads}",
+    )
+    return DecoderConfig(
+        vocab_size=text.vocab_size,
+        width=text.hidden_size,
+        layers=text.num_hidden_layers,
+        heads=text.num_attention_heads,
+        kv_heads=_or(text.num_key_value_heads, text.num_attention_heads),
+        head_dim=text.hidden_size // text.num_attention_heads,
+        mlp_width=text.intermediate_size,
+        norm_eps=_or(text.rms_norm_eps, 1e-5),
+        rope_base=_or(rope.rope_theta, _or(text.rope_theta, 1e6)),
+        mrope_section=rope.mrope_section,
+    )
+
+
+def _vision_config(
+    tower: TowerFields, processor: ImageProcessorFields, decoder: DecoderConfig
+) -> VisionConfig:
+    width = _or(tower.embed_dim, 1280)
+    vision = VisionConfig(
+        layers=_or(tower.depth, 32),
+        width=width,
+        heads=_or(tower.num_heads, 16),
+        mlp_width=width * _or(tower.mlp_ratio, 4),
+        out_width=_or(tower.hidden_size, decoder.width),
+        patch_size=_or(tower.patch_size, 14),
+        temporal_patch_size=_or(tower.temporal_patch_size, 2),
+        merge_size=_or(tower.spatial_merge_size, 2),
+        image_mean=_or(processor.image_mean, CLIP_MEAN),
+        image_std=_or(processor.image_std, CLIP_STD),
+    )
+    for name in ("patch_size", "temporal_patch_size", "merge_size"):
+        cut = _or(getattr(processor, name), getattr(vision, name))
+        require(
+            cut == getattr(vision, name),
+            f"image processor.{name} {cut} is not that of vision_config, {getattr(vision, name)}",
         )
-        width = tower.get("embed_dim", 1280)
-        vision = VisionConfig(
-            layers=tower.get("depth", 32),
-            width=width,
-            heads=tower.get("num_heads", 16),
-            mlp_width=int(width * tower.get("mlp_ratio", 4)),
-            out_width=tower.get("hidden_size", decoder.width),
-            channels=tower.get("in_channels", tower.get("in_chans", 3)),
-            patch_size=tower.get("patch_size", 14),
-            temporal_patch_size=tower.get("temporal_patch_size", 2),
-            merge_size=tower.get("spatial_merge_size", 2),
-            image_mean=tuple(preprocessor.get("image_mean", CLIP_MEAN)),
-            image_std=tuple(preprocessor.get("image_std", CLIP_STD)),
-        )
-        return ModelConfig(
-            family="qwen2_vl",
-            vision=vision,
-            decoder=decoder,
-            image_token_id=hf.get("image_token_id", 151655),
-            vision_start_token_id=hf.get("vision_start_token_id", 151652),
-            vision_end_token_id=hf.get("vision_end_token_id", 151653),
-            images=ImageConfig(**saved.get("images", {})),
-            prompt=PromptConfig(**saved.get("prompt", {})),
-            kept_layers=tuple(saved.get("kept_layers", ())),
-        )
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"config.json lacks a field or has a wrong one: {error}") from error
+    rescale = _or(processor.rescale_factor, 1 / 255)
+    require(
+        math.isclose(rescale, 1 / 255, rel_tol=1e-6),
+        f"image processor.rescale_factor {rescale} is not supported, only 1/255",
+    )
+    return vision
+
+
+def _or(value: Value | None, default: Value) -> Value:
+    """Return a value, or the default of transformers if it is missing or null."""
+    return default if value is None else value
 
 
 def write_config(config: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,8 +196,16 @@ def write_config(config: ModelConfig, source: Mapping[str, Any]) -> dict[str, An
 
     Fields of `source` that say nothing about shapes are kept as they are. The head is not part
     of an embedder; `tie_word_embeddings` says so to the classes that would look for one.
+
+    Raises:
+        ConfigError: config.json has no field for a setting.
     """
     decoder, vision = config.decoder, config.vision
+    require(
+        vision.mlp_width % vision.width == 0,
+        f"vision.mlp_width {vision.mlp_width} is not a multiple of vision.width {vision.width}: "
+        "config.json of qwen2_vl names their ratio",
+    )
     dropped = (*_FLAT_TEXT, "torch_dtype")
     hf = {key: value for key, value in copy.deepcopy(dict(source)).items() if key not in dropped}
     text = hf.get("text_config") or {key: source[key] for key in _FLAT_TEXT if key in source}
@@ -172,7 +228,7 @@ def write_config(config: ModelConfig, source: Mapping[str, Any]) -> dict[str, An
         },
     }
     tower = {
-        **hf.get("vision_config", {}),
+        **(hf.get("vision_config") or {}),
         "model_type": "qwen2_vl_vision",
         "depth": vision.layers,
         "embed_dim": vision.width,
@@ -249,23 +305,6 @@ _FLAT_TEXT = (
     "use_sliding_window",
     "vocab_size",
 )
-
-
-def _check_supported(
-    text: Mapping[str, Any], rope: Mapping[str, Any], tower: Mapping[str, Any]
-) -> None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    unsupported = {
-        "rope_type": kind not in ("default", "mrope") and kind,
-        "mrope_section": "mrope_section" not in rope and "none",
-        "use_sliding_window": text.get("use_sliding_window"),
-        "hidden_act": text.get("hidden_act", "silu") != "silu" and text["hidden_act"],
-        "vision hidden_act": tower.get("hidden_act", "quick_gelu") != "quick_gelu"
-        and tower["hidden_act"],
-    }
-    for field, value in unsupported.items():
-        if value:
-            raise CheckpointError(f"config.json: {field} = {value} is not supported for qwen2_vl")
 
 
 def _published(width: int, kv_heads: int, mlp_width: int, vocab_size: int) -> ModelConfig:

@@ -8,6 +8,7 @@ process is raised in all of them, with the same message.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -93,6 +94,25 @@ def on_process_zero(work: Callable[[], object]) -> None:
     run_on_all(work if is_process_zero() else lambda: None)
 
 
+def from_process_zero(work: Callable[[], Any]) -> Any:
+    """Return, in all processes, what some work returns on process 0, a value that JSON can express.
+
+    Raises:
+        PumaError: The error that the work raised, in all processes.
+    """
+    from jax.experimental import multihost_utils
+
+    found: list[Any] = []
+    on_process_zero(lambda: found.append(work()))
+    if jax.process_count() == 1:
+        return found[0]
+    text = json.dumps(found[0]).encode() if found else b""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    line = np.zeros(size, np.uint8)
+    line[: len(text)] = np.frombuffer(text, np.uint8)
+    return json.loads(bytes(multihost_utils.broadcast_one_to_all(line)))
+
+
 def run_on_all(work: Callable[[], object]) -> None:
     """Run some work in every process, and return once it has succeeded in all of them.
 
@@ -119,6 +139,15 @@ def run_on_all(work: Callable[[], object]) -> None:
                 failed = getattr(errors, name, PumaError)(f"process {number}: {message}")
             failed.in_all_processes = True
             raise failed
+
+
+def all_processes(flag: bool) -> bool:
+    """Return whether every process passes True; all of them call this together and wait."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.array(flag)).all())
 
 
 def any_process(mesh: Mesh) -> Callable[[bool], bool]:

@@ -8,22 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
+import unicodedata
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
-from puma_jax.data.lines import FilePath, RowIndex, json_object, shown
+from puma_jax.data.decode import image_suffixes, is_image
+from puma_jax.data.lines import FilePath, RowIndex, json_object
 from puma_jax.data.mbeir import parse_candidate
 from puma_jax.embedder import RawItem
 from puma_jax.errors import DataError
 from puma_jax.files import sha256
+from puma_jax.schema import shown
 
 Named = tuple[str, RawItem]
 """An id and its item."""
 
 _FIELDS = {"id", "text", "image"}
+_NOT_IN_IDS = {"Cc", "Cs", "Zl", "Zp"}
+"""Unicode categories: control characters, surrogates, ends of lines and of paragraphs."""
+_KINDS_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,8 @@ class Corpus:
     """Returns the id and item of a number; raises DataError for a bad record."""
     fingerprint: str
     """SHA-256 of the file, or of the names and sizes of all images."""
+    passed_over: str = ""
+    """One line that counts what a folder holds besides images; empty if that is nothing."""
 
 
 def open_corpus(source: FilePath, images: FilePath | None = None) -> Corpus:
@@ -43,7 +51,8 @@ def open_corpus(source: FilePath, images: FilePath | None = None) -> Corpus:
 
     A file of JSON lines holds `{"id": ..., "text": ..., "image": ...}`, with a text, the path of
     an image or both; or the documents of a pool in M-BEIR layout, recognized by their "did". A
-    folder gives all images in it and below it; an image's id is its path.
+    folder gives all images in it and below it, behind links too; an image's id is its path. Images
+    are files with a suffix of an image format, and files without a suffix that begin as one.
 
     Args:
         source: A file or a folder.
@@ -93,35 +102,103 @@ def _parse_item(line: bytes, root: Path) -> Named:
 
 
 def _images(folder: Path) -> Corpus:
-    """Return the corpus of the images below a folder, in the order of their paths."""
-    suffixes = Image.registered_extensions()
-    names, digest = [], hashlib.sha256()
-    for parent, folders, files in os.walk(folder):
-        folders.sort()
-        below = Path(parent).relative_to(folder)
-        names += [
-            (below / file).as_posix()
-            for file in files
-            if not file.startswith(".") and Path(file).suffix.lower() in suffixes
-        ]
-    if not names:
-        raise DataError(f"{folder} holds no images")
-    names.sort()
+    """Return the images below a folder, in the order of their paths."""
+    sizes, passed_over = _walk(folder)
+    if not sizes:
+        raise DataError(f"{folder} holds no images{_counted(passed_over, '; it holds ')}")
+    names = sorted(sizes)
+    digest = hashlib.sha256()
     for name in names:
-        _check_id(name)
-        digest.update(f"{name}\n{(folder / name).stat().st_size}\n".encode())
-    return Corpus(
-        folder,
-        len(names),
-        lambda number: (names[number], {"image": folder / names[number]}),
-        digest.hexdigest(),
-    )
+        digest.update(b"%b\n%d\n" % (os.fsencode(name), sizes[name]))
+
+    def read(number: int) -> Named:
+        try:
+            _check_id(names[number])
+        except DataError as error:
+            raise DataError(f"{folder}: {error}: rename the file") from None
+        return names[number], {"image": folder / names[number]}
+
+    note = _counted(passed_over, f"Passed over in {folder}: ")
+    return Corpus(folder, len(names), read, digest.hexdigest(), note)
+
+
+def _walk(folder: Path) -> tuple[dict[str, int], Counter[str]]:
+    """Return the sizes of the images below a folder by name, and the counts of what is no image.
+
+    Links to folders are followed, after all folders that are no links, so that an image has its
+    own path for an id. Every folder is read once, whichever links lead to it.
+    """
+    suffixes = image_suffixes()
+    sizes: dict[str, int] = {}
+    passed_over: Counter[str] = Counter()
+    seen: set[tuple[int, int]] = set()
+    folders: list[str] = [""]
+    links: list[str] = []
+    while folders or links:
+        if not folders:
+            links.sort(reverse=True)
+            folders.append(links.pop())
+        prefix = folders.pop()
+        try:
+            status = os.stat(folder / prefix)
+            entries = sorted(os.scandir(folder / prefix), key=lambda entry: entry.name)
+        except OSError:
+            passed_over["unreadable folders"] += 1
+            continue
+        if (status.st_dev, status.st_ino) in seen:
+            passed_over["links to folders that are read already"] += 1
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        for entry in entries:
+            name = f"{prefix}{entry.name}"
+            try:
+                status = entry.stat()
+            except OSError:  # also where links lead to each other in a circle
+                passed_over["broken links" if entry.is_symlink() else "unreadable files"] += 1
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                (links if entry.is_symlink() else folders).append(f"{name}/")
+            elif kind := _other_kind(entry, status.st_mode, suffixes):
+                passed_over[kind] += 1
+            else:
+                sizes[name] = status.st_size
+    return sizes, passed_over
+
+
+def _other_kind(entry: os.DirEntry[str], mode: int, suffixes: set[str]) -> str | None:
+    """Return what a file is that is no image to embed; None for an image."""
+    if entry.name.startswith("."):
+        return "hidden files"
+    if not stat.S_ISREG(mode):
+        return "pipes, sockets and devices"
+    suffix = os.path.splitext(entry.name)[1].lower()
+    if suffix in suffixes or (not suffix and is_image(entry.path)):
+        return None
+    return suffix or "files without a suffix that are no images"
+
+
+def _counted(passed_over: Counter[str], start: str) -> str:
+    """Return what was passed over in one line, the most frequent first; empty for nothing."""
+    if not passed_over:
+        return ""
+    most = sorted(passed_over.items(), key=lambda count: (-count[1], count[0]))
+    parts = [
+        f"{kind if kind.isprintable() else ascii(kind)} ({count:,})"
+        for kind, count in most[:_KINDS_SHOWN]
+    ]
+    if rest := sum(count for _, count in most[_KINDS_SHOWN:]):
+        parts.append(f"others ({rest:,})")
+    heic = passed_over.keys() & {".heic", ".heif", ".hif"}
+    hint = "; HEIC needs pip install 'puma-jax[heic]'" if heic else ""
+    return f"{start}{', '.join(parts)}{hint}"
 
 
 def _check_id(identifier: str) -> None:
-    """Refuse an id that does not fit on one line of ids.txt."""
-    if "\n" in identifier or not identifier.isprintable():
-        raise DataError(f"id {shown(identifier)} holds what cannot be printed, expected one line")
+    """Refuse an id that does not fit on one line of ids.txt, or cannot be written there."""
+    if any(unicodedata.category(character) in _NOT_IN_IDS for character in identifier):
+        raise DataError(
+            f"id {shown(identifier)} holds control characters or invalid Unicode, expected one line"
+        )
 
 
 def raw_item(root: Path, text: str | None, image: str | None) -> RawItem:

@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from puma_jax.data.items import Item
 from puma_jax.data.mbeir import OnBadRecord
 from puma_jax.embedder import Embedder
 from puma_jax.errors import ConfigError, DataError, EvaluationError, ItemError
 from puma_jax.parallel import multihost
+from puma_jax.progress import Progress
 from puma_jax.rows import PackedShape
 from puma_jax.search.corpus import Corpus
 from puma_jax.search.shards import EmbeddingSpec, VectorDType, finish, has_shard, write_shard
@@ -79,7 +79,7 @@ def embed(
         ours = range(number, spec.shards, parts)
         done = [shard for shard in ours if has_shard(folder, spec, shard)]
         shape = PackedShape(**spec.shape)
-        bar = tqdm(
+        bar = Progress(
             desc="embedding",
             unit="item",
             total=sum(len(spec.rows(shard)) for shard in ours),
@@ -143,7 +143,7 @@ class _Work:
         return self.embedder.shape_for(items)
 
     def __call__(
-        self, rows: range, shape: PackedShape, bar: tqdm
+        self, rows: range, shape: PackedShape, bar: Progress
     ) -> tuple[np.ndarray, list[str], list[str]]:
         """Return the vectors of some items, their ids, and a line for each item skipped."""
         # Shuffled, so that long items, short ones and images fill rows of one shape evenly.
@@ -173,7 +173,7 @@ class _Preprocessed:
 
     work: _Work
     wanted: list[int]
-    bar: tqdm | None = None
+    bar: Progress | None = None
     rows: list[int] = field(default_factory=list)
     """Rows that were yielded."""
     ids: list[str] = field(default_factory=list)

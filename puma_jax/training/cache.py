@@ -2,9 +2,11 @@
 
 ```
 teacher/{stage}/
-  cache.json    the teacher, the items, and how many windows of items are done
+  cache.json    the teacher and the items
   states.npy    float32, one row per item
+  digests.npy   SHA-256 of the states of each window of items; zeros where they are not computed
 ```
+A window whose states do not have their digest is computed again.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
+import io
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +25,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from puma_jax.artifacts import write_json
+from puma_jax.artifacts import atomic_file, claim
 from puma_jax.config import ComputeConfig, ModelConfig
 from puma_jax.data.items import Item
 from puma_jax.data.packing import fill, place
@@ -34,6 +37,7 @@ from puma_jax.errors import CheckpointError
 from puma_jax.forward import map_chunks
 from puma_jax.parallel import multihost
 from puma_jax.parallel.mesh import replicated
+from puma_jax.progress import Progress
 from puma_jax.rows import PackedBatch, PackedShape
 from puma_jax.training.step import FrozenParams, PairStates
 from puma_jax.training.teacher import TeacherFn
@@ -41,6 +45,8 @@ from puma_jax.typing import AnyArray, Array, Float, Int, ndarray
 
 _ABOUT_FILE = "cache.json"
 _STATES_FILE = "states.npy"
+_DIGESTS_FILE = "digests.npy"
+_DIGEST_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,7 @@ def build(
     """Return the cache in a folder; compute the states that it lacks first.
 
     Every window of items is on disk as soon as it is computed: rerun the same call after a kill.
+    States that were damaged on disk are computed again, and named in a line.
 
     Args:
         folder: Folder of this cache alone.
@@ -117,8 +124,9 @@ def build(
         workers: Number of processes that read items; 0 reads them in threads of this one.
 
     Raises:
-        CheckpointError: The folder holds the states of another teacher or of other items, cannot
-            be read, or the disk is full.
+        ArtifactError: The folder holds the states of another teacher or of other items, or the
+            disk is full.
+        CheckpointError: A file is not of this cache.
         DataError: See `Loader`.
     """
     index = Index.of(loader.plan)
@@ -131,35 +139,49 @@ def build(
         "windows": windows.count,
         "data": windows.checksum(),
     }
-    shape = len(index), model.decoder.width
-    multihost.on_process_zero(lambda: _claim(folder, about, shape))
-    done = _claim(folder, about, shape)
-    if done == windows.count:
-        return TeacherCache(index, _mapped(folder, "r"))
     first = multihost.is_process_zero()
-    states = _mapped(folder, "r+" if first else "r")
-    # All processes compute; process 0 writes.
+    multihost.on_process_zero(lambda: _allocate(folder, about, model.decoder.width))
+    states, digests = _open(folder, about, model.decoder.width, "r+" if first else "r")
+    missing = multihost.from_process_zero(lambda: _missing(folder, windows, states, digests))
+    _compute(missing, windows, states, digests, teacher_fn, frozen_params, mesh, workers)
+    multihost.on_process_zero(lambda: None)  # a barrier: the file is written before it is read
+    return TeacherCache(index, _open(folder, about, model.decoder.width, "r")[0])
+
+
+def _compute(
+    missing: Sequence[int],
+    windows: _Windows,
+    states: np.memmap,
+    digests: np.memmap,
+    teacher_fn: TeacherFn,
+    frozen_params: FrozenParams,
+    mesh: jax.sharding.Mesh,
+    workers: int,
+) -> None:
+    """Compute the states of some windows. All processes compute; process 0 writes."""
+    if not missing:
+        return
+    first = multihost.is_process_zero()
     compiled = jax.jit(teacher_fn, out_shardings=replicated(mesh))
     encode = functools.partial(compiled, frozen_params.teacher, frozen_params.student)
 
     def start(window: _Window) -> list[Array]:
         return map_chunks(encode, window.rows, mesh)
 
-    before = sum(len(windows.items(number)) for number in range(done))
-    with tqdm(
-        total=len(index), initial=before, desc="teacher", unit="item", disable=not first
+    total = len(windows.lengths)
+    before = total - sum(len(windows.items(number)) for number in missing)
+    with Progress(
+        total=total, initial=before, desc="teacher", unit="item", disable=not first
     ) as bar:
-        read = batches(windows, done, windows.count, workers=workers)
-        for window, chunks in prefetch_to_device(read, start):
+        read = batches(_Chosen(windows, missing), 0, len(missing), workers=workers)
+        numbered = zip(missing, prefetch_to_device(read, start), strict=True)
+        for number, (window, chunks) in numbered:
             computed = np.concatenate(jax.device_get(chunks))[window.slot]
-            done += 1
             if first:
                 states[window.item] = computed
                 states.flush()
-                _note(folder, about, done)
+                _note(digests, number, computed)
             bar.update(len(window.item))
-    multihost.on_process_zero(lambda: None)  # a barrier: the file is written before it is read
-    return TeacherCache(index, _mapped(folder, "r"))
 
 
 @jax.tree_util.register_dataclass
@@ -239,6 +261,17 @@ class _Windows:
         )
 
 
+@dataclass(frozen=True)
+class _Chosen:
+    """Reads some of the windows, counted from 0."""
+
+    windows: _Windows
+    numbers: Sequence[int]
+
+    def __call__(self, number: int) -> _Window:
+        return self.windows(self.numbers[number])
+
+
 def _checksum(frozen_params: FrozenParams) -> int:
     """Return the sum of the teacher's weights, read as unsigned integers, modulo 2³².
 
@@ -252,55 +285,86 @@ def _checksum(frozen_params: FrozenParams) -> int:
     return int(jax.jit(lambda tree: sum(map(words, jax.tree.leaves(tree))))(frozen_params))
 
 
-def _claim(folder: Path, about: dict[str, Any], shape: tuple[int, int]) -> int:
-    """Create the folder of this cache, or check an existing one; return how many windows it has."""
-    path = folder / _ABOUT_FILE
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        _allocate(folder / _STATES_FILE, shape)
-        _note(folder, about, 0)
-        return 0
-    try:
-        found = json.loads(path.read_text("utf-8"))
-        done = int(found["done"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable(path, error) from error
-    for name, value in json.loads(json.dumps(about)).items():
-        if found.get(name) != value:
+def _shapes(about: dict[str, Any], width: int) -> dict[str, tuple[tuple[int, int], type]]:
+    """Return the shape and the dtype of the arrays of a cache, by their files."""
+    return {
+        _STATES_FILE: ((about["items"], width), np.float32),
+        _DIGESTS_FILE: ((about["windows"], _DIGEST_BYTES), np.uint8),
+    }
+
+
+def _allocate(folder: Path, about: dict[str, Any], width: int) -> None:
+    """Make a folder that of a cache, or check that it is, and create the files that it lacks.
+
+    They have their full size from the start: a full disk would kill a process that maps them.
+    """
+    claim(folder, _ABOUT_FILE, about, what="states of a teacher")
+    for name, (shape, dtype) in _shapes(about, width).items():
+        path = folder / name
+        if path.exists():
+            continue
+        header = _header(shape, dtype)
+        with atomic_file(path) as partial, partial.open("wb") as file:
+            file.write(header)
+            size = len(header) + math.prod(shape) * np.dtype(dtype).itemsize
+            file.truncate(size)
+            file.flush()
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+
+
+def _open(
+    folder: Path, about: dict[str, Any], width: int, mode: Literal["r", "r+"]
+) -> list[np.memmap]:
+    """Return the arrays of a cache, mapped: its states and its digests.
+
+    Raises:
+        CheckpointError: A file cannot be read, or is not of these items.
+    """
+    arrays = []
+    for name, (shape, dtype) in _shapes(about, width).items():
+        path, header = folder / name, _header(shape, dtype)
+        try:
+            with path.open("rb") as file:
+                same = file.read(len(header)) == header
+            size = len(header) + math.prod(shape) * np.dtype(dtype).itemsize
+            if not same or path.stat().st_size != size:
+                raise CheckpointError(
+                    f"{path} is not {np.dtype(dtype).name}{list(shape)}: delete {folder}"
+                )
+            arrays.append(np.memmap(path, dtype, mode, len(header), shape))
+        except OSError as error:
             raise CheckpointError(
-                f"{folder} holds states of another teacher or of other items, with {name} "
-                f"{found.get(name)}, expected {value}: delete it, or choose another --workdir"
-            )
-    return done
+                f"{path} cannot be read: {error.strerror or error}; delete {folder}"
+            ) from error
+    return arrays
 
 
-def _allocate(path: Path, shape: tuple[int, int]) -> None:
-    """Create the file of states at its full size: a full disk would kill a process that maps it."""
-    try:
-        np.lib.format.open_memmap(path, "w+", np.float32, shape)
-        if hasattr(os, "posix_fallocate"):
-            with path.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"{path} of {4 * shape[0] * shape[1] / 1e9:.1f} GB cannot be written: "
-            f"{error.strerror or error}"
-        ) from error
+def _header(shape: tuple[int, int], dtype: type) -> bytes:
+    """Return the header of a `.npy` file."""
+    header = io.BytesIO()
+    described = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, described)
+    return header.getvalue()
 
 
-def _mapped(folder: Path, mode: Literal["r", "r+"]) -> np.memmap:
-    path = folder / _STATES_FILE
-    try:
-        return np.lib.format.open_memmap(path, mode)
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
+def _missing(folder: Path, windows: _Windows, states: ndarray, digests: ndarray) -> list[int]:
+    """Return the windows whose states are not computed, or not as they were when they were."""
+    missing = [
+        number
+        for number, digest in enumerate(digests)
+        if not digest.any() or _digest(states[windows.items(number)]) != digest.tobytes()
+    ]
+    if damaged := int(digests[missing].any(axis=1).sum()):
+        print(f"{folder}: {damaged} windows of states are damaged and computed again", flush=True)
+    return missing
 
 
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path} cannot be read: {error}; delete {path.parent}")
+def _digest(states: ndarray) -> bytes:
+    return hashlib.sha256(states.tobytes()).digest()
 
 
-def _note(folder: Path, about: dict[str, Any], done: int) -> None:
-    """Write what the cache holds, and how many of its windows are done."""
-    write_json(folder / _ABOUT_FILE, {**about, "done": done})
+def _note(digests: np.memmap, number: int, states: ndarray) -> None:
+    """Write the digest of a window, whose states are on disk."""
+    digests[number] = np.frombuffer(_digest(states), np.uint8)
+    digests.flush()

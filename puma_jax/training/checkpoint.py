@@ -1,36 +1,76 @@
-"""Checkpoints of a stage's state with Orbax: written atomically, while training continues."""
+"""Checkpoints of a stage's state with Orbax: written whole, while training continues.
+
+```
+{step}/        what Orbax writes
+{step}.json    the stage's settings and the digest of every file, written once the step is on disk
+```
+A step is used if all of its files are as they were written. A step without its digests was never
+finished.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
+import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from puma_jax.artifacts import differences, sync, write_json, writing
 from puma_jax.errors import CheckpointError
+from puma_jax.files import read_object, sha256, sha256_of
 from puma_jax.model.tree import named_leaves
+from puma_jax.parallel import multihost
+from puma_jax.schema import shown
 from puma_jax.training.step import TrainState
 
 _PACKAGES = ("puma-jax", "jax", "flax", "optax", "orbax-checkpoint")
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What {step}.json holds."""
+
+    about: dict[str, Any]
+    """What the state is of."""
+    versions: dict[str, str]
+    files: dict[str, str]
+    """SHA-256 of every file, by its path in the folder of the step."""
+    digest: str = ""
+    """SHA-256 of all of the above."""
+
+    def complete(self) -> _Record:
+        """Return the record with its digest."""
+        fields = {name: value for name, value in asdict(self).items() if name != "digest"}
+        return _Record(**fields, digest=sha256_of(fields))
 
 
 class Checkpoints:
     """The checkpoints of one stage."""
 
     def __init__(self, folder: Path, *, max_to_keep: int, about: Mapping[str, Any]):
-        """Open a folder, and remove the unfinished checkpoint of a killed run.
+        """Open a folder, and choose the latest step that is intact.
+
+        Steps after it, which are damaged or were never finished, are removed, and named in a line.
 
         Args:
             folder: Folder for this stage alone.
             max_to_keep: How many of the latest to keep.
-            about: Description of the run, JSON; a state with another description is refused.
+            about: What the state is of, JSON; a state of something else is refused.
+
+        Raises:
+            CheckpointError: No step is intact, or a step is of something else.
         """
         self.folder = folder.resolve()
         self._about = dict(about)
-        self._pending: Any = None
+        self._writing: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._last: int | None = multihost.from_process_zero(self._choose)
         self._checkpointer = ocp.training.Checkpointer(
             self.folder,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -41,8 +81,7 @@ class Checkpoints:
     @property
     def latest(self) -> int | None:
         """The step of the latest checkpoint; None if there is none."""
-        found = self._checkpointer.latest
-        return None if found is None else found.step
+        return self._last
 
     def save(self, state: TrainState) -> None:
         """Start to write a state in the background, once the state before it is on disk.
@@ -52,47 +91,40 @@ class Checkpoints:
         """
         self.wait()
         step = int(state.step)
-        if step != self.latest:
-            about = {**self._about, "versions": versions()}
-            self._pending = self._checkpointer.save_async(step, state, custom_metadata=about)
+        if step != self._last:
+            pending = self._checkpointer.save_async(step, state)
+            self._writing = self._thread.submit(self._finish, step, pending)
+            self._last = step
 
     def wait(self) -> None:
-        """Wait until the last saved state is on disk.
+        """Wait until the last saved state is on disk, to survive a power failure.
 
         Raises:
             CheckpointError: It could not be written.
         """
-        pending, self._pending = self._pending, None
+        pending, self._writing = self._writing, None
         if pending is not None:
             try:
                 pending.result()
             except Exception as error:  # Orbax raises errors of many kinds
-                reason = str(error).splitlines()[0]
+                reason = (str(error) or repr(error)).splitlines()[0]
                 raise CheckpointError(f"{self.folder} cannot be written: {reason}") from error
 
     def restore(self, like: TrainState) -> TrainState:
         """Return the latest state, with the shapes, dtypes and shardings of `like`.
 
         Raises:
-            CheckpointError: The checkpoint cannot be read, or is that of another model or stage.
+            CheckpointError: The checkpoint cannot be read, or is that of another model.
         """
-        step = self.latest
-        found = self._checkpointer.metadata(step).custom_metadata or {}
-        for name, value in self._about.items():
-            if found.get(name) != value:
-                raise CheckpointError(
-                    f"{self.folder} holds a run with {name} {found.get(name)}, this one has "
-                    f"{value}: choose another --workdir, or delete this one"
-                )
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like
         )
         try:
-            state = self._checkpointer.load(step, abstract)
+            state = self._checkpointer.load(self._last, abstract)
         except Exception as error:
-            reason = str(error).splitlines()[0]
+            reason = (str(error) or repr(error)).splitlines()[0]
             raise CheckpointError(
-                f"{self.folder}, step {step}, cannot be read: {reason}"
+                f"{self.folder}, step {self._last}, cannot be read: {reason}"
             ) from error
         # Orbax reads a tree with fewer leaves, or truncated leaves, without an error.
         _require_same(named_leaves(state), named_leaves(like), self.folder)
@@ -100,13 +132,97 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait until the last saved state is on disk, and close the folder."""
-        self.wait()
-        self._checkpointer.close()
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._checkpointer.close()
+
+    def _finish(self, step: int, pending: Any) -> None:
+        """Wait for a step, then write its digests, and remove those of steps that are gone."""
+        pending.result()
+        if not multihost.is_process_zero():
+            return
+        folder = self.folder / str(step)
+        sync(folder)
+        record = _Record(self._about, versions(), _digests(folder)).complete()
+        write_json(_record_path(folder), asdict(record))
+        for path in self.folder.glob("*.json"):
+            if not path.with_suffix("").exists():
+                path.unlink(missing_ok=True)
+
+    def _choose(self) -> int | None:
+        """Return the latest intact step, and remove those after it."""
+        found = sorted(
+            (path for path in self.folder.glob("*") if path.name.isdecimal() and path.is_dir()),
+            key=lambda path: int(path.name),
+        )
+        dropped: list[tuple[Path, str]] = []
+        while found and (reason := self._damage(found[-1])):
+            dropped.append((found.pop(), reason))
+        finished = [path for path, _ in dropped if _record_path(path).exists()]
+        if finished and not found:
+            raise CheckpointError(
+                f"{self.folder}: no step is intact ({_listed(dropped)}): delete the folder to "
+                "train the stage from its start"
+            )
+        if dropped:
+            where = f"resumes from step {found[-1].name}" if found else "begins at the start"
+            print(f"{self.folder}: {_listed(dropped)}; removed, training {where}", flush=True)
+        with writing(self.folder, error=CheckpointError):
+            for path, _ in dropped:
+                shutil.rmtree(path)
+                _record_path(path).unlink(missing_ok=True)
+        return int(found[-1].name) if found else None
+
+    def _damage(self, folder: Path) -> str | None:
+        """Return what is wrong with a step; None if nothing is.
+
+        Raises:
+            CheckpointError: It is intact, and of something else.
+        """
+        path = _record_path(folder)
+        if not path.exists():
+            return "was not finished"
+        try:
+            record = read_object(path, _Record, error=CheckpointError)
+            if record != record.complete():
+                return f"is damaged ({path.name})"
+            digests = _digests(folder)
+        except CheckpointError:
+            return f"is damaged ({path.name})"
+        except OSError as error:
+            return f"cannot be read ({error.strerror or error})"
+        for name, there, here in differences(record.about, self._about):
+            raise CheckpointError(
+                f"{folder} is a checkpoint of another job, which differs in {name} "
+                f"({shown(there)} there, {shown(here)} here): choose another --workdir, or delete "
+                "this folder"
+            )
+        for name in sorted({*record.files, *digests}):
+            if record.files.get(name) != digests.get(name):
+                return f"is damaged ({name})"
+        return None
 
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages that decide the results of a run."""
     return {package: importlib.metadata.version(package) for package in _PACKAGES}
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file below a folder, by its path there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+
+
+def _record_path(folder: Path) -> Path:
+    """Return the path of the digests of a step, beside its folder."""
+    return folder.with_name(f"{folder.name}.json")
+
+
+def _listed(dropped: list[tuple[Path, str]]) -> str:
+    return ", ".join(f"step {path.name} {reason}" for path, reason in dropped)
 
 
 def _require_same(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from puma_jax.config import (
     ComputeConfig,
@@ -17,6 +18,20 @@ from puma_jax.config import (
 from puma_jax.data.lines import OnBadRecord
 from puma_jax.parallel.mesh import MeshConfig
 from puma_jax.parallel.multihost import DistributedConfig
+from puma_jax.schema import Count, CountOrZero, Fraction, NotNegative, Positive, Range, check
+
+RESERVED = frozenset(
+    {"base", "checkpoints", "config", "data", "metrics", "profile", "results", "stages", "teacher"}
+    | {"tensorboard", "wandb"}
+)
+"""Names in a workdir that no stage may have; a stage's model has the name of the stage."""
+
+Steps = Annotated[int, Range(0, 2**31 - 1)]
+"""A number of steps: a step is counted in 32 bits."""
+Size = Annotated[int, Range(1, 2**20)]
+"""A size of a model from scratch."""
+DecayRate = Annotated[float, Range(0, 1, open_high=True)]
+"""Decay rate of a moving average."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +41,10 @@ class LossConfig:
     kind: Literal["info_nce", "mac", "mamcl"] = "info_nce"
     """Loss function: "info_nce" takes every other candidate as a negative, "mac" (MAC-Loss) gives
     negatives of the target's modality a temperature of their own, "mamcl" keeps only those."""
-    temperature: float = 0.05
+    temperature: Positive = 0.05
     """Temperature that divides all scores; in MAC-Loss, tau_norm, the temperature of negatives of
     other modalities."""
-    decay: float = 0.5
+    decay: NotNegative = 0.5
     """How far tau_hard of MAC-Loss falls: tau_norm · exp(-decay) from the middle of training on."""
     relative: bool = False
     """Divide differences to the positive's score by the temperatures of MAC-Loss, in place of the
@@ -38,25 +53,33 @@ class LossConfig:
     """Train the temperature, starting from `temperature`."""
     mask_same_document: bool = False
     """Leave another query's positive out of the negatives if it is the query's own document."""
-    chunk_size: int | None = None
+    chunk_size: Count | None = None
     """Queries whose scores a device holds at a time; None holds those of all its queries. In a
     ring it is the edge of a tile, and 256 to 512 is a good size."""
     cross_device: Literal["gather", "ring"] = "gather"
     """How devices compare their vectors: "gather" holds all candidates on each device, "ring"
     passes them from device to device, for batches whose vectors and scores are too large."""
 
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check(self, "loss")
+
 
 @dataclass(frozen=True)
 class DistillConfig:
     """Layer-pruned self-distillation (arXiv 2507.08064, section 3.2)."""
 
-    weight: tuple[float, float] = (0.0, 0.0)
+    weight: tuple[Fraction, Fraction] = (0.0, 0.0)
     """Weight of distillation in the loss at the first and the last step, from 0 to 1; the rest is
     contrastive. Two zeros train without a teacher."""
-    scale: float = 0.05
+    scale: NotNegative = 0.05
     """Factor that multiplies the squared errors."""
     cached: bool = False
     """Compute the teacher's states of all items once before training, not in every step."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check(self, "distill")
 
     @property
     def on(self) -> bool:
@@ -68,32 +91,37 @@ class DistillConfig:
 class OptimizerConfig:
     """AdamW with linear warmup and cosine decay (arXiv 2507.08064)."""
 
-    learning_rate: float = 2e-4
+    learning_rate: Positive = 2e-4
     """Peak learning rate, reached at the end of warmup."""
-    first_layer_lr_scale: float = 1.0
+    first_layer_lr_scale: NotNegative = 1.0
     """Factor on the learning rate of the decoder's first layer."""
-    warmup_ratio: float = 0.03
+    warmup_ratio: Fraction = 0.03
     """Fraction of the steps over which the learning rate rises."""
-    beta1: float = 0.9
+    beta1: DecayRate = 0.9
     """Decay rate of AdamW's first moment."""
-    beta2: float = 0.98
+    beta2: DecayRate = 0.98
     """Decay rate of AdamW's second moment."""
-    eps: float = 1e-7
+    eps: Positive = 1e-7
     """Constant in the denominator of AdamW's update."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """Weight decay of matrices; biases, norms and the temperature do not decay."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this global norm if theirs is larger."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check(self, "optimizer")
 
 
 @dataclass(frozen=True)
 class StageConfig:
     """One stage: from the weights it starts with to the model it saves."""
 
-    steps: int = 0
-    """Optimizer steps; 0 trains for `epochs` instead."""
-    epochs: float = 0.0
-    """Passes over the training pairs; 0 trains for `steps` instead."""
+    steps: Steps | None = None
+    """Optimizer steps; None or 0 trains for `epochs` instead. If neither is above 0, nothing is
+    trained: the stage's model is the one it starts from, with the layers that it keeps."""
+    epochs: Annotated[float, Range(0, 1e6)] | None = None
+    """Passes over the training pairs; None or 0 trains for `steps` instead."""
     model: str | None = None
     """Hugging Face folder or hub id to start from; None takes the model of the stage before, or
     for the first stage the one made from scratch."""
@@ -103,7 +131,7 @@ class StageConfig:
     data_root: Path | None = None
     """Benchmark in M-BEIR layout to train on; None takes data.root."""
     plan: PlanConfig = PlanConfig()
-    grad_cache_chunks: int = 1
+    grad_cache_chunks: Annotated[int, Range(1, 2**16)] = 1
     """Parts of a batch that go through the model one after the other (GradCache,
     arXiv 2101.06983). Activation memory is that of one part; from 2 on, the forward pass of each
     part runs twice. A batch that does not fit into the rows of so many takes more, and the log says
@@ -118,39 +146,50 @@ class StageConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
 
     def __post_init__(self) -> None:
-        """Check what would otherwise fail far from here."""
+        """Check the ranges, and that the length of training is given once."""
+        check(self, "stage")
         require(
-            (self.steps > 0) != (self.epochs > 0),
-            f"a stage has steps {self.steps} and epochs {self.epochs}: give one of them",
+            not (self.steps and self.epochs) and (self.steps, self.epochs) != (None, None),
+            f"a stage has steps {self.steps} and epochs {self.epochs}: give one of them, or 0 to "
+            "train nothing",
         )
-        require(
-            self.grad_cache_chunks >= 1,
-            f"grad_cache_chunks {self.grad_cache_chunks} must be at least 1",
-        )
+
+    @property
+    def trains(self) -> bool:
+        """Whether the stage has steps."""
+        return bool(self.steps or self.epochs)
 
 
 @dataclass(frozen=True)
 class ScratchConfig:
     """A small Qwen2-VL with random weights and a tokenizer trained on the benchmark's texts."""
 
-    vocab_size: int
+    vocab_size: Size
     """Entries of the vocabulary, special tokens and [RET] included."""
-    width: int
+    width: Size
     """Hidden size of the decoder."""
-    layers: int
+    layers: Annotated[int, Range(1, 1024)]
     """Decoder layers."""
-    heads: int
+    heads: Size
     """Attention heads of the decoder."""
-    kv_heads: int
+    kv_heads: Size
     """Key and value heads of the decoder."""
-    mlp_width: int
+    mlp_width: Size
     """Hidden size of the decoder's MLP."""
-    vision_width: int
+    vision_width: Size
     """Hidden size of the vision tower."""
-    vision_layers: int
+    vision_layers: Annotated[int, Range(1, 1024)]
     """Blocks of the vision tower."""
-    vision_heads: int
+    vision_heads: Size
     """Attention heads of the vision tower."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges, and that heads divide what they share."""
+        check(self, "scratch")
+        require(
+            self.width % (2 * self.heads) == 0,
+            f"scratch.width {self.width} must be a multiple of 2 × scratch.heads {self.heads}",
+        )
 
 
 @dataclass(frozen=True)
@@ -165,21 +204,25 @@ class DataConfig:
     on_bad_record: OnBadRecord = "error"
     """"error" stops at a bad record, "skip" leaves it out: of the built data, or if its image
     cannot be decoded, of the loss."""
-    workers: int = 0
+    workers: Annotated[int, Range(0, 1024)] = 0
     """Processes that make batches; 0 makes them in threads of the main process."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check(self, "data")
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
     """When the model is evaluated, and on how much data."""
 
-    every_steps: int = 0
+    every_steps: CountOrZero = 0
     """Steps between evaluations on a subset while training; 0 evaluates only finished stages."""
     split: str = "val"
     """Split that is evaluated while training."""
-    max_queries: int = 50
+    max_queries: Count = 50
     """Queries of each set that are evaluated while training."""
-    max_candidates: int = 500
+    max_candidates: Count = 500
     """Candidates of each local pool while training; the positives of the chosen queries are
     always added."""
     final_split: str = "test"
@@ -187,30 +230,47 @@ class EvaluationConfig:
     final_stages: tuple[str, ...] = ()
     """Stages that are evaluated when they end; the last stage always is."""
 
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check(self, "evaluation")
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """How often a run is saved, and how many checkpoints remain."""
 
-    every_steps: int = 500
+    every_steps: Count = 500
     """Steps between checkpoints; the last step of a stage is always saved."""
-    max_to_keep: int = 2
-    """Latest checkpoints of a stage to keep; older ones are deleted."""
+    max_to_keep: Count = 2
+    """Latest checkpoints of a stage to keep; older ones are deleted. If the latest is damaged, the
+    one before it is used."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check(self, "checkpoint")
 
 
 @dataclass(frozen=True)
 class LogConfig:
     """Metrics and traces that are written while training."""
 
-    every_steps: int = 10
+    every_steps: Count = 10
     """Steps between records of metrics; the last step of a stage is always recorded."""
     tensorboard: bool = True
     """Write metrics for TensorBoard, too, into tensorboard/ of the workdir."""
     wandb: str | None = None
     """Weights & Biases project to log metrics to; None logs to none."""
-    profile: tuple[int, int] | None = None
+    profile: tuple[Count, Count] | None = None
     """First and last step of every stage to trace, for XProf or Perfetto, into profile/ of the
     workdir; None traces nothing."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check(self, "log")
+        require(
+            self.profile is None or self.profile[0] <= self.profile[1],
+            f"log.profile {self.profile} must be a first and a last step",
+        )
 
 
 @dataclass(frozen=True)
@@ -219,12 +279,15 @@ class TrainConfig:
 
     data: DataConfig
     stages: dict[str, StageConfig]
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**31 - 1)] = 0
     """Seed of random weights, dropout and the order of the data; it is added to the plan's seed."""
     scratch: ScratchConfig | None = None
     """Model to make from scratch, for a first stage that names no model."""
-    images: ImageConfig = ImageConfig()
-    prompt: PromptConfig = PromptConfig()
+    images: ImageConfig | None = None
+    """Limits on image sizes; None takes those that come with the model, or for a model from scratch
+    the defaults."""
+    prompt: PromptConfig | None = None
+    """Prompt around an item; None takes the one that comes with the model, likewise."""
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()
@@ -233,8 +296,28 @@ class TrainConfig:
     log: LogConfig = LogConfig()
 
     def __post_init__(self) -> None:
-        """Check that there is something to start from, and something to do."""
+        """Check names and ranges, and that there is something to start from."""
+        check(self)
         require(bool(self.stages), "a run needs at least one stage")
+        for name in self.stages:
+            require(
+                re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name) is not None,
+                f"stage {name!r} must have a name of letters, digits, _ and -, at most 64 of them",
+            )
+            require(
+                name.lower() not in RESERVED,
+                f"stage {name} has the name of another part of a workdir: none may be called "
+                f"{', '.join(sorted(RESERVED))}",
+            )
+        folded = [name.lower() for name in self.stages]
+        twice = [name for name in self.stages if folded.count(name.lower()) > 1]
+        require(not twice, f"stages {', '.join(twice)} differ only in upper and lower case")
+        for name in self.evaluation.final_stages:
+            require(
+                name in self.stages,
+                f"evaluation.final_stages names {name}, which is not one of the stages "
+                f"{', '.join(self.stages)}",
+            )
         first = next(iter(self.stages))
         require(
             self.scratch is not None or self.stages[first].model is not None,

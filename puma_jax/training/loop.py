@@ -13,11 +13,11 @@ from types import FrameType
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from puma_jax.data.pipeline import Batch, Counters, batches, prefetch_to_device, with_counters
 from puma_jax.errors import TrainingError
 from puma_jax.parallel import multihost
+from puma_jax.progress import Progress
 from puma_jax.training.checkpoint import Checkpoints
 from puma_jax.training.config import TrainConfig
 from puma_jax.training.metric_writer import MetricWriter
@@ -55,12 +55,7 @@ def run_stage(
         TrainingError: The loss or the gradient norm is not finite.
         Preempted: SIGTERM or Ctrl-C was received; the state is saved.
     """
-    about = {
-        "stage": stage.name,
-        "steps": stage.steps,
-        "seed": config.seed,
-        "kept_layers": list(stage.model.kept_layers),
-    }
+    about = {**stage.job, "steps": stage.steps}
     checkpoints = Checkpoints(folder, max_to_keep=config.checkpoint.max_to_keep, about=about)
     if checkpoints.latest is not None:
         stage.state = checkpoints.restore(stage.state)
@@ -68,12 +63,11 @@ def run_stage(
     if start == stage.steps:
         checkpoints.close()
         return
-    bar = tqdm(
+    bar = Progress(
         total=stage.steps,
         initial=start,
         desc=stage.name,
         unit="step",
-        smoothing=0.05,
         disable=not multihost.is_process_zero(),
     )
     any_process = multihost.any_process(stage.mesh)
@@ -176,7 +170,9 @@ def _abstract(leaf: Any, chunks: int | None = None) -> jax.ShapeDtypeStruct:
 class MetricsMonitor:
     """Checks and reports the metrics of a step while the device works on the next one."""
 
-    def __init__(self, stage: Stage, config: TrainConfig, metric_writer: MetricWriter, bar: tqdm):
+    def __init__(
+        self, stage: Stage, config: TrainConfig, metric_writer: MetricWriter, bar: Progress
+    ):
         self.stage = stage
         self.config = config
         self.metric_writer = metric_writer

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -16,8 +17,9 @@ from puma_jax.config import ComputeConfig, ModelConfig
 from puma_jax.data.builder.build import Settings, build
 from puma_jax.data.pipeline import Loader
 from puma_jax.data.plan import Plan
-from puma_jax.data.prompts import Processor, load_tokenizer, prompt_fingerprint
+from puma_jax.data.prompts import Processor, prompt_fingerprint
 from puma_jax.data.store import Store
+from puma_jax.data.tokenizer import load_tokenizer
 from puma_jax.embedder import Embedder
 from puma_jax.model import hf, lora
 from puma_jax.model.encoder import Encoder, keep_layers, layer_indices, parse_layers
@@ -29,6 +31,7 @@ from puma_jax.training.config import StageConfig, TrainConfig
 from puma_jax.training.optimizer import Leaves
 from puma_jax.training.step import FrozenParams, TrainState, init_state, make_loss, make_step
 from puma_jax.training.teacher import TeacherFn, make_teacher, split_teacher
+from puma_jax.training.workdir import data_folder
 from puma_jax.typing import PRNGKeyArray
 
 
@@ -39,6 +42,8 @@ class Stage:
     name: str
     config: StageConfig
     steps: int
+    job: dict[str, Any]
+    """All that decides the model of the stage, from `workdir.stage_job`."""
     model: ModelConfig
     """Config of the student."""
     processor: Processor
@@ -73,7 +78,9 @@ class Stage:
 def build_stage(
     name: str,
     config: TrainConfig,
-    folder: str | Path,
+    checkpoint: hf.Checkpoint,
+    data: tuple[Loader, int],
+    job: dict[str, Any],
     workdir: Path,
     mesh: jax.sharding.Mesh,
 ) -> Stage:
@@ -82,15 +89,16 @@ def build_stage(
     Args:
         name: Name of the stage in the config.
         config: Config of the run.
-        folder: Folder or hub id of the model to start from.
+        checkpoint: The model to start from.
+        data: Loader of the stage's batches and number of its steps, from `open_data`.
+        job: All that decides the model of the stage, from `workdir.stage_job`.
         workdir: Folder of the run.
         mesh: Devices to train on.
     """
     stage = config.stages[name]
-    checkpoint = hf.open_checkpoint(folder)
-    base_config = dataclasses.replace(checkpoint.config, images=config.images, prompt=config.prompt)
+    base_config = with_inputs(checkpoint.config, config)
     processor = Processor(load_tokenizer(checkpoint.folder), base_config)
-    loader, steps = open_data(name, config, processor, workdir, mesh)
+    loader, steps = data
     number = list(config.stages).index(name)
     key = jax.random.fold_in(jax.random.key(config.seed), number)
     student_key, dropout_key = jax.random.split(key)
@@ -121,6 +129,7 @@ def build_stage(
         name=name,
         config=stage,
         steps=steps,
+        job=job,
         model=model,
         processor=processor,
         source=checkpoint.source,
@@ -145,16 +154,20 @@ def build_stage(
 
 
 def open_data(
-    name: str, config: TrainConfig, processor: Processor, workdir: Path, mesh: jax.sharding.Mesh
+    name: str,
+    config: TrainConfig,
+    processor: Processor,
+    store: Store,
+    mesh: jax.sharding.Mesh,
 ) -> tuple[Loader, int]:
     """Return the loader of a stage's batches, and the number of its steps.
 
     Raises:
-        DataError: There is nothing to train on, or a record is bad.
-        CheckpointError: The built data belong to another tokenizer.
+        DataError: There is nothing to train on.
+        CheckpointError: The data belong to another tokenizer.
     """
     stage = config.stages[name]
-    store = open_store(config, stage.data_root or config.data.root, processor, workdir)
+    store.check(prompt_fingerprint(processor))
     pairs = len(store.table.query_set)
     if pairs < stage.plan.batch_size:
         print(
@@ -175,7 +188,7 @@ def open_data(
         hosts=hosts,
         on_bad_record=config.data.on_bad_record,
     )
-    return loader, stage.steps or max(1, round(stage.epochs * plan.steps_per_epoch))
+    return loader, stage.steps or max(1, round((stage.epochs or 0) * plan.steps_per_epoch))
 
 
 def open_store(config: TrainConfig, root: Path, processor: Processor, workdir: Path) -> Store:
@@ -183,16 +196,14 @@ def open_store(config: TrainConfig, root: Path, processor: Processor, workdir: P
 
     Raises:
         DataError: There is nothing to train on, or a record is bad.
-        CheckpointError: The built data belong to another tokenizer.
     """
     if config.data.built is not None and root == config.data.root:
         store = Store.open(config.data.built)
     else:
-        out = workdir / "data" / root.resolve().name
+        out = data_folder(workdir, root, prompt_fingerprint(processor))
         settings = Settings(root=root, out=out, on_bad_record=config.data.on_bad_record)
         multihost.on_process_zero(lambda: build(settings, processor))
         store = Store.open(out)
-    store.check(prompt_fingerprint(processor))
     return store
 
 
@@ -286,6 +297,13 @@ def build_step(
         make_step(config, steps, loss),
         donate_argnums=0,
         out_shardings=(shardings, replicated(mesh)),
+    )
+
+
+def with_inputs(model: ModelConfig, config: TrainConfig) -> ModelConfig:
+    """Return the config of a model with the limits and the prompt that a run sets, if it does."""
+    return dataclasses.replace(
+        model, images=config.images or model.images, prompt=config.prompt or model.prompt
     )
 
 

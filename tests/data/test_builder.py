@@ -352,6 +352,20 @@ def test_an_image_too_elongated_or_too_large_is_a_bad_record(built, tmp_path):
         built(root)
 
 
+def test_sizes_are_those_of_upright_images(built, tmp_path):
+    from PIL import Image
+
+    root = fake_mbeir.write_union(tmp_path / "turned")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.new("RGB", (60, 90))
+    image.save(root / fake_mbeir.image_path(0), "PNG", exif=exif)
+    store = built(root)
+    record = store.candidate(0)
+    assert (record.height, record.width) == (60, 90)
+    assert store.image(record).size == (90, 60)
+
+
 def test_a_benchmark_without_a_way_to_train_is_refused(built, tmp_path):
     root = fake_mbeir.write_union(tmp_path / "pool")
     (root / fake_mbeir.UNION_QUERIES).unlink()
@@ -417,6 +431,7 @@ import multiprocessing, os, signal, sys
 from pathlib import Path
 from puma_jax.data.builder import Settings, build
 from puma_jax.data.builder.__main__ import main
+from puma_jax.progress import Progress
 
 def kill_when_working(*_):
     if workers := multiprocessing.active_children():
@@ -424,8 +439,7 @@ def kill_when_working(*_):
         os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
-    import tqdm
-    tqdm.tqdm.update = kill_when_working
+    Progress.update = kill_when_working
     root, out, model = map(Path, sys.argv[1:4])
     main(model, Settings(root, out, shard_items=2, workers=2))
 """

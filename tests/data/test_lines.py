@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from puma_jax.data import lines
-from puma_jax.data.lines import RowIndex, json_object, read_records, write_lines
-from puma_jax.errors import DataError
+from puma_jax.data.lines import RowIndex, json_object, read_records, resolve_inside, write_lines
+from puma_jax.errors import ArtifactError, DataError
 
 
 def write(path, content):
@@ -30,11 +30,11 @@ def numbers(tmp_path):
         (b"nonsense", "not JSON: Expecting value (column 1)"),
         (b'{"a": "b', "not JSON: Unterminated string starting at (column 7)"),
         (b'{"a": 1} {"a": 2}', "not JSON: Extra data (column 10)"),
-        (b'{"a": NaN}', "not JSON: NaN is not a JSON number"),
+        (b'{"a": NaN}', "not JSON: NaN is no JSON number"),
         (b'{"a": 1, "a": 2}', 'not JSON: key "a" is given twice'),
         (b"[" * 100_000, "not JSON"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not JSON: Exceeds the limit"),
-        (b"[1, 2]", "[...] is not an object {...}"),
+        (b"[1, 2]", "[1, 2] is not an object {...}"),
         (b"12", "12 is not an object {...}"),
         (b'{"a": "\0"}', "line holds a NUL byte"),
         (b'{"a": "\xff"}', "byte 8 of the line, 0xff, is not UTF-8"),
@@ -87,7 +87,7 @@ def test_a_file_that_is_not_finished_leaves_the_old_one(tmp_path):
 
 def test_files_that_cannot_be_written_are_named(tmp_path):
     file = write(tmp_path / "file", b"")
-    with pytest.raises(DataError, match=f"{file}/rows.txt cannot be written: "):
+    with pytest.raises(ArtifactError, match=f"{file}/rows.txt cannot be written: "):
         write_lines(file / "rows.txt", ["a"])
 
 
@@ -119,3 +119,28 @@ def test_rows_are_read_by_threads_and_pickled_copies(numbers):
     with ThreadPoolExecutor(8) as pool:
         assert [row["row"] for row in pool.map(rows.__getitem__, range(200))] == expected
     assert [row["row"] for row in pickle.loads(pickle.dumps(rows))] == expected
+
+
+def test_a_path_leads_to_a_file_below_its_root_whatever_links_it_takes(tmp_path):
+    root, elsewhere = tmp_path / "root", tmp_path / "root-of-others"
+    (root / "images").mkdir(parents=True)
+    elsewhere.mkdir()
+    write(root / "images/a.png", b"")
+    write(elsewhere / "secret.png", b"")
+    (root / "inside").symlink_to("images")
+    (root / "outside").symlink_to(elsewhere)
+    (root / "file.png").symlink_to(elsewhere / "secret.png")
+    (tmp_path / "link").symlink_to(root)
+    for path in ("images/a.png", "inside/a.png", "images/../inside/a.png"):
+        assert resolve_inside(root, path) == root / "images/a.png"
+        assert resolve_inside(tmp_path / "link", path) == root / "images/a.png"
+    for path in (
+        "outside/secret.png",
+        "file.png",
+        "../root-of-others/secret.png",
+        str(root / "images/a.png"),
+        ".",
+        "",
+    ):
+        with pytest.raises(DataError, match=r"is not a path of a file in .*, links followed"):
+            resolve_inside(root, path)

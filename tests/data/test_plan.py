@@ -256,7 +256,7 @@ def test_sets_that_are_never_drawn_make_no_rows_longer(table, plan_of):
             "less than two",
         ),
         ({"mixture_weights": (("tiny", 1.0),), "homogeneous_batches": True}, "exclude each other"),
-        ({"batch_size": 0}, "must be at least 1"),
+        ({"batch_size": 0}, "must be in \\[1, "),
     ],
 )
 def test_settings_that_cannot_be_are_named(plan_of, settings, message):

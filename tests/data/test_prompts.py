@@ -1,20 +1,24 @@
 """The PUMA prompt: its three forms, its normalisation, its cut, and [RET] at its end."""
 
 import dataclasses
+import json
 import warnings
 
 import numpy as np
 import pytest
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from puma_jax.config import PromptConfig
 from puma_jax.data.builder.shards import instructed_text
 from puma_jax.data.prompts import (
     Processor,
     TextTruncationWarning,
-    load_tokenizer,
     normalize_text,
     query_text,
 )
+from puma_jax.data.tokenizer import load_tokenizer
+from puma_jax.data.vocabulary import _WORDS, SPECIAL_TOKENS
 from puma_jax.errors import CheckpointError, ConfigError, ItemError
 from puma_jax.model.qwen2_vl import CONFIG_KEY, read_config, write_config
 from tests.reference import byte_tokenizer, qwen2_vl_config, random_image
@@ -73,7 +77,34 @@ def test_ret_takes_the_first_spare_row_and_keeps_it(tiny):
 def test_a_token_table_without_a_spare_row_is_refused(tiny):
     decoder = dataclasses.replace(tiny.config.decoder, vocab_size=len(byte_tokenizer()))
     config = dataclasses.replace(tiny.config, decoder=decoder)
-    with pytest.raises(CheckpointError, match=r"no spare row for \[RET\]"):
+    remedy = (
+        r'no spare row for \[RET\]: .* such as --ret-token "<\|(video|vision)_pad\|>", or add rows'
+    )
+    with pytest.raises(CheckpointError, match=remedy):
+        Processor(byte_tokenizer(), config)
+    # What it advises works.
+    config = dataclasses.replace(config, prompt=PromptConfig(ret_token="<|video_pad|>"))
+    tokenizer = byte_tokenizer()
+    processor = Processor(tokenizer, config)
+    assert processor.ret_token_id == tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    assert processor.item("A.").tokens[-1] == processor.ret_token_id
+    assert len(tokenizer) == config.decoder.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("ret", "message"),
+    [("<|image_pad|>", "stands for something else"), ("a", "is a token of ordinary texts")],
+)
+def test_ret_is_no_token_that_means_something_else(tiny, ret, message):
+    config = dataclasses.replace(tiny.config, prompt=PromptConfig(ret_token=ret))
+    with pytest.raises(CheckpointError, match=message):
+        Processor(byte_tokenizer(), config)
+
+
+def test_ids_beyond_the_token_table_are_refused(tiny):
+    decoder = dataclasses.replace(tiny.config.decoder, vocab_size=len(byte_tokenizer()) - 1)
+    config = dataclasses.replace(tiny.config, decoder=decoder)
+    with pytest.raises(CheckpointError, match="the token table has 263 rows"):
         Processor(byte_tokenizer(), config)
 
 
@@ -83,6 +114,58 @@ def test_special_tokens_in_a_users_text_are_plain_text(tiny):
     assert np.isin(item.tokens[:-1], special).sum() == 0
     assert not item.image_token_mask.any()
     assert "<|image_pad|>" in tiny.processor.tokenizer.decode(item.tokens)
+
+
+def test_visual_tokens_are_told_by_who_put_them_there(tiny):
+    """A tokenizer need not call "<|image_pad|>" special: a text may then hold its id."""
+    tokenizer = byte_tokenizer()
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in backend["added_tokens"]:
+        token["special"] = False
+    backend = Tokenizer.from_str(json.dumps(backend))
+    processor = Processor(PreTrainedTokenizerFast(tokenizer_object=backend), tiny.config)
+    patches, grid = np.zeros((24, 588), np.uint8), (4, 6)
+    item = processor.item("An <|image_pad|>.", patches, grid)
+    assert (item.tokens == tiny.config.image_token_id).sum() == 7
+    assert item.image_token_mask.sum() == 6
+    first = len(processor.template.start) + 1
+    np.testing.assert_array_equal(np.flatnonzero(item.image_token_mask), first + np.arange(6))
+    assert not processor.item("An <|image_pad|>.").image_token_mask.any()
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A tokenizer with merges, some of them long, and its token table's config."""
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+    lines = [" ".join(["xx" * n, "été" * n, "naïve\u0301", "\n" * n]) for n in range(1, 9)]
+    backend.train_from_iterator(lines * 3, trainer)
+    backend.add_special_tokens(list(SPECIAL_TOKENS))
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.mark.filterwarnings("ignore::puma_jax.data.prompts.TextTruncationWarning")
+@pytest.mark.parametrize(
+    "unit", ["x", "xx été ", "\n", " ", "e\u0301", "a\u0323\u0307b", "été", "\u1f82", "The 12.\n"]
+)
+def test_what_is_kept_of_a_long_text_is_what_its_whole_gives(tiny, trained, unit):
+    decoder = dataclasses.replace(tiny.config.decoder, vocab_size=700)
+    prompt = PromptConfig(template="bare", max_text_tokens=64)
+    processor = Processor(trained, dataclasses.replace(tiny.config, decoder=decoder, prompt=prompt))
+    for length in (processor._most_characters - 1, processor._most_characters + 40_001):
+        text = (unit * (length // len(unit) + 1))[:length]
+        whole = trained.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        kept = processor.tokenize_text(text, image=False)
+        assert kept.text_length == 64
+        assert list(kept.tokens) == whole[:64]
 
 
 def test_text_is_cut_at_450_tokens_and_that_is_said_once(tiny):
@@ -193,10 +276,9 @@ def test_the_template_is_kept_with_the_model(tiny):
     # Folders from before there were templates.
     del written[CONFIG_KEY]["prompt"]["template"]
     assert read_config(written, {}).prompt.template == "chat"
-    prompt = PromptConfig()
-    object.__setattr__(prompt, "template", "plain")  # types are checked before, but only in tests
+    written[CONFIG_KEY]["prompt"]["template"] = "plain"
     with pytest.raises(ConfigError, match=r'prompt.template "plain" is not one of chat, bare'):
-        prompt.__post_init__()
+        read_config(written, {})
 
 
 def test_positions_are_a_plain_count_on_request(tiny):
@@ -211,7 +293,37 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"has no tokenizer.json: save it once"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"tokenizer.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: model is missing"):
+        load_tokenizer(tmp_path)
+
+
+_FIXED = {"strategy": {"Fixed": 2**40}, "direction": "Right", "pad_to_multiple_of": None}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("model", "vocab", "!"), 2**31, "model.vocab must give every token an id of its own"),
+        (("model", "vocab", "!"), 1, "model.vocab must give every token an id of its own"),
+        (("model", "vocab"), {"a": 0}, "model.vocab lacks 255 of the 256 bytes"),
+        (("model", "type"), "Unigram", 'model.type "Unigram" is not one of BPE'),
+        (("added_tokens", 0, "id"), 5000, "the tokenizers library reads it as 256"),
+        (("padding",), _FIXED, "padding.strategy"),
+        (("truncation",), {"max_length": 1, "stride": 5}, "truncation.stride 5 is not one of 0"),
+        (("normalizer",), {"type": "Precompiled"}, '"Precompiled" is not one of NFC'),
+        (("pre_tokenizer", "type"), "Whitespace", "pre_tokenizer"),
+        (("model", "merges"), [["no such", "token"]], "tokenizer.json or .* cannot be read: "),
+    ],
+)  # fmt: skip
+def test_what_would_end_the_process_or_drop_text_is_refused(tmp_path, path, value, message):
+    byte_tokenizer().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    part = content
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=message):
         load_tokenizer(tmp_path)
 
 

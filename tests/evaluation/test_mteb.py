@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from puma_jax import Embedder
-from puma_jax.errors import ConfigError, ItemError
+from puma_jax.errors import ConfigError, ImageError, ItemError
 from puma_jax.evaluation.mteb import MtebModel
 from tests.reference import random_image
 
@@ -179,8 +179,11 @@ def test_mteb_knows_the_model(model, tiny, embedder):
 def test_what_cannot_be_done_is_named(model, embedder, monkeypatch):
     task = mteb.get_task("SciFact").metadata
     where = {"task_metadata": task, "hf_split": "test", "hf_subset": "default"}
-    with pytest.raises(ItemError, match=r"SciFact has batches of \['audio'\], expected text or"):
+    with pytest.raises(ItemError, match=r"SciFact default test: a batch has \['audio'\], expected"):
         model.encode([{"audio": [0]}], **where)
+    wrong = [{"image": [random_image(56, 56, 0)]}, {"image": [random_image(4, 2000, 1)]}]
+    with pytest.raises(ImageError, match=r"SciFact default test query: item 1: image of 2000 × 4"):
+        model.encode(wrong, **where, prompt_type=mteb.types.PromptType.query)
     with pytest.raises(ConfigError, match='precision is "int8", expected "float32"'):
         model.encode([{"text": ["a"]}], **where, precision="int8")
     with pytest.raises(ConfigError, match='name "tiny" has no "/", expected organization/model'):

@@ -1,18 +1,22 @@
 """The entry point: a folder that is whole, with a card that says whose model it is."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
 
 from puma_jax import Embedder
-from puma_jax.errors import CheckpointError, ConfigError, DataError
+from puma_jax.errors import ArtifactError, ConfigError, DataError, LayerSelectionError
 from puma_jax.evaluation.report import Evaluation, SetResult
 from puma_jax.export import stablehlo
 from puma_jax.export.__main__ import main
-from puma_jax.export.card import Training
+from puma_jax.export.card import Run, Training, training_of
+from puma_jax.files import as_json as json_text
+from puma_jax.schema import from_json
 from puma_jax.train import load_config
 from puma_jax.training.run import as_json
+from tests.fuzz import Target, check_only_declared_errors
 
 DEMO = Path(__file__).parents[2] / "configs/openmoji.py"
 
@@ -45,6 +49,7 @@ def test_a_folder_for_transformers_is_the_model_with_a_card(workdir, tmp_path):
     card = (tmp_path / "out/README.md").read_text()
     assert "license: apache-2.0" in card
     assert "counted from 0: 0, 2." in card
+    assert "**Images.** The EXIF orientation is applied" in card
     assert "From random weights, seed 0." in card
     stages = json.loads((workdir / "config.json").read_text())["stages"]
     for name, stage in stages.items():
@@ -57,11 +62,13 @@ def test_a_folder_for_transformers_is_the_model_with_a_card(workdir, tmp_path):
 def test_a_card_tells_of_the_stages_that_made_the_model():
     config = as_json(load_config(DEMO)())
     first, second, third = config["stages"]
-    assert list(Training(config, second, None).stages) == [first, second]
-    assert Training(config, third, None).base is None
+    run = from_json(Run, config, unknown="ignore")
+    assert list(Training(run, second, None).stages) == [first, second]
+    assert Training(run, third, None).base is None
     config["stages"][second]["model"] = "some/base"
-    assert list(Training(config, third, None).stages) == [second, third]
-    assert Training(config, third, None).base == "some/base"
+    run = from_json(Run, config, unknown="ignore")
+    assert list(Training(run, third, None).stages) == [second, third]
+    assert Training(run, third, None).base == "some/base"
 
 
 def test_a_run_of_an_older_version_is_refused_by_name(workdir, tmp_path):
@@ -71,7 +78,8 @@ def test_a_run_of_an_older_version_is_refused_by_name(workdir, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text(json.dumps(config))
     with pytest.raises(
-        ConfigError, match=r"config\.json is of an older version.*no field trainable"
+        ConfigError,
+        match=r"config\.json: stages\.\w+\.trainable is missing: .* another version .* copy .*mac",
     ):
         main("huggingface", str(tmp_path / "run/mac"), tmp_path / "out")
 
@@ -87,7 +95,7 @@ def test_results_given_stand_in_the_card(tiny, tmp_path):
     assert "counted from 0: 0." in card
     assert "## Training" not in card
     assert "its license holds for them" in card
-    with pytest.raises(DataError, match=r"card cannot be read as results.json"):
+    with pytest.raises(DataError, match=r"card is missing"):
         main("huggingface", str(tiny.folder), tmp_path / "other", results=tmp_path / "card")
 
 
@@ -106,16 +114,58 @@ def test_other_kinds_have_their_files_and_a_card(workdir, tmp_path, kind):
     assert weights.stat().st_mode == (tmp_path / "out/README.md").stat().st_mode
 
 
+def test_the_record_of_a_run_is_read_or_refused_in_one_line(workdir, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes((workdir / "config.json").read_bytes())
+    target = Target(path, lambda: training_of(tmp_path / "mac"))
+    outcome = check_only_declared_errors(target, count=300)
+    assert min(outcome.declared, outcome.accepted) > 20
+    # A model in the folder of another is of no run.
+    (tmp_path / "config.json").write_text(json_text({"model_type": "qwen2_vl"}))
+    assert training_of(tmp_path / "mac") is None
+
+
 def test_what_is_there_stays_and_what_fails_leaves_nothing(tiny, tmp_path, monkeypatch):
-    (tmp_path / "mine").write_text("kept")
-    with pytest.raises(ConfigError, match="mine exists: choose another folder, or remove it"):
-        main("stablehlo", str(tiny.folder), tmp_path / "mine")
+    (tmp_path / "file").write_text("kept")
+    for name in ("mine", "out.unfinished", "out.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious").write_text("kept")
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    refused = {"file": "is a file", "file/x": "written: .* is a file", "mine": "is not empty"}
+    monkeypatch.setattr(Embedder, "load", None)  # not before the place is checked
+    for name, message in refused.items():
+        with pytest.raises(ArtifactError, match=message):
+            main("stablehlo", str(tiny.folder), tmp_path / name)
+    with pytest.raises(LayerSelectionError):
+        main("stablehlo", str(tiny.folder), tmp_path / "out", keep_layers="x")
+    monkeypatch.undo()
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(stablehlo, "write", full)
-    with pytest.raises(CheckpointError, match="out cannot be written: No space left on device"):
+    with pytest.raises(ArtifactError, match="out cannot be written: No space left on device"):
         main("stablehlo", str(tiny.folder), tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-    assert (tmp_path / "mine").read_text() == "kept"
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+
+
+def test_the_working_directory_can_be_written_if_it_is_empty(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main("huggingface", str(tiny.folder), Path())
+    assert f"# {tmp_path.name}\n" in (tmp_path / "README.md").read_text()
+    assert Embedder.load(tmp_path, dtype="float32").embedding_dim == tiny.config.decoder.width
+    assert not [path for path in tmp_path.parent.iterdir() if "partial" in path.name]
+    assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "stablehlo", "sentence-transformers"])
+def test_a_full_disk_is_a_line_whichever_library_writes(tiny, tmp_path, kind):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (100, 5_000, 100_000):  # of the largest file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            with pytest.raises(ArtifactError, match=r"/out\S* cannot be written: File too large"):
+                main(kind, str(tiny.folder), tmp_path / "out")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert not list(tmp_path.iterdir())

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, Qwen2VLProcessor
@@ -102,6 +103,30 @@ def test_a_text_or_a_path_alone_is_an_item(pair, tmp_path):
     vectors = model.encode(["a red bicycle", str(image)])
     expected = embedder.encode([{"text": "a red bicycle"}, {"image": image}])
     np.testing.assert_allclose(vectors, expected, rtol=0, atol=2e-6)
+
+
+def test_images_that_pillow_turned_are_read_as_by_the_embedder(pair, tmp_path):
+    """The card says so, and what becomes of other images."""
+    embedder, model, _ = pair
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    transparent = random_image(60, 90)
+    transparent.putalpha(random_image(60, 90).convert("L"))
+    random_image(60, 90).save(tmp_path / "turned.jpg", exif=exif)
+    transparent.save(tmp_path / "both.png", exif=exif)
+    transparent.save(tmp_path / "transparent.png")
+    for name, as_path, as_image in (
+        ("turned.jpg", True, False),
+        ("both.png", False, False),
+        ("transparent.png", False, True),
+    ):
+        path = tmp_path / name
+        (expected,) = embedder.encode([{"image": path}])
+        with Image.open(path) as opened:
+            upright = ImageOps.exif_transpose(opened)
+            vectors = model.encode([{"image": image} for image in (upright, str(path), opened)])
+        same = np.abs(vectors - expected).max(1) < 2e-6
+        assert same.tolist() == [True, as_path, as_image], name
 
 
 def test_named_prompts_are_instructions(pair):

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +13,17 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from puma_jax import Embedder
 from puma_jax.config import ComputeConfig, PromptConfig
+from puma_jax.data import decode
 from puma_jax.data.prompts import Processor, TextTruncationWarning
 from puma_jax.errors import ConfigError
 from puma_jax.export import loader, stablehlo
+from tests.fuzz import Target, check_only_declared_errors
 from tests.reference import SPECIAL, random_image
 
 VARIANTS = {"as_released": PromptConfig(), "bare": PromptConfig(template="bare", positions="1d")}
@@ -86,6 +90,12 @@ def written(tiny, tmp_path_factory, request):
 def items_of_all_kinds(folder):
     image = random_image(60, 60, seed=1)
     image.save(folder / "image.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    random_image(60, 90).save(folder / "turned.jpg", exif=exif)
+    transparent = random_image(60, 90)
+    transparent.putalpha(random_image(60, 90).convert("L"))
+    gray = Image.fromarray(np.arange(60 * 90, dtype=np.uint16).reshape(60, 90) * 12)
     return [
         {"text": "a red bicycle"},
         {"image": random_image(90, 200)},
@@ -94,6 +104,10 @@ def items_of_all_kinds(folder):
         {"image": str(folder / "image.png"), "text": ""},
         {"image": folder / "image.png", "text": "as a painting"},
         {"image": random_image(200, 60).convert("L")},
+        {"image": folder / "turned.jpg"},
+        {"image": (folder / "turned.jpg").read_bytes()},
+        {"image": transparent},
+        {"image": gray},
         {"text": "two\nlines"},
     ]
 
@@ -154,6 +168,10 @@ def test_items_are_read_as_the_embedder_reads_them(written, instruction):
     ("item", "message"),
     [
         ({}, "item 1 has neither text nor image"),
+        ("a cat", "item 1 has str, expected a dict of text, image or both"),
+        ({"txt": "a"}, "item 1 has 'txt', expected a dict of text, image or both"),
+        ({"text": 3}, "item 1: int is not a text"),
+        ({"text": "ä\ud800"}, r"item 1: '\\ud800' in its text is half a character: remove it"),
         ({"text": ' "" ', "image": None}, "item 1 has neither text nor image"),
         ({"text": "x" * 460}, r"item 1: text of 46\d tokens, over 450: shorten it"),
         ({"image": random_image(402, 2)}, r"item 1: image \(2, 402\) is over 200 : 1, crop it"),
@@ -162,6 +180,29 @@ def test_items_are_read_as_the_embedder_reads_them(written, instruction):
 def test_what_does_not_fit_is_refused(written, item, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
         loader.Embedder(written[1]).encode([{"text": "good"}, item])
+
+
+def test_a_call_that_means_something_else_is_refused(written):
+    small = loader.Embedder(written[1])
+    for items, batch_size in (("a cat", 8), ({"text": "a cat"}, 8), ([{"text": "a cat"}], -1)):
+        with pytest.raises(ValueError, match="expected a list and at least 1"):
+            small.encode(items, batch_size=batch_size)
+    with pytest.raises(ValueError, match=r"item 0: .* is half a character"):
+        small.encode([{"text": "a cat"}], instruction="\ud800")
+
+
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "embed.jax", "tokenizer.json", "weights.safetensors", "decode.py"]
+)
+def test_a_damaged_folder_is_refused_in_one_line(written, name, tmp_path):
+    folder = shutil.copytree(written[1], tmp_path / "model")
+    target = Target(folder / name, lambda: loader.Embedder(folder), ValueError)
+    outcome = check_only_declared_errors(target, count=100 if name == "manifest.json" else 20)
+    # What is left has other spaces, or is what it was.
+    assert outcome.accepted < outcome.count // 10
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=f"{name} cannot be read: No such file"):
+        loader.Embedder(folder)
 
 
 def test_a_text_is_refused_where_the_embedder_would_cut_it(written):
@@ -198,7 +239,7 @@ def test_one_function_serves_three_platforms_and_all_sizes(written):
 def test_the_manifest_describes_what_lies_beside_it(written):
     embedder, folder = written
     manifest = json.loads((folder / "manifest.json").read_text())
-    files = ["embed.jax", "load.py", "tokenizer.json", "weights.safetensors"]
+    files = ["decode.py", "embed.jax", "load.py", "tokenizer.json", "weights.safetensors"]
     assert manifest["sha256"] == {
         name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files
     }
@@ -214,6 +255,7 @@ def test_the_manifest_describes_what_lies_beside_it(written):
 
 def test_the_loader_is_copied_unchanged(written):
     assert (written[1] / "load.py").read_bytes() == Path(loader.__file__).read_bytes()
+    assert (written[1] / "decode.py").read_bytes() == Path(decode.__file__).read_bytes()
 
 
 def test_bfloat16_vectors_are_near_the_embedders(tiny, tmp_path):

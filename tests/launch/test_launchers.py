@@ -322,3 +322,39 @@ def test_what_is_detached_goes_on_alone_and_stops_when_asked(tmp_path):
     until = time.monotonic() + 30
     while "nothing runs; ended with 143" not in call("status")[1]:
         assert time.monotonic() < until
+
+
+def boot():
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def start_of(process):
+    """Return when a process was started, in clock ticks of the boot."""
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
+
+
+@pytest.mark.parametrize(
+    "stale",
+    [
+        lambda process: f"{process.pid}",  # of a number that is used again
+        lambda process: f"{process.pid} 1 {boot()}",
+        lambda process: f"{process.pid} {start_of(process)} {boot()}",  # another command
+        lambda process: f"{process.pid} {start_of(process)} another-boot",
+        lambda process: "-1 1 1",  # all processes, to kill
+        lambda process: "0",
+        lambda process: f"{process.pid} $(exit) x; y",
+        lambda process: "",
+        lambda process: "\0\n",
+    ],
+)
+def test_a_process_that_it_did_not_start_is_not_stopped(stale, tmp_path):
+    stranger = subprocess.Popen(["sleep", "60"])
+    try:
+        (tmp_path / "pid").write_text(stale(stranger) + "\n")
+        for word in ("stop", "status"):
+            _, output, _ = finish(start([LAUNCH / "detached.sh", word], RUN_DIR=str(tmp_path)))
+            assert "nothing runs" in output
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()

@@ -126,9 +126,10 @@ def test_they_evaluate_and_embed_as_one_does(alone, root, tmp_path):
     for count in (1, 2):
         at = tmp_path / str(count)
         model = ("--model", alone / "cut")
-        succeeded(
-            Processes(count, 2, "evaluate", *model, "--data.root", root, "--out", at / "found")
-        )
+        kept = ("--vectors-dir", at / "kept")
+        out = ("--data.root", root, "--out", at / "found")
+        succeeded(Processes(count, 2, "evaluate", *model, *out, *kept))
+        assert not list((at / "kept").iterdir())
         items = ("--items", root / POOL, "--out", at / "vectors", "--items-per-shard", 32)
         outputs = succeeded(Processes(count, 2, "embed", *model, *items))
         assert "225 items are embedded" in outputs[0]

@@ -285,7 +285,7 @@ def test_a_corpus_of_which_nothing_can_be_read_is_named(tiny, tmp_path):
         ({"id": "1"}, "items.jsonl:1: there is neither text nor image"),
         ({"id": "1", "txt": "a shoe"}, 'field "txt" is not one of id, image, text'),
         ({"id": 1, "text": "a shoe"}, "id 1 is not a text"),
-        ({"id": "a\nb", "text": "a shoe"}, "holds what cannot be printed"),
+        ({"id": "a\nb", "text": "a shoe"}, "holds control characters"),
     ],
 )
 def test_lines_that_are_no_items_are_named(tmp_path, line, message):

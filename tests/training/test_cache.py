@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import operator
+import shutil
 from pathlib import Path
 
 import jax
@@ -13,10 +14,11 @@ from puma_jax.config import ImageConfig, LoraConfig, PlanConfig, PromptConfig
 from puma_jax.data.builder import Settings, build
 from puma_jax.data.pipeline import Loader
 from puma_jax.data.plan import Plan
-from puma_jax.data.prompts import Processor
+from puma_jax.data.prompts import Processor, load_tokenizer
 from puma_jax.data.store import Store
-from puma_jax.errors import CheckpointError
+from puma_jax.errors import ArtifactError, CheckpointError
 from puma_jax.model import encoder
+from puma_jax.model.hf import open_checkpoint
 from puma_jax.model.tree import named_leaves
 from puma_jax.parallel import rules
 from puma_jax.parallel.mesh import MeshConfig, data_shards, make_mesh
@@ -31,10 +33,11 @@ from puma_jax.training.config import (
 )
 from puma_jax.training.loop import run_stage
 from puma_jax.training.metric_writer import MetricWriter
-from puma_jax.training.stages import build_stage
+from puma_jax.training.stages import build_stage, open_data
 from puma_jax.training.step import FrozenParams
 from puma_jax.training.teacher import make_teacher, split_teacher
 from tests.data import fake_mbeir
+from tests.fuzz import Target, check_only_declared_errors
 from tests.reference import FLOAT32, byte_tokenizer
 
 KEPT, CHUNKS = (0, 1), 2
@@ -147,22 +150,35 @@ def test_every_item_has_the_state_of_the_whole_model(case, finished, tiny):
 def test_a_build_that_was_killed_goes_on(
     case, finished, tmp_path, monkeypatch, windows_done, workers
 ):
-    noted = cache._note
+    noted, reports = cache._note, []
 
-    def killed(folder, about, done):
-        if done > windows_done:
+    def killed(digests, number, states):
+        if number == windows_done:
             raise KeyboardInterrupt
-        noted(folder, about, done)
+        noted(digests, number, states)
 
     monkeypatch.setattr(cache, "_note", killed)
     with pytest.raises(KeyboardInterrupt):
         case.build(tmp_path / "stage", workers=workers)
-    reports = []
-    monkeypatch.setattr(cache, "_note", lambda *now: reports.append(now[-1]) or noted(*now))
+    monkeypatch.setattr(cache, "_note", lambda *now: reports.append(now[1]) or noted(*now))
     found = case.build(tmp_path / "stage", workers=workers)
-    assert reports == [*range(windows_done + 1, reports[-1] + 1)]
+    assert reports == [*range(windows_done, reports[-1] + 1)]
+    for name in ("states.npy", "digests.npy", "cache.json"):
+        assert (tmp_path / "stage" / name).read_bytes() == (finished / name).read_bytes()
     np.testing.assert_array_equal(found.states, np.load(finished / "states.npy"))
-    assert (tmp_path / "stage/cache.json").read_text() == (finished / "cache.json").read_text()
+
+
+def test_damaged_states_are_computed_again(case, finished, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(finished, tmp_path / "stage")
+    whole, reports, noted = (folder / "states.npy").read_bytes(), [], cache._note
+    damaged = bytearray(whole)
+    damaged[-10] ^= 4
+    (folder / "states.npy").write_bytes(damaged)
+    monkeypatch.setattr(cache, "_note", lambda *now: reports.append(now[1]) or noted(*now))
+    case.build(folder)
+    assert len(reports) == 1
+    assert "1 windows of states are damaged and computed again" in capsys.readouterr().out
+    assert (folder / "states.npy").read_bytes() == whole
 
 
 def test_a_finished_cache_is_not_computed_again(case, finished, monkeypatch):
@@ -185,24 +201,38 @@ def test_a_cache_of_something_else_is_refused(store, model, tiny, finished, what
     if what == "windows":
         plan = PlanConfig(batch_size=6)
     other = Case(store, model, params, plan)
-    with pytest.raises(CheckpointError, match=f"with {what} .*, expected .*: delete it") as error:
+    with pytest.raises(ArtifactError, match=f"differs in .*{what}.* there, .* here") as error:
         other.build(finished)
     assert "\n" not in str(error.value)
 
 
-def test_a_damaged_cache_is_refused(case, finished, tmp_path):
-    folder = tmp_path / "stage"
-    folder.mkdir()
-    (folder / "cache.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"cache.json cannot be read: .*; delete"):
+@pytest.mark.parametrize(
+    ("name", "content"), [("states.npy", b"{"), ("digests.npy", b""), ("states.npy", None)]
+)
+def test_a_file_that_is_not_of_the_cache_is_refused(case, finished, tmp_path, name, content):
+    folder = shutil.copytree(finished, tmp_path / "stage")
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[:-4] if content is None else content)
+    with pytest.raises(CheckpointError, match=rf"{name} is not .*: delete"):
         case.build(folder)
-    (folder / "cache.json").write_text((finished / "cache.json").read_text())
-    with pytest.raises(CheckpointError, match=r"states.npy cannot be read: .*; delete"):
-        case.build(folder)
+
+
+def test_a_damaged_cache_is_refused_in_one_line(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "stage")
+    about = json.loads((folder / "cache.json").read_text())
+
+    def read():
+        cache._allocate(folder, about, 64)
+        cache._open(folder, about, 64, "r")
+
+    for name in ("cache.json", "states.npy", "digests.npy"):
+        check_only_declared_errors(Target(folder / name, read))
 
 
 @pytest.mark.parametrize(("trainable", "devices"), [("lora", 1), ("full", 2)])
-def test_training_with_a_cache_is_training_without(root, store, tiny, tmp_path, trainable, devices):
+def test_training_with_a_cache_is_training_without(
+    root, store, model, tiny, tmp_path, trainable, devices
+):
     losses = {}
     for cached in (False, True):
         config = TrainConfig(
@@ -226,7 +256,10 @@ def test_training_with_a_cache_is_training_without(root, store, tiny, tmp_path, 
         )
         workdir = tmp_path / str(cached)
         mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
-        stage = build_stage("distil", config, tiny.folder, workdir, mesh)
+        checkpoint = open_checkpoint(tiny.folder)
+        processor = Processor(load_tokenizer(tiny.folder), model)
+        data = open_data("distil", config, processor, store, mesh)
+        stage = build_stage("distil", config, checkpoint, data, {}, workdir, mesh)
         # The layers that were cut are gone.
         assert (stage.frozen_params.teacher is None) == (stage.teacher_cache is not None) == cached
         metric_writer = MetricWriter(workdir, config.log, {})

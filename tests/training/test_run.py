@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from puma_jax.artifacts import lock
 from tests.data.fake_mbeir import write_test_sets, write_union
 
 CONFIG = Path(__file__).with_name("tiny_run.py")
@@ -152,6 +153,50 @@ def test_a_workdir_of_another_run_is_refused(whole, root):
     done = run(whole[0], root, "--stages.cut.steps", "9")
     assert done.returncode == 2
     assert "differs in stages.cut.steps (8 there, 9 here)" in done.stderr
+
+
+def test_a_second_process_on_a_workdir_is_refused(whole, root):
+    with lock(whole[0]):
+        done = run(whole[0], root)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == f"error: another process writes {whole[0]}: wait until it ends, or stop it"
+
+
+def test_another_run_reuses_the_stages_that_are_the_same(whole, root, tmp_path):
+    """Only the last stage is changed: to one that trains nothing."""
+    flags = ("--reuse", str(whole[0]), "--stages.cut.steps", "0")
+    done = run(tmp_path / "run", root, *flags)
+    assert done.returncode == 0, done.stderr
+    assert f"deep: taken from {whole[0]}" in done.stdout
+    assert f"cut: not taken from {whole[0]}: it differs in settings.steps (8 there" in done.stdout
+    assert "cut: trains nothing" in done.stdout
+    deep, cut = (
+        load_file(tmp_path / "run" / name / "model.safetensors") for name in ("deep", "cut")
+    )
+    for name, leaf in load_file(whole[0] / "deep/model.safetensors").items():
+        np.testing.assert_array_equal(deep[name], leaf, err_msg=name)
+    for name, leaf in cut.items():  # the first layer of two, as it was
+        np.testing.assert_array_equal(leaf, deep[name], err_msg=name)
+    assert len(cut) < len(deep)
+
+
+def test_a_damaged_checkpoint_falls_back_and_ends_with_the_same_bits(whole, root, tmp_path):
+    code, output = interrupt(signal.SIGTERM, 5, tmp_path / "run", root)
+    assert code == 0, output
+    folder = tmp_path / "run/checkpoints/cut"
+    *_, before, latest = sorted(int(path.name) for path in folder.glob("[0-9]"))
+    damaged = max((folder / str(latest)).rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    done = run(tmp_path / "run", root)
+    assert done.returncode == 0, done.stderr
+    assert f"step {latest} is damaged" in done.stdout
+    assert f"training resumes from step {before}" in done.stdout
+    expected = weights(whole[0])
+    for name, leaf in weights(tmp_path / "run").items():
+        np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
 
 
 def test_a_mistyped_folder_leaves_the_workdir_free(tmp_path):

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import tyro
 
 from puma_jax import cli
 from puma_jax.data.builder.build import Settings, build
-from puma_jax.data.prompts import Processor, load_tokenizer
+from puma_jax.data.prompts import Processor
+from puma_jax.data.tokenizer import load_tokenizer
 from puma_jax.model.hf import read_config
 
 
-def main(model: Path, settings: tyro.conf.OmitArgPrefixes[Settings]) -> None:
+def main(
+    model: Path, settings: tyro.conf.OmitArgPrefixes[Settings], ret_token: str | None = None
+) -> None:
     """Build training data.
 
     Args:
         model: Folder of the model to train; only its tokenizer and config.json are read.
         settings: The data to build, and the folder to write.
+        ret_token: Token that ends every item, as prompt.ret_token of the training run. The one
+            saved with the model, or [RET], by default.
     """
-    processor = Processor(load_tokenizer(model), read_config(model)[0])
+    config, _ = read_config(model)
+    if ret_token is not None:
+        prompt = dataclasses.replace(config.prompt, ret_token=ret_token)
+        config = dataclasses.replace(config, prompt=prompt)
+    processor = Processor(load_tokenizer(model), config)
     summary = build(settings, processor)
     if summary.skipped.count:
         print(f"{summary.skipped.count:,} bad records were skipped, the first of them:")

@@ -18,7 +18,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 from puma_jax.data.builder.shards import (
     Shard,
@@ -57,6 +56,7 @@ from puma_jax.data.store import (
 )
 from puma_jax.data.table import LengthTable
 from puma_jax.errors import ConfigError, DataError
+from puma_jax.progress import Progress
 
 _VERSION = 1
 """Version of the build format; builds of other versions are not resumed."""
@@ -215,7 +215,7 @@ def _write_table(
     shards = _shards(name, lines, settings)
     missing = [shard for shard in shards if not (shard.path.exists() and shard.part.exists())]
     there = len(lines) - sum(len(shard.lines) for shard in missing)
-    with tqdm(total=len(lines), initial=there, desc=f"building {name}", unit="row") as bar:
+    with Progress(total=len(lines), initial=there, desc=f"building {name}", unit="row") as bar:
         for written in write(missing):
             bar.update(written)
     parts = [ShardColumns.load(shard.part) for shard in shards]

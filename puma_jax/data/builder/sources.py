@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from puma_jax.data.lines import (
     MAX_LINE_BYTES,
@@ -36,6 +35,7 @@ from puma_jax.data.mbeir.records import (
 )
 from puma_jax.data.table import Ragged
 from puma_jax.errors import DataError
+from puma_jax.progress import Progress
 from puma_jax.typing import Int, ndarray
 
 Ids = dict[str, int]
@@ -137,7 +137,7 @@ class Reading:
             DataError: A file cannot be read, or `take` raised one and `on_bad_record` is "error".
         """
         total = sum(path.stat().st_size for path in files)
-        with tqdm(total=total, desc=f"reading {what}", unit="B", unit_scale=True) as bar:
+        with Progress(total=total, desc=f"reading {what}", unit="B", unit_scale=True) as bar:
             for index, path in enumerate(files):
                 for line in numbered_lines(path):
                     bar.update(len(line.content))

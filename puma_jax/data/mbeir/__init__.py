@@ -1,13 +1,15 @@
 """The M-BEIR layout: records, the files that hold them, the folder that holds the files.
 
 `records` defines queries, candidates, judgments and instructions, `files` reads and writes each
-kind of file, `layout` finds the files in a folder, `validation` checks all of them.
+kind of file, `documents` says what an id and an image path name, `layout` finds the files in a
+folder, `validation` checks all of them.
 """
 
 from puma_jax.data.lines import (
     BadRecords,
     OnBadRecord,
 )
+from puma_jax.data.mbeir.documents import Documents, read_image
 from puma_jax.data.mbeir.files import (
     parse_candidate,
     parse_instruction,
@@ -36,6 +38,7 @@ from puma_jax.data.mbeir.records import (
     Modality,
     Qrel,
     Query,
+    content_key,
     dataset_id,
     instruction_key,
     modality_code,
@@ -51,6 +54,7 @@ __all__ = [
     "BadRecords",
     "Benchmark",
     "Candidate",
+    "Documents",
     "EvaluationSet",
     "Instruction",
     "InstructionKey",
@@ -59,6 +63,7 @@ __all__ = [
     "Qrel",
     "Query",
     "Report",
+    "content_key",
     "dataset_id",
     "discover",
     "instruction_key",
@@ -68,6 +73,7 @@ __all__ = [
     "parse_qrel",
     "parse_query",
     "read_candidates",
+    "read_image",
     "read_instructions",
     "read_qrels",
     "read_queries",

@@ -17,7 +17,6 @@ from puma_jax.data.lines import (
     decode_line,
     json_object,
     read_records,
-    shown,
     write_lines,
 )
 from puma_jax.data.mbeir.records import (
@@ -31,6 +30,7 @@ from puma_jax.data.mbeir.records import (
     Query,
 )
 from puma_jax.errors import DataError
+from puma_jax.schema import shown
 
 _SPELLINGS: dict[str, Modality] = {name: name for name in MODALITIES} | {"text,image": "image,text"}
 _INSTRUCTION_COLUMNS = ["query_modality", "cand_modality", "dataset_name", "dataset_id"]

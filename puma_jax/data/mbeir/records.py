@@ -5,12 +5,14 @@ Constructors check ids, texts, paths and modalities, so every record that exists
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from typing import Literal
 
-from puma_jax.data.lines import shown
+from puma_jax.data.texts import is_blank, normalize_text
 from puma_jax.errors import DataError
+from puma_jax.schema import shown
 
 Modality = Literal["image", "text", "image,text"]
 MODALITIES: tuple[Modality, ...] = ("image", "text", "image,text")
@@ -161,6 +163,28 @@ def dataset_id(identifier: str) -> str:
     return identifier.partition(":")[0] if ":" in identifier else ""
 
 
+def content_key(text: str | None, image: str | None) -> int:
+    """Return 64 bits that tell the content of a document: equal for equal contents.
+
+    Identity is by content, not by id: documents whose keys are equal have equal vectors. Among ten
+    million documents, the probability that two others get one key is 1 in 400,000.
+
+    Args:
+        text: The text of a record; compared as the model reads it, see `texts.normalize_text`.
+        image: A digest of the image file, or its path where files are not read.
+    """
+    content = f"{image or ''}\0{normalize_text(text)}".encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
+
+
+def negatives_note(queries: int, negatives: int) -> str:
+    """Return what to tell a user whose training queries have hard negatives."""
+    return (
+        f"neg_cand_list of {queries:,} training queries, {negatives:,} ids, is not used: "
+        "training takes all negatives from the batch"
+    )
+
+
 def instruction_key(query: Query) -> InstructionKey:
     """Return the key of the instruction of a query in the result of `read_instructions`.
 
@@ -214,6 +238,9 @@ def _check_content(prefix: str, modality: str, text: str | None, image: str | No
                 f'{prefix}{name} is {shown(value)}, but {prefix}modality is "{modality}"'
             )
         _check_encodable(f"{prefix}{name}", value)
+    if modality == "text" and is_blank(text):
+        # Quotes are no part of the text that a model reads, so nothing would be left of it.
+        raise DataError(f"{prefix}txt is {shown(text)}, which leaves no text")
     # Data from others must not name files outside the benchmark.
     if image and (image.startswith("/") or ".." in image.split("/") or "\0" in image):
         raise DataError(f"{prefix}img_path {shown(image)} is not a path below the root")

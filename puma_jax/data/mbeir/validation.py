@@ -8,8 +8,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from puma_jax.data.images import open_image
-from puma_jax.data.lines import BadRecords, FilePath, OnBadRecord, Record, read_records
+from puma_jax.data.lines import (
+    BadRecords,
+    FilePath,
+    OnBadRecord,
+    Record,
+    located,
+    numbered_lines,
+    reject,
+)
+from puma_jax.data.mbeir.documents import Documents, read_image
 from puma_jax.data.mbeir.files import (
     parse_candidate,
     parse_qrel,
@@ -23,7 +31,9 @@ from puma_jax.data.mbeir.records import (
     InstructionKey,
     Modality,
     Query,
+    content_key,
     instruction_key,
+    negatives_note,
 )
 from puma_jax.errors import DataError, ImageError
 
@@ -84,13 +94,15 @@ def validate(
 ) -> Report:
     """Return a report on every record, image and reference of a benchmark.
 
-    Bad records are records that the readers refuse; ids given twice in one file; queries whose
-    modality contradicts their task or whose task contradicts their file; queries with no positive
-    in any pool; training queries without positives; images that are missing or cannot be decoded.
+    Bad records are records that the readers refuse; ids that name two documents, in one pool or in
+    two; ids given to two queries of an evaluation set; queries whose modality contradicts their
+    task or whose task contradicts their file; queries with no positive in any pool; training
+    queries without positives; images that are missing, cannot be decoded, or lie elsewhere.
 
     Warnings count what M-BEIR itself has, or what matters to some uses only: positives and judged
     documents that are not in the pool, or whose modality contradicts the task; queries without an
-    instruction or a judgment; judgments of unknown queries.
+    instruction or a judgment; judgments of unknown queries; documents given twice in one pool;
+    training queries given twice, as the upsampled ones of M-BEIR's union are.
 
     The ids of all documents are kept in memory and, with `check_images`, the paths of all images.
 
@@ -117,7 +129,10 @@ def validate(
     for path in benchmark.qrels:
         if path not in check.files:
             check.qrels(path)
-    return Report(list(check.files.values()), check.bad, _notes(benchmark))
+    notes = _notes(benchmark)
+    if check.negatives:
+        notes.append(negatives_note(check.with_negatives, check.negatives))
+    return Report(list(check.files.values()), check.bad, notes)
 
 
 def _notes(benchmark: Benchmark) -> list[str]:
@@ -144,7 +159,9 @@ class _Check:
         self.check_images = check_images
         self.bad = BadRecords()
         self.files: dict[Path, FileReport] = {}
-        self.modalities: dict[str, Modality] = {}  # of the documents of all pools
+        self.documents = Documents()  # of all pools
+        self.modalities: dict[str, Modality] = {}
+        self.with_negatives = self.negatives = 0
         self.decoded: set[str] = set()  # images; local and global pools share them
         self.instructions: set[InstructionKey] | None = None
         if benchmark.instructions:
@@ -154,14 +171,16 @@ class _Check:
         """Check a pool and return the ids of its documents."""
         dids: set[str] = set()
 
-        def parse(line: bytes) -> Candidate:
+        def parse(line: bytes, number: int) -> Candidate:
             candidate = parse_candidate(line)
-            _check_new("did", candidate.did, dids)
             self._check_image("img_path", candidate.image)
+            self.documents.add(candidate, path, number)
             return candidate
 
         for candidate in self._records(path, parse):
             did = sys.intern(candidate.did)  # one copy of each, whatever the number of pools
+            if did in dids:
+                self._warn(path, "document given twice")
             dids.add(did)
             self.modalities[did] = candidate.modality
         return dids
@@ -179,11 +198,12 @@ class _Check:
         self, path: Path, task: int | None = None, pool: set[str] | None = None
     ) -> set[str]:
         """Check the queries of an evaluation set (one task) or of training; return their ids."""
-        qids: set[str] = set()
+        contents: dict[str, int] = {}
 
-        def parse(line: bytes) -> Query:
+        def parse(line: bytes, _: int) -> Query:
             query = parse_query(line)
-            _check_new("qid", query.qid, qids)
+            if task is not None and query.qid in contents:
+                raise DataError(f'qid "{query.qid}" is given twice')
             _check_task(query, task)
             if task is None and not query.positives:
                 raise DataError("pos_cand_list is empty, but training needs a positive")
@@ -192,20 +212,27 @@ class _Check:
             return query
 
         for query in self._records(path, parse):
-            qids.add(query.qid)
+            content, given = content_key(query.text, query.image), query.qid in contents
+            if contents.setdefault(query.qid, content) != content:
+                self._warn(path, "qid of another query, too")
+            elif given:
+                self._warn(path, "training query given twice (upsampled)")
+            if task is None and query.negatives:
+                self.with_negatives += 1
+                self.negatives += len(query.negatives)
             self._warn_of_positives(path, query, pool)
             dataset, modality, target = key = instruction_key(query)
             if self.instructions is not None and key not in self.instructions:
                 kind = f'dataset_id "{dataset}", {modality} → {target}'
                 self._warn(path, f"query without an instruction for {kind}")
-        return qids
+        return set(contents)
 
     def qrels(
         self, path: Path, queries: set[str] | None = None, pool: set[str] | None = None
     ) -> set[str]:
         """Check judgments against queries and pool, and return the ids of answered queries."""
         answered = set()
-        for qrel in self._records(path, parse_qrel):
+        for qrel in self._records(path, lambda line, _: parse_qrel(line)):
             if qrel.relevance > 0:
                 answered.add(qrel.qid)
             if queries is not None and qrel.qid not in queries:
@@ -214,14 +241,25 @@ class _Check:
                 self._warn(path, "judged document is not in the local pool")
         return answered
 
-    def _records(self, path: Path, parse: Callable[[bytes], Record]) -> Iterator[Record]:
-        """Yield the good records of a file; count these and the bad ones."""
+    def _records(self, path: Path, parse: Callable[[bytes, int], Record]) -> Iterator[Record]:
+        """Yield the good records of a file; count these and the bad ones.
+
+        Args:
+            path: The file.
+            parse: Returns the record of a line, given its content and number, or raises DataError.
+        """
         file = self.files[path] = FileReport(path.relative_to(self.root).as_posix())
-        bad_before = self.bad.count
-        for record in read_records(path, parse, on_bad_record=self.on_bad_record, skipped=self.bad):
+        for line in numbered_lines(path):
+            if line.content.isspace():
+                continue
+            try:
+                record = parse(line.content, line.number)
+            except DataError as error:
+                file.bad += 1
+                reject(located(error, path, line.number), self.on_bad_record, self.bad)
+                continue
             file.records += 1
             yield record
-        file.bad = self.bad.count - bad_before
 
     def _warn(self, path: Path, warning: str) -> None:
         self.files[path].warnings[warning] += 1
@@ -247,15 +285,10 @@ class _Check:
         if image is None or not self.check_images or image in self.decoded:
             return
         try:
-            open_image(self.root / image)
+            read_image(self.root, name, image)
         except ImageError as error:
-            raise DataError(f"{name} {error}") from error
+            raise DataError(str(error)) from error
         self.decoded.add(image)
-
-
-def _check_new(name: str, identifier: str, seen: set[str]) -> None:
-    if identifier in seen:
-        raise DataError(f'{name} "{identifier}" is given twice')
 
 
 def _check_task(query: Query, task: int | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +11,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from puma_jax.data.images import open_image
 from puma_jax.data.openmoji.packages import demo_package
 from puma_jax.data.openmoji.split import connected
+from puma_jax.progress import Progress
 from puma_jax.typing import UInt8, ndarray
 
 _LINES = ("line", "line-supplement")  # the other groups of a drawing are its colors
@@ -54,7 +54,7 @@ def render(
         png = resvg.svg_to_bytes(
             svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True
         )
-        return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+        return np.asarray(open_image(png))
 
     def both(stem: str) -> UInt8[ndarray, "2 size size 3"]:
         svg = (folder / f"{stem}.svg").read_text(encoding="utf-8")
@@ -121,7 +121,12 @@ def in_threads(
     """Return the results of a function in the order of its arguments, and show a progress bar."""
     with ThreadPoolExecutor(workers) as pool:
         results = pool.map(function, *arguments)
-        return list(tqdm(results, desc=label, total=len(arguments[0]), unit="drawing"))
+        collected = []
+        with Progress(total=len(arguments[0]), desc=label, unit="drawing") as bar:
+            for result in results:
+                collected.append(result)
+                bar.update()
+        return collected
 
 
 def _folder() -> Traversable:

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from puma_jax.data import mbeir
 from puma_jax.data.mbeir import BadRecords, Candidate, Instruction, Qrel, Query
+from puma_jax.data.texts import is_blank
 from puma_jax.errors import DataError
 
 # Rows as M-BEIR has them.
@@ -26,7 +27,7 @@ INSTRUCTIONS = (
     "text,image\ttext\tOVEN\t5\tName it.\n"
 )
 
-texts = st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda text: not text.isspace())
+texts = st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda text: not is_blank(text))
 ids = st.from_regex("[^\\s\0\ufeff\ud800-\udfff]{1,9}", fullmatch=True)
 paths = st.from_regex("[a-z0-9 é漢.]{1,9}/[a-z]{1,9}\\.jpg", fullmatch=True).filter(
     lambda path: not path.startswith("../")
@@ -171,7 +172,7 @@ ONE_OF = "one of image, text, image,text"
         ({"qid": "9: 6"}, 'qid "9: 6" is not an id: one word, without white space'),
         ({"qid": "\ud800"}, 'qid "\\ud800" is not an id: one word, without white space'),
         ({"query_modality": "img"}, f'query_modality "img" is not {ONE_OF}'),
-        ({"query_modality": ["image"]}, f"query_modality [...] is not {ONE_OF}"),
+        ({"query_modality": ["image"]}, f'query_modality ["image"] is not {ONE_OF}'),
         ({"query_modality": ...}, f"query_modality is missing, expected {ONE_OF}"),
         ({"query_txt": 1.5}, "query_txt 1.5 is not a text or null"),
         ({"query_txt": "bird"}, 'query_txt is "bird", but query_modality is "image"'),

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import shutil
 
@@ -7,6 +8,7 @@ from PIL import Image
 
 from puma_jax.data import mbeir
 from puma_jax.data.mbeir import Candidate, Instruction, Qrel, Query
+from puma_jax.data.mbeir.__main__ import main
 from puma_jax.data.mbeir.validation import validate
 from puma_jax.errors import DataError
 
@@ -115,13 +117,33 @@ QUERY = (
             QUERY.format(qid="x", positives="[]", task=3),
             "pos_cand_list is empty, but training needs a positive",
         ),
-        (POOL, '{"did": "1:0", "txt": "again", "modality": "text"}', 'did "1:0" is given twice'),
+        (
+            POOL,
+            '{"did": "1:0", "txt": "again", "modality": "text"}',
+            'did "1:0" is another document in mbeir_own_task3_cand_pool.jsonl:1: give every',
+        ),
+        (
+            GLOBAL_POOL,
+            '{"did": "1:3", "txt": "again", "modality": "text"}',
+            'did "1:3" is another document in mbeir_own_task3_cand_pool.jsonl:4: give every',
+        ),
+        (
+            POOL,
+            '{"did": "1:x", "txt": "\\"\\"", "modality": "text"}',
+            'txt is "\\"\\"", which leaves no text',
+        ),
+        (
+            POOL,
+            '{"did": "1:x", "img_path": "up/a.jpg", "modality": "image"}',
+            'img_path "up/a.jpg" is not a path of a file in ',
+        ),
         (POOL, '{"did": "1:x", "modality": "text"}', 'txt is missing, but modality is "text"'),
         (POOL, '{"did": "x", "img_path": "images/no.jpg", "modality": "image"}', "img_path "),
         (QRELS, "1:a 0 1:0 1", "4 columns, expected 5: qid 0 did relevance task_id"),
     ],
 )
 def test_a_bad_record_is_counted_and_named(root, name, line, message):
+    (root / "up").symlink_to(root.parent)
     append(root / name, line)
     number = len((root / name).read_text().splitlines())
     report = validate(root)
@@ -140,7 +162,9 @@ def test_an_image_that_is_cut_short_is_a_bad_record(root, image_format):
     assert validate(root).sound
     path.write_bytes(image_bytes(image_format)[:-300])
     (message,) = validate(root).bad.messages
-    assert message.startswith(f"mbeir_own_task3_test.jsonl:1: query_img_path {path} cannot be ")
+    assert message.startswith(
+        "mbeir_own_task3_test.jsonl:1: query_img_path images/a.jpg cannot be "
+    )
 
 
 def test_an_image_that_would_fill_the_memory_is_a_bad_record(root):
@@ -174,6 +198,35 @@ def test_what_is_odd_but_not_wrong_is_a_warning(root):
         f"{QRELS}: judgment of an unknown query": 1,
         f"{QRELS}: judged document is not in the local pool": 1,
     }
+
+
+def test_what_is_given_twice_is_one_thing_if_it_is_the_same(root):
+    """M-BEIR's union of training queries holds those of small sets several times."""
+    (query,) = mbeir.read_queries(root / TRAIN)
+    other = dataclasses.replace(query, text="Who?", negatives=("1:1", "1:2"))
+    mbeir.write_queries(root / TRAIN, [query, query, query, other])
+    append(root / POOL, (root / POOL).read_text().splitlines()[2])
+    report = validate(root)
+    assert report.sound
+    assert warnings(report) == {
+        f"{POOL}: document given twice": 1,
+        f"{TRAIN}: training query given twice (upsampled)": 2,
+        f"{TRAIN}: qid of another query, too": 1,
+    }
+    assert report.notes == [
+        "neg_cand_list of 1 training queries, 2 ids, is not used: "
+        "training takes all negatives from the batch"
+    ]
+
+
+def test_the_command_prints_the_report_and_says_by_its_exit_code_whether_it_is_sound(root, capsys):
+    main("validate", root)
+    assert capsys.readouterr().out == f"{validate(root)}\n"
+    append(root / QUERIES, "{}")
+    with pytest.raises(SystemExit) as end:
+        main("validate", root)
+    assert end.value.code == 1
+    assert "qid is missing, expected an id" in capsys.readouterr().out
 
 
 def test_a_part_of_a_benchmark_can_be_checked(root):

@@ -1,0 +1,146 @@
+"""Results of the finished stages of a run: numbers, run files and a picture of each, and tables."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from puma_jax.artifacts import atomic_file, write_json, writing
+from puma_jax.data.mbeir import discover
+from puma_jax.embedder import Embedder
+from puma_jax.evaluation.encoding import ItemEncoder
+from puma_jax.evaluation.evaluation import Evaluation, evaluate_selection
+from puma_jax.evaluation.picture import render_results
+from puma_jax.evaluation.report import markdown
+from puma_jax.evaluation.results import compare
+from puma_jax.evaluation.selection import Selection, select
+from puma_jax.files import read_object
+from puma_jax.model.tree import named_leaves
+from puma_jax.parallel import multihost
+from puma_jax.parallel.mesh import MeshConfig, make_mesh
+from puma_jax.schema import Count, CountOrZero, NotNegative
+from puma_jax.training.config import TrainConfig
+from puma_jax.training.workdir import finished_model
+
+_TIMED_ITEMS = 1024
+"""Number of candidates that are embedded to measure the speed of a model."""
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What result.json holds: the costs of a stage's model, and its hit rates."""
+
+    model: str
+    """Digest of the model."""
+    split: str
+    """Split that it was evaluated on."""
+    layers: Count
+    parameters: Count
+    decoder_parameters: CountOrZero
+    items_per_second: NotNegative | None
+    evaluation: dict[str, Any] | None
+    """None if the benchmark has no queries of the split."""
+
+
+def stage_result(name: str, config: TrainConfig, workdir: Path) -> dict[str, Any]:
+    """Return the results of a finished stage; measure them first if they are missing.
+
+    Results of another split or of another model are measured again, and a line says so.
+
+    Raises:
+        ArtifactError: The file of the results cannot be read or written.
+        DataError: The file does not hold an evaluation, or the benchmark cannot be read.
+    """
+    folder = workdir / "results" / name
+    path = folder / "result.json"
+    split = config.evaluation.final_split
+    model = multihost.from_process_zero(lambda: finished_model(workdir, name))
+    if path.exists():
+        found = read_object(path, StageResult)
+        if (found.model, found.split) == (model, split):
+            if found.evaluation is not None:
+                Evaluation.from_json(found.evaluation)
+            return asdict(found)
+        print(f"{folder} holds results of another model or split ({found.split}): measured again")
+    # Every process encodes its part of the items, on its own devices.
+    mesh = make_mesh(MeshConfig(), jax.local_devices())
+    embedder = Embedder.load(workdir / name, dtype=config.compute.dtype, mesh=mesh)
+    evaluation, speed = None, None
+    benchmark = discover(config.data.root)
+    if any(found.split == split for found in benchmark.sets):
+        print(f"Evaluating {name} on {split}", flush=True)
+        skip = config.data.on_bad_record
+        selection = select(benchmark, split, on_bad_record=skip)
+        evaluation = evaluate_selection(
+            selection,
+            ItemEncoder(embedder),
+            on_bad_record=skip,
+            progress=multihost.is_process_zero(),
+        )
+        for note in evaluation.notes():
+            print(note, flush=True)
+        speed = _items_per_second(embedder, selection)
+        multihost.on_process_zero(lambda: _write_found(folder, selection, evaluation))
+    else:
+        print(f"{name} is not evaluated: {benchmark.root} has no queries of split {split}")
+    leaves = named_leaves(embedder.params)
+    layers = [leaf.size for leaf_name, leaf in leaves.items() if ".layers." in leaf_name]
+    result = asdict(
+        StageResult(
+            model=model,
+            split=split,
+            layers=embedder.config.decoder.layers,
+            parameters=sum(leaf.size for leaf in leaves.values()),
+            decoder_parameters=sum(layers),
+            items_per_second=speed,
+            evaluation=None if evaluation is None else evaluation.to_json(),
+        )
+    )
+    multihost.on_process_zero(lambda: write_json(path, result))
+    return result
+
+
+def summary(results: dict[str, Any]) -> str:
+    """Return the tables of results.json in markdown: hit rates of the models, and their costs."""
+    found = {
+        name: Evaluation.from_json(result["evaluation"])
+        for name, result in results["stages"].items()
+        if result["evaluation"] is not None
+    }
+    rows = [
+        [
+            name,
+            str(result["layers"]),
+            f"{result['parameters'] / 1e6:.2f} M",
+            f"{result['decoder_parameters'] / 1e6:.2f} M",
+            f"{speed:,.0f}" if (speed := result["items_per_second"]) else "–",
+        ]
+        for name, result in results["stages"].items()
+    ]
+    costs = markdown(["model", "layers", "parameters", "of its layers", "items/s"], rows)
+    return "\n\n".join([compare(found), costs] if found else [costs])
+
+
+def _write_found(folder: Path, selection: Selection, evaluation: Evaluation) -> None:
+    """Write the ranked candidates: as TREC run files, and as a picture."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        evaluation.write_runs(folder)
+        with atomic_file(folder / "retrieved.png") as partial:
+            render_results(selection, evaluation).save(partial, format="PNG")
+
+
+def _items_per_second(embedder: Embedder, selection: Selection) -> float:
+    """Return how many candidates are embedded per second, reading of images included."""
+    rows = np.linspace(0, len(selection.dids) - 1, _TIMED_ITEMS).astype(int)
+    items = [selection.document(row) for row in rows.tolist()]
+    encode = ItemEncoder(embedder, shared=False)
+    encode(items)  # compiles
+    began = time.perf_counter()
+    encode(items)
+    return len(items) / (time.perf_counter() - began)

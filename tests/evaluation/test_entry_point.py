@@ -1,0 +1,101 @@
+"""`python -m puma_jax.evaluate`: what can fail is tried before the work, results are never lost."""
+
+import errno
+import json
+import os
+
+import pytest
+
+from puma_jax import evaluate as entry_point
+from puma_jax.errors import ArtifactError, ConfigError, DataError
+from puma_jax.evaluation.report import Evaluation
+from tests.evaluation.small import document, write_set
+
+
+@pytest.fixture
+def root(tmp_path):
+    queries = {f"q:{n}": (f"number {n}", [f"d:{n}"]) for n in range(4)}
+    pool = [document(f"d:{n}", f"the number {n}") for n in range(8)]
+    return write_set(tmp_path / "benchmark", "mine", 1, queries, pool)
+
+
+def under_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    return tmp_path / "file/out"
+
+
+def a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    return tmp_path / "file"
+
+
+def with_content(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine").write_text("kept")
+    return tmp_path / "full"
+
+
+@pytest.mark.parametrize("place", [under_a_file, a_file, with_content])
+def test_a_place_that_cannot_be_written_is_refused_before_a_model_is_sought(root, tmp_path, place):
+    with pytest.raises(ArtifactError) as error:
+        entry_point.main("no model", root, place(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_vectors_inside_of_the_results_are_refused(root, tmp_path):
+    for folder in ("out", "out/vectors"):
+        with pytest.raises(ConfigError, match=r"lies in .*out: choose a folder outside"):
+            entry_point.main("no model", root, tmp_path / "out", vectors_dir=tmp_path / folder)
+
+
+def test_bad_data_are_refused_before_a_model_is_sought(root, tmp_path):
+    (root / "qrels/test/mbeir_mine_task1_test_qrels.txt").write_text("one two\n")
+    with pytest.raises(DataError, match=r"qrels\.txt:1: 2 columns"):
+        entry_point.main("no model", root, tmp_path / "out")
+
+
+def test_results_that_cannot_be_written_are_printed_and_their_vectors_kept(
+    tiny, root, tmp_path, capsys, monkeypatch
+):
+    out, vectors = tmp_path / "out", tmp_path / "vectors"
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluation, "write_runs", full)
+        with pytest.raises(ArtifactError) as error:
+            entry_point.main(str(tiny.folder), root, out, vectors_dir=vectors)
+    assert str(error.value) == f"{out} cannot be written: No space left on device"
+    assert "| mine task 1  t → t |" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
+    entry_point.main(str(tiny.folder), root, out, vectors_dir=vectors)
+    captured = capsys.readouterr()
+    assert "12 vectors are those of an interrupted run" in captured.out
+    assert "4 queries have no instruction (mine task 1: 4)" in captured.out
+    assert not list(vectors.iterdir())
+    # The bars say how far it is, and how long it takes.
+    for what in ("embedding test: 100%", "searching: 100%"):
+        assert what in captured.err
+    written = json.loads((out / "results.json").read_text())
+    assert Evaluation.from_json(written).sets[0].left_out.uninstructed_queries == 4
+    assert sorted(path.name for path in out.iterdir()) == ["results.json", "runs"]
+
+
+def test_an_empty_working_directory_is_filled(tiny, root, tmp_path, capsys, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    there = (tmp_path / "here").stat().st_ino
+    entry_point.main(str(tiny.folder), root, entry_point.Path("."))
+    assert sorted(os.listdir(".")) == ["results.json", "runs"]
+    assert (tmp_path / "here").stat().st_ino == there
+    stages = {name: {"evaluation": json.loads((tmp_path / "here/results.json").read_text())}
+              for name in ("first", "second")}  # fmt: skip
+    run = tmp_path / "run/results.json"
+    run.parent.mkdir()
+    run.write_text(json.dumps({"stages": stages}))
+    capsys.readouterr()
+    entry_point.main(str(tiny.folder), root, tmp_path / "again", compare_with=(run,))
+    header = next(line for line in capsys.readouterr().out.splitlines() if "second local" in line)
+    assert f"{tmp_path / 'run/first'} local" in header
+    assert f"{tmp_path / 'again'} local" in header

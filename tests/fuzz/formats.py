@@ -1,0 +1,222 @@
+"""Every kind of file that puma_jax reads, as `python -m tests.fuzz` damages it.
+
+A builder makes a small sound file in an empty folder, and says what reads it. Packages are imported
+where they are used: the process of one kind imports no more than it needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from puma_jax import Embedder
+from puma_jax.files import as_json
+from tests import reference
+from tests.data import fake_mbeir
+from tests.fuzz import Target
+
+Build = Callable[[Path], Target]
+
+TEXTS = ("a red bicycle", "Größe 漢", "ends.", "<|im_end|>", "two\nlines")
+
+
+def model(folder: Path) -> Path:
+    """Write a random model as this package saves it, in several files of weights."""
+    reference.save_folder(reference.random_model(reference.qwen2_vl_config()), folder / "base")
+    saved = folder / "model"
+    Embedder.load(folder / "base", dtype=None).keep_layers(2).save(saved, max_shard_bytes=100_000)
+    return saved
+
+
+def of_model(name: str) -> Build:
+    """Return a builder of a file in a model's folder."""
+
+    def build(folder: Path) -> Target:
+        saved = model(folder)
+        name_of_file = next(path.name for path in sorted(saved.glob(name)))
+        return Target(
+            saved / name_of_file,
+            lambda: Embedder.load(saved, dtype="float32").preprocess({"text": TEXTS[1]}),
+        )
+
+    return build
+
+
+def weights(folder: Path) -> Target:
+    """A file of weights, all of which are read."""
+    saved = model(folder)
+    path = sorted(saved.glob("*.safetensors"))[0]
+    return Target(path, lambda: Embedder.load(saved, dtype="float32").fingerprint)
+
+
+def of_vectors(name: str) -> Build:
+    """Return a builder of a file in a folder of vectors, read by search."""
+
+    def build(folder: Path) -> Target:
+        from puma_jax.search.shards import Vectors
+
+        out, _ = embedded(folder)
+
+        def read() -> None:
+            vectors = Vectors(out, verify=True)
+            assert sum(len(part) for part in vectors.parts()) == len(vectors)
+            vectors.ids(range(len(vectors)))
+
+        return Target(out / name, read)
+
+    return build
+
+
+def of_resume(name: str) -> Build:
+    """Return a builder of a file in a folder of vectors, read by the job that resumes it."""
+
+    def build(folder: Path) -> Target:
+        out, embed = embedded(folder)
+        return Target(out / name, embed)
+
+    return build
+
+
+def embedded(folder: Path) -> tuple[Path, Callable[[], None]]:
+    """Embed a small corpus; return the folder of vectors, and what does it again."""
+    from puma_jax import embed
+
+    corpus, out, saved = folder / "corpus.jsonl", folder / "vectors", model(folder)
+    lines = [json.dumps({"id": f"x:{number}", "text": text}) for number, text in enumerate(TEXTS)]
+    corpus.write_text("\n".join(lines) + "\n", "utf-8")
+    again = functools.partial(embed.main, str(saved), corpus, out, items_per_shard=2)
+    again()
+    return out, again
+
+
+def results(folder: Path) -> Target:
+    """The results of an evaluation."""
+    from puma_jax.evaluation.report import Evaluation, SetResult
+
+    rates = {"local": {5: 0.5}, "global": {5: 0.25}}
+    intervals = {"local": (0.1, 0.2), "global": (0.1, 0.2)}
+    found = SetResult("cirr", 7, 20, 30, 5, rates, intervals, {1: 0.25})
+    path = folder / "results.json"
+    path.write_text(as_json(Evaluation("test", 99, (found,)).to_json()))
+    return Target(path, lambda: Evaluation.read(path).table())
+
+
+def of_run(name: str) -> Build:
+    """Return a builder of a file in the workdir of a training run, read by an export."""
+
+    def build(folder: Path) -> Target:
+        from puma_jax.export.card import training_of
+        from tests.training import tiny_run
+
+        evaluation = json.loads(results(folder).path.read_bytes())
+        (folder / "config.json").write_text(as_json(dataclasses.asdict(tiny_run.get_config())))
+        stages = {"cut": {"evaluation": evaluation}}
+        (folder / "results.json").write_text(as_json({"stages": stages}))
+        return Target(folder / name, lambda: training_of(folder / "cut"))
+
+    return build
+
+
+def of_stablehlo(name: str) -> Build:
+    """Return a builder of a file of an export, read by its loader."""
+
+    def build(folder: Path) -> Target:
+        from puma_jax.export import loader, stablehlo
+
+        out = folder / "exported"
+        out.mkdir()
+        stablehlo.write(Embedder.load(model(folder), dtype="float32"), out)
+        return Target(out / name, lambda: loader.Embedder(out), ValueError)
+
+    return build
+
+
+def of_data(name: str) -> Build:
+    """Return a builder of a file of built training data."""
+
+    def build(folder: Path) -> Target:
+        from puma_jax.data.builder import Settings
+        from puma_jax.data.builder import build as build_data
+        from puma_jax.data.prompts import Processor
+        from puma_jax.data.store import Store
+
+        root, out = fake_mbeir.write_union(folder / "mbeir"), folder / "built"
+        saved = Embedder.load(model(folder), dtype="float32")
+        processor = Processor(saved.tokenizer, saved.config)
+        build_data(Settings(root, out, shard_items=5, workers=1), processor)
+
+        def read() -> None:
+            store = Store.open(out)
+            _ = store.table.query_tokens.sum(), store.instructions
+            for row in range(len(store.table.query_tokens)):
+                store.query(row)
+
+        return Target(next(iter(sorted(out.glob(name)))), read)
+
+    return build
+
+
+def of_benchmark(name: str) -> Build:
+    """Return a builder of a file of a benchmark, read by its validation."""
+
+    def build(folder: Path) -> Target:
+        from puma_jax.data.mbeir.validation import validate
+
+        root = fake_mbeir.write_test_sets(folder / "mbeir")
+        path = sorted(root.glob(name))[0]
+        return Target(path, lambda: validate(root, check_images=False))
+
+    return build
+
+
+def teacher_cache(folder: Path) -> Target:
+    """The notes of a teacher's cache, read by the run that resumes it."""
+    from puma_jax.data.builder import Settings
+    from puma_jax.data.builder import build as build_data
+    from puma_jax.data.prompts import Processor
+    from puma_jax.data.store import Store
+    from tests.training.test_cache import IMAGES, Case
+
+    pair = reference.pair(reference.qwen2_vl_config(), folder / "model")
+    config = dataclasses.replace(pair.config, images=IMAGES)
+    root = fake_mbeir.write_union(folder / "mbeir")
+    build_data(
+        Settings(root, folder / "built", workers=1), Processor(pair.processor.tokenizer, config)
+    )
+    case = Case(Store.open(folder / "built"), config, pair.params)
+    case.build(folder / "whole")
+    shutil.copytree(folder / "whole", folder / "cache")
+    return Target(
+        sorted((folder / "cache").glob("*.json"))[0], lambda: case.build(folder / "cache")
+    )
+
+
+FORMATS: dict[str, Build] = {
+    "model config": of_model("config.json"),
+    "model index": of_model("model.safetensors.index.json"),
+    "model images": of_model("preprocessor_config.json"),
+    "model weights": weights,
+    "tokenizer": of_model("tokenizer.json"),
+    "tokenizer config": of_model("tokenizer_config.json"),
+    "benchmark queries": of_benchmark("query/**/*.jsonl"),
+    "benchmark pool": of_benchmark("cand_pool/**/*.jsonl"),
+    "benchmark judgments": of_benchmark("qrels/**/*.txt"),
+    "built data": of_data("build.json"),
+    "built instructions": of_data("instructions.json"),
+    "built table": of_data("table/*.npy"),
+    "vectors manifest": of_vectors("manifest.json"),
+    "vectors": of_vectors("00000/vectors.safetensors"),
+    "vectors ids": of_vectors("00000/ids.txt"),
+    "embed job": of_resume("job.json"),
+    "embed shard": of_resume("00000/shard.json"),
+    "results": results,
+    "run config": of_run("config.json"),
+    "run results": of_run("results.json"),
+    "teacher cache": teacher_cache,
+    "export manifest": of_stablehlo("manifest.json"),
+    "export tokenizer": of_stablehlo("tokenizer.json"),
+}

@@ -1,0 +1,89 @@
+"""Flags of the command: what the docs show is accepted, what cannot be run is one line."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from puma_jax.errors import ConfigError
+from puma_jax.train import load_config, parse
+
+REPOSITORY = Path(__file__).parents[2]
+DEMO = str(REPOSITORY / "configs/openmoji.py")
+FLAG = re.compile(
+    r"(--(?:stages|mesh|log|data|evaluation|checkpoint)\.[\w.-]+(?: [\w./,][\w./,-]*)*)"
+)
+
+
+def flags(*more: str, config: str = DEMO) -> list[str]:
+    return ["--config", config, "--workdir", "run", *more]
+
+
+def test_flags_change_the_config():
+    config, workdir, reuse = parse(
+        flags("--preset", "full", "--stages.mac.loss.relative", "--reuse", "other")
+    )
+    assert config.stages["mac"].loss.relative
+    assert config.stages["mac"].steps == 900
+    assert (workdir, reuse) == (Path("run"), Path("other"))
+
+
+def test_the_flags_of_the_docs_are_accepted(capsys):
+    pages = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+    text = "\n".join(page.read_text() for page in pages)
+    text = re.sub(r"(--[\w.-]+)\n(\w)", r"\1 \2", text.replace("\\\n", " "))
+    shown = sorted(set(FLAG.findall(text)))
+    assert "--stages.mac.loss.relative" in shown
+    refused = []
+    for flag in shown:
+        try:
+            parse(flags(*shlex.split(flag)))
+        except SystemExit:
+            # A page may name a flag without its value.
+            if " " in flag or "Missing value" not in capsys.readouterr().err:
+                refused.append(flag)
+    assert not refused
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--checkpoint.every-steps", "0", "checkpoint.every_steps 0 must be"),
+        ("--log.every-steps", "0", "log.every_steps 0 must be"),
+        ("--data.workers", "-1", "data.workers -1 must be in"),
+        ("--scratch.heads", "0", "scratch.heads 0 must be in"),
+        ("--scratch.width", str(10**30), "scratch.width 1000.* must be in"),
+        ("--seed", str(10**30), "seed 1000.* must be in"),
+        ("--stages.mac.steps", str(10**30), "stage.steps 1000.* must be in"),
+        ("--stages.mac.loss.temperature", "-1", "loss.temperature -1.0 must be above 0"),
+        ("--stages.mac.optimizer.learning-rate", "nan", "learning_rate NaN is not a finite"),
+    ],
+)
+def test_a_value_that_cannot_be_run_is_one_line(flag, value, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        parse(flags(flag, value))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.yaml", "stages: {}", "is not a Python file"),
+        ("a.py", "x = (", r"a\.py:1: SyntaxError"),
+        ("a.py", "\nimport nothing_of_this_name", r"a\.py:2: ModuleNotFoundError: No module"),
+        ("a.py", "x = 1", "has no function get_config"),
+        ("a.py", "def get_config():\n    return 1", "returns a int, expected a TrainConfig"),
+    ],
+)
+def test_a_file_that_is_no_config_is_one_line(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message) as error:
+        parse(flags(config=str(path)))
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_config_is_told(tmp_path):
+    with pytest.raises(ConfigError, match="is not a file"):
+        load_config(tmp_path / "a.py")
