@@ -66,7 +66,7 @@ def place(
     lengths: Int[ndarray, "n"],
     patches: Int[ndarray, "n"],
     shape: PackedShape,
-    chunks: int | None = None,
+    min_chunks: int = 1,
 ) -> Packing:
     """Return a place for every item, a pure function of the lengths.
 
@@ -77,26 +77,30 @@ def place(
         lengths: Tokens of each item.
         patches: Image patches of each item; 0 for text.
         shape: The shape of a chunk.
-        chunks: Number of chunks; None takes as many as needed.
+        min_chunks: The fewest chunks to use. Items that do not fit take the fewest more that hold
+            them; as many chunks as there are items always do.
 
     Raises:
-        PackingError: An item is larger than a row, or the items do not fit into the chunks.
+        PackingError: An item is larger than a row.
     """
     lengths, patches = np.asarray(lengths), np.asarray(patches)
     _check_items_fit_a_row(lengths, patches, shape)
-    if chunks is not None:
-        return _Cells(shape, chunks).place_all(lengths, patches)
     fullest = max(
         lengths.sum() / (shape.rows * shape.length),
         patches.sum() / max(1, shape.patch_rows * shape.patch_length),
         len(lengths) / shape.slots,
     )
-    chunks = max(1, int(np.ceil(fullest)))
-    while True:
-        try:
-            return _Cells(shape, chunks).place_all(lengths, patches)
-        except PackingError:
-            chunks += 1
+    chunks = max(min_chunks, int(np.ceil(fullest)))
+    while (packing := place_in(lengths, patches, shape, chunks)) is None:
+        chunks += 1
+    return packing
+
+
+def place_in(
+    lengths: Int[ndarray, "n"], patches: Int[ndarray, "n"], shape: PackedShape, chunks: int
+) -> Packing | None:
+    """Return a place for every item in exactly this many chunks, or None if they do not fit."""
+    return _Cells(shape, chunks).place_all(lengths, patches)
 
 
 class _Cells:
@@ -120,16 +124,22 @@ class _Cells:
             (-self.patch_rows * shape.patch_length, cell) for cell in range(self.cells)
         ]
 
-    def place_all(self, lengths: ndarray, patches: ndarray) -> Packing:
-        """Place every item, or raise PackingError."""
+    def place_all(self, lengths: ndarray, patches: ndarray) -> Packing | None:
+        """Place every item, or return None if one of them finds no room."""
         places = np.zeros((len(lengths), 6), np.int32)
         largest_first = np.lexsort((-lengths, -patches))
         images = largest_first[patches[largest_first] > 0]
         texts = largest_first[patches[largest_first] == 0]
         for i in images.tolist():
-            places[i] = self._place_image(int(lengths[i]), int(patches[i]))
+            of_image = self._place_image(int(lengths[i]), int(patches[i]))
+            if of_image is None:
+                return None
+            places[i] = of_image
         if len(texts):
-            places[texts] = self._place_texts(lengths[texts].tolist())
+            of_texts = self._place_texts(lengths[texts].tolist())
+            if of_texts is None:
+                return None
+            places[texts] = of_texts
         cell, row, column, patch_row, patch_column, slot = places.T
         shard = cell % self.shape.data_shards
         return Packing(
@@ -142,7 +152,7 @@ class _Cells:
             slot=shard * self.slots + slot,
         )
 
-    def _place_image(self, length: int, patches: int) -> tuple[int, ...]:
+    def _place_image(self, length: int, patches: int) -> tuple[int, ...] | None:
         passed_over = []
         while self.emptiest:
             free, cell = heapq.heappop(self.emptiest)
@@ -159,9 +169,9 @@ class _Cells:
                 for entry in passed_over:
                     heapq.heappush(self.emptiest, entry)
                 return (cell, row, column, patch_row, patch_column, self._next_slot(cell))
-        raise self._full(f"an item of {length} tokens and {patches} patches")
+        return None
 
-    def _place_texts(self, lengths: list[int]) -> list[tuple[int, ...]]:
+    def _place_texts(self, lengths: list[int]) -> list[tuple[int, ...]] | None:
         # One list over all cells: a text may go anywhere. Among rows with equal room, the first row
         # of every cell comes before the second of any, so that cells run out of slots together.
         room = sorted(
@@ -173,7 +183,7 @@ class _Cells:
             while at < len(room) and self.items_in[room[at][2]] == self.slots:
                 room.pop(at)
             if at == len(room):
-                raise self._full(f"an item of {length} tokens")
+                return None
             free, row, cell = room.pop(at)
             bisect.insort(room, (free - length, row, cell))
             places.append((cell, row, self.shape.length - free, 0, 0, self._next_slot(cell)))
@@ -182,14 +192,6 @@ class _Cells:
     def _next_slot(self, cell: int) -> int:
         self.items_in[cell] += 1
         return self.items_in[cell] - 1
-
-    def _full(self, what: str) -> PackingError:
-        shape = self.shape
-        return PackingError(
-            f"{what} does not fit into {self.chunks} chunks of {shape.rows} rows × "
-            f"{shape.length} tokens, {shape.patch_rows} patch rows × {shape.patch_length} patches "
-            f"and {shape.slots} slots: raise rows, patch_rows, slots or the number of chunks"
-        )
 
 
 def fill(
@@ -252,6 +254,23 @@ def rows_needed(sizes: Int[ndarray, "n"], length: int) -> int:
     return len(room)
 
 
+def rows_filled(sizes: Int[ndarray, "n"], length: int) -> float:
+    """Return how many rows of a length items of these sizes fill at least, parts of rows counted.
+
+    This is the bound L2 of Martello and Toth (1990) before it is rounded up: of two items that are
+    larger than half a row each has its own, and only what fits beside them shares it.
+    """
+    sizes = np.sort(np.asarray(sizes))
+    total = np.concatenate([[0], np.cumsum(sizes)])
+    halves = int(np.searchsorted(2 * sizes, length, side="right"))
+    # Items smaller than these are left out in turn: they would fit anywhere.
+    smallest = np.unique(np.append(sizes[:halves], 0))
+    small = total[halves] - total[np.searchsorted(sizes, smallest)]
+    shared = np.searchsorted(sizes, length - smallest, side="right")
+    room = (shared - halves) * length - (total[shared] - total[halves])
+    return len(sizes) - halves + float(np.maximum(small - room, 0).max()) / length
+
+
 def _take(room: list[tuple[int, int]], size: int, capacity: int) -> tuple[int, int]:
     """Take `size` from the fullest row that has room; return the row and its first free column."""
     free, row = room.pop(bisect.bisect_left(room, (size,)))
@@ -260,12 +279,19 @@ def _take(room: list[tuple[int, int]], size: int, capacity: int) -> tuple[int, i
 
 
 def _check_items_fit_a_row(lengths: ndarray, patches: ndarray, shape: PackedShape) -> None:
-    for what, sizes, limit, setting in (
-        ("tokens", lengths, shape.length, "length"),
-        ("patches", patches, shape.patch_length if shape.patch_rows else 0, "patch_length"),
+    for what, sizes, limit, field, settings in (
+        ("tokens", lengths, shape.length, "length", "prompt.max_text_tokens, images.max_pixels"),
+        (
+            "patches",
+            patches,
+            shape.patch_length if shape.patch_rows else 0,
+            "patch_length",
+            "images.max_pixels",
+        ),
     ):
         if len(sizes) and sizes.max() > limit:
             i = int(sizes.argmax())
             raise PackingError(
-                f"item {i} has {sizes[i]} {what}, a row holds {limit}: raise {setting}"
+                f"item {i} has {sizes[i]} {what}, a row holds {limit}: use a shape with a larger "
+                f"{field}, or lower {settings}"
             )

@@ -97,7 +97,7 @@ class Loader:
             store: The built data.
             plan: The plan of every step.
             shape: The shape of a chunk, for all hosts together.
-            chunks: Chunks in a batch.
+            chunks: Chunks in a batch; one that does not fit takes more.
             host: Index of this host, from 0.
             hosts: Number of hosts; each reads an equal run of data shards, in order.
             on_bad_record: "error" stops at an image that cannot be decoded; "skip" leaves it blank
@@ -124,7 +124,7 @@ class Loader:
 
         Raises:
             DataError: An image cannot be decoded, or a record differs from the plan.
-            PackingError: The batch does not fit into the rows.
+            PackingError: See `Plan.step`.
         """
         shape = self.shape
         step = self.plan.step(number, shape, self.chunks)

@@ -21,12 +21,10 @@ from puma_jax.data.store import Instructions
 from puma_jax.data.table import LengthTable
 from puma_jax.errors import ConfigError
 from puma_jax.rows import PackedShape
-from puma_jax.typing import Int, ndarray
+from puma_jax.typing import Bool, Int, ndarray
 
 # The purpose of a random choice is part of its key: equal counters must not give equal choices.
 _ORDER, _POSITIVE, _PROMPT = 1, 2, 3
-# Steps a shape is tried on: this many with the most tokens and as many with the most patches.
-_FULLEST = 4
 
 
 @dataclass(frozen=True)
@@ -103,6 +101,15 @@ class Plan:
         """Return the rows of all queries that can be drawn; the weights may leave sets out."""
         return np.concatenate(self._sets)
 
+    def candidates(self) -> Bool[ndarray, "candidates"]:
+        """Return which candidates can be drawn: the positives of the queries that can be."""
+        table = self.table
+        asked = np.zeros(len(table.query_key), bool)
+        asked[self.queries()] = True
+        drawn = np.zeros(len(table.candidate_tokens), bool)
+        drawn[table.positive_row[np.repeat(asked, np.diff(table.positive_start))]] = True
+        return drawn
+
     def prompts(self, query: Int[ndarray, "n"]) -> Int[ndarray, "n"]:
         """Return how many prompts each query can have; 0 means that it has no instruction."""
         if not self.config.instructions:
@@ -110,10 +117,15 @@ class Plan:
         return self._prompts[self.table.query_key[query]]
 
     def step(self, step: int, shape: PackedShape, chunks: int) -> Step:
-        """Return the plan of a step, packed.
+        """Return the plan of a step, packed into the fewest chunks that hold it.
+
+        Args:
+            step: Number of the step.
+            shape: The shape of a chunk.
+            chunks: The fewest chunks to use; a batch that does not fit takes more.
 
         Raises:
-            PackingError: The batch does not fit; the message says which limit to raise.
+            PackingError: An item is larger than a row; not with a shape from `fitting_shape`.
         """
         pairs = self.pairs(step)
         lengths, patches = self.item_sizes(pairs)
@@ -125,16 +137,19 @@ class Plan:
         Args:
             chunks: Chunks in a batch.
             data_shards: Data-parallel devices.
-            looked_at: How many steps, spread over an epoch, are searched for the fullest ones. With
-                homogeneous batches all steps are searched, because no two are alike. The rows
-                always hold the largest item of the whole table.
+            looked_at: How many steps are searched for the fullest ones and for how much they
+                differ, spread over an epoch, or over several where each has few windows of balanced
+                steps. With homogeneous batches all steps of an epoch are searched, because no two
+                are alike. The rows always hold the largest item that can be drawn.
         """
-        steps = self.steps_per_epoch if self.config.homogeneous_batches else looked_at
-        spread = np.unique(np.linspace(0, self.steps_per_epoch - 1, steps).astype(int))
+        mixed = not self.config.homogeneous_batches
+        stop = self.steps_per_epoch
+        if mixed:
+            # Steps of one window are alike, so the steps searched are of different windows.
+            stop = max(stop, looked_at * min(self.config.balance_window, self.steps_per_epoch))
+        spread = np.unique(np.linspace(0, stop - 1, looked_at if mixed else stop).astype(int))
         sizes = [self.item_sizes(self.pairs(step)) for step in spread.tolist()]
-        totals = np.array([(lengths.sum(), patches.sum()) for lengths, patches in sizes])
-        fullest = np.unique(np.argsort(totals, axis=0)[-_FULLEST:])
-        return batch_shape([sizes[i] for i in fullest], chunks, data_shards, self.largest_item())
+        return batch_shape(sizes, chunks, data_shards, self.largest_item(), sampled=mixed)
 
     def item_sizes(self, pairs: Pairs) -> tuple[Int[ndarray, "items"], Int[ndarray, "items"]]:
         """Return tokens and patches of all items of these pairs, the queries first."""
@@ -143,14 +158,14 @@ class Plan:
         return lengths, patches
 
     def largest_item(self) -> tuple[int, int]:
-        """Return the most tokens and the most patches that any item can have with any prompt."""
-        table = self.table
+        """Return the most tokens and the most patches of any item that can be drawn."""
         longest_prompt = np.where(self._prompts > 0, self._prompt_tokens.argmax(1), -1)
         if not self.config.instructions:
             longest_prompt[:] = -1
+        query = self.queries()
         sizes = (
-            self.query_sizes(np.arange(len(table.query_key)), longest_prompt[table.query_key]),
-            self.candidate_sizes(np.arange(len(table.candidate_tokens))),
+            self.query_sizes(query, longest_prompt[self.table.query_key[query]]),
+            self.candidate_sizes(np.flatnonzero(self.candidates())),
         )
         tokens, patches = (
             max(int(of.max(initial=0)) for of in both) for both in zip(*sizes, strict=True)

@@ -9,8 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from puma_jax.axes import TILE
-from puma_jax.data.packing import place, rows_needed
-from puma_jax.errors import PackingError
+from puma_jax.data.packing import place, place_in, rows_filled, rows_needed
 from puma_jax.rows import PackedShape
 from puma_jax.typing import Int, ndarray
 
@@ -19,6 +18,11 @@ _WIDEST_IN_TRAINING = 2048
 # Room for steps that were not looked at: a little in rows, more in slots, which cost nothing.
 _HEADROOM = 1.005
 _SLOT_HEADROOM = 1.5
+# Rows hold steps up to this many standard deviations above the mean. A step that does not fit costs
+# more than twice as much, and a compilation: it should be rare.
+_DEVIATIONS = 4
+# The most steps that a shape is tried on, the fullest.
+_TRIED = 32
 
 
 def fitting_shape(
@@ -95,61 +99,90 @@ def batch_shape(
     chunks: int,
     data_shards: int,
     largest: tuple[int, int],
+    *,
+    sampled: bool = False,
 ) -> PackedShape:
     """Return the smallest shape of a chunk that holds the batches of all these steps.
 
     Row lengths are multiples of the tile, and every data shard has the same number of rows. Among
     shapes that waste equally little, the one with the shortest rows is taken, because the cost of
-    attention grows with them.
+    attention grows with them. There always is a shape: where every slot has a row of its own, an
+    item that finds a slot finds a row.
 
     Args:
         steps: Tokens and patches of all items of some steps of a plan.
         chunks: Chunks in a batch.
         data_shards: Data-parallel devices.
         largest: Tokens and patches that a row must hold even if no item of these steps has them.
-
-    Raises:
-        PackingError: No shape holds the steps.
+        sampled: Whether the steps are a sample of many; if so, room is left for how steps differ.
     """
     cells = chunks * data_shards
     most_items = max(len(lengths) for lengths, _ in steps)
     slots = data_shards * int(np.ceil(_SLOT_HEADROOM * most_items / cells) + 1)
-    token_rows = _row_choices([lengths for lengths, _ in steps], cells, largest[0])
-    patch_rows = _row_choices([patches for _, patches in steps], cells, largest[1])
-    choices = sorted(
-        itertools.product(token_rows, patch_rows),
-        key=lambda choice: sum(
-            rows * length / (least[0] * least[1] or 1)
-            for (rows, length), least in zip(choice, (token_rows[0], patch_rows[0]), strict=True)
-        ),
-    )
-    reason = None
-    for (rows, length), (patch_rows_of, patch_length) in choices:
-        shape = PackedShape(
-            rows * data_shards,
-            length,
-            patch_rows_of * data_shards,
-            patch_length,
-            slots,
-            data_shards,
+    fullest = _fullest(steps)
+    seen = steps if sampled else fullest
+    for tries in itertools.count():
+        token_rows, patch_rows = (
+            _row_choices([step[i] for step in seen], cells, largest[i], sampled, tries)
+            for i in (0, 1)
         )
-        try:
-            for lengths, patches in steps:
-                place(lengths, patches, shape, chunks)
-        except PackingError as error:
-            reason = error
-        else:
-            return shape
-    raise PackingError(f"no shape of {chunks} chunks holds the batch: {reason}")
+        for (rows, length), (rows_of_patches, patch_length) in _tightest_first(
+            token_rows, patch_rows
+        ):
+            shape = PackedShape(
+                rows * data_shards,
+                length,
+                rows_of_patches * data_shards,
+                patch_length,
+                slots,
+                data_shards,
+            )
+            if all(place_in(*sizes, shape, chunks) is not None for sizes in fullest):
+                return shape
+    raise AssertionError("unreachable")
 
 
-def _row_choices(sizes: list[ndarray], cells: int, longest: int) -> list[tuple[int, int]]:
-    """Return (rows in a cell, row length) pairs that could hold all sizes, the smallest first."""
-    total = _HEADROOM * max(int(of_step.sum()) for of_step in sizes)
-    if not total:
+def _tightest_first(
+    token_rows: list[tuple[int, int]], patch_rows: list[tuple[int, int]]
+) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Return all pairs of choices, each list sorted by its room: those with the least room first.
+
+    Tokens and patches count alike, each as a share of the tightest choice.
+    """
+    least = [rows * length or 1 for rows, length in (token_rows[0], patch_rows[0])]
+
+    def room(choice: tuple[tuple[int, int], tuple[int, int]]) -> float:
+        return sum(
+            rows * length / tightest for (rows, length), tightest in zip(choice, least, strict=True)
+        )
+
+    return sorted(itertools.product(token_rows, patch_rows), key=room)
+
+
+def _fullest(steps: Sequence[tuple[ndarray, ndarray]]) -> list[tuple[ndarray, ndarray]]:
+    """Return the steps with the most tokens or patches, the fullest first."""
+    totals = np.array([(lengths.sum(), patches.sum()) for lengths, patches in steps])
+    fullness = (totals / np.maximum(totals.max(0), 1)).max(1)
+    return [steps[i] for i in np.argsort(-fullness, kind="stable")[:_TRIED]]
+
+
+def _row_choices(
+    sizes: list[ndarray], cells: int, longest: int, sampled: bool, tries: int
+) -> list[tuple[int, int]]:
+    """Return (rows in a cell, row length) pairs that could hold all sizes, the smallest first.
+
+    The rows of the first try are a lower bound; every later try has more of them.
+    """
+    longest = max(longest, *(int(of_step.max(initial=0)) for of_step in sizes))
+    if not longest:
         return [(0, TILE)]
     shortest = -(-longest // TILE) * TILE
-    lengths = range(shortest, max(shortest, _WIDEST_IN_TRAINING) + TILE, TILE)
-    fewest = [(int(np.ceil(total / (cells * length))), length) for length in lengths]
-    with_one_more = [*fewest, *((rows + 1, length) for rows, length in fewest)]
-    return sorted(with_one_more, key=lambda choice: (choice[0] * choice[1], choice[1]))
+    choices = []
+    for length in range(shortest, max(shortest, _WIDEST_IN_TRAINING) + TILE, TILE):
+        filled = np.array([rows_filled(of_step, length) for of_step in sizes])
+        total = _HEADROOM * filled.max()
+        if sampled:
+            total = max(total, filled.mean() + _DEVIATIONS * filled.std())
+        rows = max(1, int(np.ceil(total * (16 + tries) / (16 * cells))))
+        choices += [(rows, length), (rows + 1, length)]
+    return sorted(choices, key=lambda choice: (choice[0] * choice[1], choice[1]))

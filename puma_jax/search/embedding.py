@@ -124,9 +124,23 @@ class _Work:
     pool: ThreadPoolExecutor
 
     def shape(self) -> PackedShape:
-        """Return a shape of packed rows for the whole corpus, estimated from a sample of items."""
+        """Return a shape of packed rows for the whole corpus, estimated from a sample of items.
+
+        An item that is larger than all of the sample is no error: `Embedder.encode` chooses another
+        shape for it and for the rest of its shard.
+
+        Raises:
+            DataError: No item of the sample can be read.
+        """
         rows = np.unique(np.linspace(0, self.corpus.items - 1, _SAMPLE).astype(int))
-        return self.embedder.shape_for(list(_Preprocessed(self, rows.tolist())))
+        sample = _Preprocessed(self, rows.tolist())
+        items = list(sample)
+        if not items:
+            raise DataError(
+                f"{self.corpus.source}: none of {len(rows):,} items looked at can be read; the "
+                f"first of them: {sample.skipped[0][1]}"
+            )
+        return self.embedder.shape_for(items)
 
     def __call__(
         self, rows: range, shape: PackedShape, bar: Progress

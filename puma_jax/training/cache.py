@@ -66,9 +66,7 @@ class Index:
         drawn = np.zeros(queries, bool)
         drawn[plan.queries()] = True
         wordings = np.where(drawn, np.maximum(plan.prompts(np.arange(queries)), 1), 0)
-        positive = np.zeros(len(table.candidate_tokens), bool)
-        positive[table.positive_row[np.repeat(drawn, np.diff(table.positive_start))]] = True
-        items = np.concatenate([[0], wordings, positive])
+        items = np.concatenate([[0], wordings, plan.candidates()])
         return cls(np.cumsum(items, dtype=np.int64), queries)
 
     def __len__(self) -> int:

@@ -135,7 +135,8 @@ class StageConfig:
     grad_cache_chunks: Annotated[int, Range(1, 2**16)] = 1
     """Parts of a batch that go through the model one after the other (GradCache,
     arXiv 2101.06983). Activation memory is that of one part; from 2 on, the forward pass of each
-    part runs twice."""
+    part runs twice. A batch that does not fit into the rows of so many takes more, and the log says
+    so."""
     loss: LossConfig = LossConfig()
     distill: DistillConfig = DistillConfig()
     trainable: Literal["lora", "full"] = "lora"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import signal
 import time
@@ -73,15 +74,10 @@ def run_stage(
     profiler = Profiler(folder.parent.parent / "profile" / stage.name, config.log.profile)
     with bar, contextlib.closing(profiler), _stop_requests() as stop_requested:
         monitor = MetricsMonitor(stage, config, metric_writer, bar)
-        train_step: Any = None
+        train_steps = _TrainSteps(stage, bar)
         prefetched = prefetch(stage, config, start)
         for step, (batch, device_batch, counters) in enumerate(prefetched, start + 1):
-            if train_step is None:
-                bar.set_postfix_str("compiling")
-                # Compiled ahead of time: a batch of other shapes is an error, not a recompilation.
-                arguments = (stage.state, stage.frozen_params, *device_batch)
-                train_step = stage.step.lower(*arguments).compile()
-                del arguments
+            train_step = train_steps.compiled(step, *device_batch)
             profiler.before(step)
             with jax.transfer_guard("disallow"):
                 stage.state, metrics = train_step(stage.state, stage.frozen_params, *device_batch)
@@ -126,6 +122,51 @@ def prefetch(
         yield batch, device_batch, counters
 
 
+class _TrainSteps:
+    """The train step of a stage, compiled ahead of time once for every number of chunks.
+
+    Most batches have the chunks that the stage is set to; one that does not fit has more. A batch
+    that differs from the first one in any other shape is an error, not a recompilation.
+    """
+
+    def __init__(self, stage: Stage, bar: tqdm):
+        self._stage = stage
+        self._bar = bar
+        self._compiled: dict[int, jax.stages.Compiled] = {}
+        self._first: tuple[Batch, PairStates | None] | None = None
+        """Shapes and shardings of the first batch and its teacher states."""
+
+    def compiled(
+        self, step: int, batch: Batch, teacher_states: PairStates | None
+    ) -> jax.stages.Compiled:
+        """Return the train step for the batch of a step, as it is on the devices."""
+        chunks = batch.rows.tokens.shape[0]
+        if chunks in self._compiled:
+            return self._compiled[chunks]
+        usual, name = self._stage.loader.chunks, self._stage.name
+        if chunks != usual:
+            self._bar.write(
+                f"{name}, step {step}: its batch needs {chunks} chunks instead of {usual}; "
+                f"compiling the step for {chunks} chunks"
+            )
+        self._bar.set_postfix_str("compiling")
+        if self._first is None:
+            self._first = jax.tree.map(_abstract, (batch, teacher_states))
+        like, states_like = self._first
+        rows = jax.tree.map(lambda leaf: _abstract(leaf, chunks), like.rows)
+        like = dataclasses.replace(like, rows=rows)
+        stage = self._stage
+        lowered = stage.step.lower(stage.state, stage.frozen_params, like, states_like)
+        self._compiled[chunks] = lowered.compile()
+        return self._compiled[chunks]
+
+
+def _abstract(leaf: Any, chunks: int | None = None) -> jax.ShapeDtypeStruct:
+    """Return the shape and sharding of an array, its leading axis set to `chunks` if given."""
+    shape = leaf.shape if chunks is None else (chunks, *leaf.shape[1:])
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
+
+
 class MetricsMonitor:
     """Checks and reports the metrics of a step while the device works on the next one."""
 
@@ -138,6 +179,8 @@ class MetricsMonitor:
         self.bar = bar
         self.seconds_saving = 0.0
         """Seconds for which checkpoints stopped training since metrics were last written."""
+        self.steps_with_more_chunks = 0
+        """Steps since then whose batch did not fit into the chunks that the stage is set to."""
         self._pending: tuple[int, Batch, Metrics, Counters] | None = None
 
     def after(self, step: int, batch: Batch, metrics: Metrics, counters: Counters) -> None:
@@ -155,6 +198,7 @@ class MetricsMonitor:
             return
         step, batch, metrics, counters = self._pending
         self._pending = None
+        self.steps_with_more_chunks += len(batch.rows.tokens) > self.stage.loader.chunks
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         bad = [name for name in ("loss", "gradient_norm") if not math.isfinite(values[name])]
         if bad:
@@ -166,9 +210,13 @@ class MetricsMonitor:
             refresh=False,
         )
         if step % self.config.log.every_steps == 0 or step == self.stage.steps:
-            costs = {"seconds_saving": self.seconds_saving, "peak_memory": peak_memory()}
+            costs = {
+                "seconds_saving": self.seconds_saving,
+                "steps_with_more_chunks": self.steps_with_more_chunks,
+                "peak_memory": peak_memory(),
+            }
             self.metric_writer.write(self.stage.name, step, {**values, **vars(counters), **costs})
-            self.seconds_saving = 0.0
+            self.seconds_saving, self.steps_with_more_chunks = 0.0, 0
 
     def _not_finite(self, step: int, batch: Batch, name: str, value: float) -> str:
         store = self.stage.loader.store

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puma_jax.data.items import Item
-from puma_jax.data.packing import fill, place
+from puma_jax.data.packing import fill, place, place_in, rows_filled, rows_needed
 from puma_jax.data.shapes import batch_shape, fitting_shape
 from puma_jax.errors import PackingError
 from puma_jax.rows import PackedShape
+from tests.data.plan_grid import check_packing
 from tests.reference import VISION
 
 # The smallest patch there is: three values.
@@ -93,18 +94,33 @@ def test_placement_depends_on_lengths_alone():
 
 
 @pytest.mark.parametrize(
-    ("lengths", "patches", "chunks", "message"),
+    ("lengths", "patches", "message"),
     [
-        ([65], [0], None, "item 0 has 65 tokens, a row holds 64: raise length"),
-        ([9, 9], [0, 100], None, "item 1 has 100 patches, a row holds 96: raise patch_length"),
-        ([64] * 5, [0] * 5, 1, "raise rows, patch_rows, slots or the number of chunks"),
-        ([9] * 5, [96] * 5, 1, "an item of 9 tokens and 96 patches does not fit into 1 chunks"),
-        ([1] * 25, [0] * 25, 1, "24 slots"),
+        ([65], [0], "item 0 has 65 tokens, a row holds 64: .* larger length, or lower prompt"),
+        ([9, 9], [0, 100], "item 1 has 100 patches, a row holds 96: .* or lower images.max_pixels"),
     ],
 )
-def test_what_does_not_fit_names_the_limit_to_raise(lengths, patches, chunks, message):
+def test_an_item_larger_than_a_row_is_an_error_that_names_settings(lengths, patches, message):
     with pytest.raises(PackingError, match=message):
-        place(np.array(lengths), np.array(patches), SHAPE, chunks)
+        place(np.array(lengths), np.array(patches), SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "patches", "chunks"),
+    [
+        ([64] * 5, [0] * 5, 2),  # rows
+        ([9] * 9, [96] * 9, 3),  # patch rows
+        ([1] * 49, [0] * 49, 3),  # slots
+        ([33] * 5, [0] * 5, 2),  # more than half of a row each
+    ],
+)
+def test_items_that_do_not_fit_take_the_fewest_chunks_that_hold_them(lengths, patches, chunks):
+    lengths, patches = np.array(lengths), np.array(patches)
+    for asked in range(1, 5):
+        packing = place(lengths, patches, SHAPE, asked)
+        assert packing.chunks == max(asked, chunks)
+        check_packing(lengths, patches, packing, SHAPE)
+    assert place_in(lengths, patches, SHAPE, chunks - 1) is None
 
 
 def test_images_in_a_shape_without_patch_rows_are_an_error():
@@ -139,3 +155,30 @@ def test_batches_of_short_texts_go_into_short_rows(seed):
     shape = batch_shape([(lengths, 0 * lengths) for lengths in steps], 4, 1, (128, 0))
     assert shape.length == 128
     assert max(step.sum() for step in steps) / (4 * shape.rows * shape.length) > 0.9
+
+
+@pytest.mark.parametrize("size", [60, 350, 700, 1100, 1500])
+@pytest.mark.parametrize(("items", "data_shards"), [(7, 1), (60, 1), (300, 1), (300, 8)])
+def test_items_of_one_size_find_a_shape_however_much_of_a_row_they_leave(size, items, data_shards):
+    """Images of one size, say: rows filled to the sum of their tokens would not hold them."""
+    lengths, patches = np.full(items, size), np.full(items, 4 * size)
+    shape = batch_shape([(lengths, patches)], 1, data_shards, (size, 4 * size))
+    packing = place(lengths, patches, shape)
+    assert packing.chunks == 1
+    check_packing(lengths, patches, packing, shape)
+    if (items, data_shards) == (300, 1):
+        assert lengths.sum() > 0.85 * shape.rows * shape.length
+
+
+@given(st.lists(st.integers(1, 100), max_size=60), st.integers(100, 150))
+def test_rows_filled_bounds_rows_needed(sizes, length):
+    sizes = np.array(sizes, int)
+    assert sizes.sum() / length <= rows_filled(sizes, length) + 1e-9
+    assert rows_filled(sizes, length) <= rows_needed(sizes, length) + 1e-9
+
+
+def test_rows_filled_counts_what_cannot_share_a_row():
+    assert rows_filled(np.array([60, 60, 60]), 100) == 3
+    assert rows_filled(np.array([60, 60, 60, 40, 40, 40]), 100) == 3
+    # Three rows with room for 30 each, that none of the others has use for.
+    assert rows_filled(np.array([70, 70, 70, 35, 35, 30]), 100) == pytest.approx(3.7)

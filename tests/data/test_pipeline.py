@@ -121,6 +121,19 @@ def test_hosts_together_hold_what_one_would(store, plan, shape, expected, hosts)
             assert_same(dataclasses.replace(part, rows=whole.rows), whole)
 
 
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_agree_on_the_chunks_of_a_batch_that_does_not_fit(store, plan, shape, hosts):
+    one_item_a_device = dataclasses.replace(shape, slots=GROUPS)
+    whole = Loader(store, plan, one_item_a_device, CHUNKS)(3)
+    assert len(whole.rows.tokens) == 2 * 16 // GROUPS > CHUNKS
+    parts = [
+        Loader(store, plan, one_item_a_device, CHUNKS, host=host, hosts=hosts)(3)
+        for host in range(hosts)
+    ]
+    rows = jax.tree.map(lambda *parts: np.concatenate(parts, 1), *[part.rows for part in parts])
+    assert_same(dataclasses.replace(parts[0], rows=rows), whole)
+
+
 def test_groups_that_do_not_divide_among_hosts_are_refused(store, plan, shape):
     with pytest.raises(ConfigError, match="4 data shards do not divide among 3 hosts"):
         Loader(store, plan, shape, CHUNKS, host=0, hosts=3)

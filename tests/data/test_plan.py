@@ -1,5 +1,7 @@
 """The plan: pure in (seed, step), each query once an epoch, rows that hold every step."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,11 +9,14 @@ from hypothesis import strategies as st
 
 from puma_jax.config import PlanConfig
 from puma_jax.data.items import TokenizedTemplate
+from puma_jax.data.packing import place_in
 from puma_jax.data.plan import Plan, _shuffle
+from puma_jax.data.shapes import batch_shape
 from puma_jax.data.store import Instructions, Prompt
 from puma_jax.data.table import LengthTable
 from puma_jax.errors import ConfigError, PackingError
 from puma_jax.rows import PackedShape
+from tests.data.plan_grid import check_packing
 
 QUERIES, CANDIDATES = 1003, 300
 SETS = ("large", "small", "tiny")
@@ -202,9 +207,39 @@ def test_rows_hold_the_largest_item_of_all_not_only_of_the_steps_looked_at(plan_
     assert shape.patch_length >= plan.largest_item()[1]
 
 
-def test_what_does_not_fit_is_an_error_when_it_is_planned(plan_of):
-    with pytest.raises(PackingError, match="raise"):
-        plan_of(batch_size=100).step(0, PackedShape(2, 512, 2, 512, 300), 1)
+def test_a_batch_that_does_not_fit_takes_the_fewest_chunks_that_hold_it(plan_of):
+    plan, shape = plan_of(batch_size=100), PackedShape(8, 512, 8, 512, 80, data_shards=2)
+    for number in range(plan.steps_per_epoch):
+        step = plan.step(number, shape, 1)
+        assert step.packing.chunks > 1
+        assert place_in(step.lengths, step.patches, shape, step.packing.chunks - 1) is None
+        check_packing(step.lengths, step.patches, step.packing, shape)
+        assert same(plan_of(batch_size=100).step(number, shape, 1).packing, step.packing)
+
+
+def test_an_item_larger_than_a_row_is_an_error_that_names_settings(plan_of):
+    with pytest.raises(PackingError, match=r"a row holds 32: .* lower prompt.max_text_tokens"):
+        plan_of(batch_size=100).step(0, PackedShape(2, 32, 2, 512, 300), 1)
+
+
+def test_rows_hold_images_also_if_no_step_that_was_looked_at_has_one(plan_of):
+    plan = plan_of(batch_size=100)
+    lengths, patches = plan.item_sizes(plan.pairs(0))
+    shape = batch_shape([(lengths, 0 * patches)], 1, 8, plan.largest_item())
+    step = plan.step(0, shape, 1)
+    assert step.patches.any()
+    check_packing(step.lengths, step.patches, step.packing, shape)
+
+
+def test_sets_that_are_never_drawn_make_no_rows_longer(table, plan_of):
+    """Neither their queries nor the candidates that answer no other."""
+    longest = np.where(np.arange(QUERIES) == QUERIES - 1, 999, table.query_text_length)
+    plan = plan_of(batch_size=4, mixture_weights=(("large", 1.0),), instructions=False)
+    plan.table = dataclasses.replace(table, query_plain_tokens=longest + 9)
+    drawn = plan.query_sizes(plan.queries(), np.full(800, -1))[0].max()
+    answers = np.unique(table.positive_row[: table.positive_start[800]])
+    assert np.array_equal(np.flatnonzero(plan.candidates()), answers)
+    assert plan.largest_item()[0] == max(drawn, plan.candidate_sizes(answers)[0].max())
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from puma_jax import embed as entry_point
 from puma_jax.data import mbeir
 from puma_jax.data.mbeir import Candidate
 from puma_jax.errors import ConfigError, DataError, EvaluationError, ImageError, VectorsError
+from puma_jax.search import embedding
 from puma_jax.search.corpus import open_corpus
 from puma_jax.search.embedding import check_finite
 from puma_jax.search.shards import Vectors
@@ -252,6 +253,29 @@ def test_items_that_cannot_be_read_stop_the_run_or_are_noted(tiny, root, tmp_pat
     assert vectors.ids(range(len(vectors))) == [f"mine:{n}" for n in range(ITEMS) if n not in lost]
     noted = "".join(path.read_text() for path in sorted(tmp_path.glob("skips/*/skipped.txt")))
     assert [line.split(": ")[0] for line in noted.splitlines()] == [f"mine:{n}" for n in lost]
+
+
+def test_items_larger_than_all_of_the_sample_are_embedded_too(
+    tiny, embedder, root, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(embedding, "_SAMPLE", 2)
+    items = [{"text": "a"}, {"text": "word " * 80}, {"image": image_path(2)}, {"text": "b"}]
+    lines = [json.dumps({"id": str(number), **item}) for number, item in enumerate(items)]
+    (tmp_path / "items.jsonl").write_text("\n".join(lines))
+    embed(tiny, tmp_path / "items.jsonl", tmp_path / "out", images=root)
+    items[2] = {"image": root / image_path(2)}
+    np.testing.assert_allclose(read(tmp_path / "out"), embedder.encode(items), atol=1e-6)
+
+
+def test_a_corpus_of_which_nothing_can_be_read_is_named(tiny, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for number in range(3):
+        (tmp_path / f"pictures/{number}.png").write_bytes(b"no image")
+    message = (
+        "pictures: none of 3 items looked at can be read; the first of them: 0.png: .* decoded"
+    )
+    with pytest.raises(DataError, match=message):
+        embed(tiny, tmp_path / "pictures", tmp_path / "out", on_bad_record="skip")
 
 
 @pytest.mark.parametrize(
