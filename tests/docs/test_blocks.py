@@ -117,7 +117,7 @@ def test_mteb_runs_our_model(run_page, monkeypatch):
     assert seen == [("me/my-puma", "step-3000", ["NanoSciFactRetrieval", "NIGHTSI2IRetrieval"])]
 
 
-def test_exports_give_the_vectors_of_the_embedder(world, monkeypatch):
+def test_exports_give_the_vectors_of_the_embedder(world, no_videos, monkeypatch):
     monkeypatch.chdir(world)
     for kind in ("stablehlo", "sentence-transformers"):
         export.main(kind, "runs/demo-quick/mac", world / "exported" / kind)
