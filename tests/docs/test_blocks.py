@@ -38,6 +38,18 @@ def world(tiny, tmp_path_factory):
     folder.mkdir(parents=True)
     for number, name in enumerate(("1F4B0", "1F34E", "1F6B2", "1F3B8")):
         random_image(56, 56, seed=number).save(folder / f"{name}.png")
+    mbeir.write_candidates(
+        here / "runs/openmoji/cand_pool/local/mbeir_openmoji_task2_cand_pool.jsonl",
+        [
+            mbeir.Candidate(
+                f"10:{name}",
+                f"A country, {name}.",
+                f"mbeir_images/openmoji/color/{name}.png",
+                "image,text",
+            )
+            for name in ("1F4B0", "1F34E", "1F6B2")
+        ],
+    )
     embed(open_corpus(folder), embedder, here / "runs/vectors", items_per_shard=3)
     random_image(120, 80).save(here / "bike.jpg")
     metrics = {"stage": "mac", "step": 10, "loss": 5.5}
