@@ -6,7 +6,7 @@ BIN     = $(VENV)/bin
 DEMO    = $(VENV)/.demo
 STAMP   = $(VENV)/.test
 
-.PHONY: demo test check format data clean
+.PHONY: demo test check docs docs-serve format data clean
 
 # PRESET=full trains for longer. Run it again after a stop, and it goes on.
 PRESET ?= quick
@@ -24,6 +24,14 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The tests build the site, too: what warns here fails there. The variable silences an advertisement.
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(STAMP)
+	$(BIN)/mkdocs serve
 
 data: $(DEMO)
 	$(BIN)/python -m puma_jax.data.openmoji --out runs/openmoji
@@ -43,4 +51,4 @@ $(DEMO): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build *.egg-info
+	rm -rf $(VENV) site .pytest_cache .ruff_cache .mypy_cache build *.egg-info

@@ -1,6 +1,6 @@
 """Check without a TPU whether a training stage fits a TPU slice: libtpu compiles for it here.
 
-    pip install 'puma-jax[tpu]'
+    pip install -e '.[tpu]'
     python launch/aot_check.py --config configs/puma_qwen2vl_7b.py --stage mac --topology v5e-16 \
         --mesh.data 1 --mesh.fsdp 16
 

@@ -30,6 +30,19 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def no_videos():
+    """Do without the processor of videos where torchvision is missing: it fits not every torch."""
+    from transformers import Qwen2VLProcessor
+    from transformers.utils import is_torchvision_available
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not is_torchvision_available():
+            parts = classmethod(lambda cls: ["image_processor", "tokenizer"])
+            patch.setattr(Qwen2VLProcessor, "get_attributes", parts)
+        yield
+
+
+@pytest.fixture(scope="session")
 def wide(tmp_path_factory):
     """Two layers of Qwen2-VL-2B's real widths."""
     config = reference.qwen2_vl_config(

@@ -181,7 +181,7 @@ def _opened_file(file: Any, name: str) -> Image.Image:
     if _is_heif(file.read(64)) and not _register_heif():
         raise DecodeError(
             f"{name} cannot be decoded: HEIC needs pillow-heif, which is not installed: "
-            "pip install pillow-heif, or 'puma-jax[heic]'"
+            "pip install pillow-heif"
         )
     file.seek(0)
     Image.init()

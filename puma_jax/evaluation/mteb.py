@@ -1,7 +1,7 @@
 """Wrap an `Embedder` for mteb: `mteb.evaluate(MtebModel(embedder, ...), tasks)`.
 
 mteb depends on torch, which nothing else here needs. It is an extra and imported only here:
-`pip install 'puma-jax[mteb]'`.
+`pip install -e '.[mteb]'` in the clone of puma_jax.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class MtebModel:
             import mteb  # noqa: F401
         except ImportError as error:
             raise ConfigError(
-                f"mteb cannot be imported ({error}): pip install 'puma-jax[mteb]'"
+                f"mteb cannot be imported ({error}): run pip install -e '.[mteb]' in the clone "
+                "of puma_jax"
             ) from error
         if "/" not in name:
             raise ConfigError(f'name "{name}" has no "/", expected organization/model')

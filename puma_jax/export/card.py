@@ -222,7 +222,7 @@ def _what_it_is(embedder: Embedder) -> str:
         f"One vector of {embedder.embedding_dim} values for a text, an image, or an image with a "
         "text; the inner product of two is their similarity. "
         f"{parameters / 1e6:,.2f} M parameters, family `{config.family}`, made with "
-        f"[puma_jax](https://pypi.org/project/puma-jax) after [PUMA]({_PAPER}).\n\n"
+        f"puma_jax after [PUMA]({_PAPER}).\n\n"
         f"**Layers.** Decoder layers kept from the base model, counted from 0: {kept}.\n\n"
         f"**Limits.** Texts of up to {config.prompt.max_text_tokens} tokens, images of "
         f"{config.images.min_pixels:,} to {config.images.max_pixels:,} pixels after resizing. "

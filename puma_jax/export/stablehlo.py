@@ -59,7 +59,8 @@ def write(embedder: Embedder, folder: Path) -> None:
     """
     require(
         importlib.util.find_spec("flatbuffers") is not None,
-        "jax.export needs flatbuffers, which is not installed: pip install 'puma-jax[export]'",
+        "jax.export needs flatbuffers, which is not installed: run pip install -e '.[export]' in "
+        "the clone of puma_jax",
     )
     template = Processor(embedder.tokenizer, embedder.config).template
     exported = _export(embedder, template)

@@ -189,7 +189,7 @@ def _counted(passed_over: Counter[str], start: str) -> str:
     if rest := sum(count for _, count in most[_KINDS_SHOWN:]):
         parts.append(f"others ({rest:,})")
     heic = passed_over.keys() & {".heic", ".heif", ".hif"}
-    hint = "; HEIC needs pip install 'puma-jax[heic]'" if heic else ""
+    hint = "; HEIC needs pip install pillow-heif" if heic else ""
     return f"{start}{', '.join(parts)}{hint}"
 
 

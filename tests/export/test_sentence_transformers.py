@@ -12,8 +12,7 @@ from jinja2 import TemplateError
 from PIL import Image, ImageOps
 from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
-from transformers import AutoModel, Qwen2VLProcessor
-from transformers.utils import is_torchvision_available
+from transformers import AutoModel
 
 from puma_jax import Embedder
 from puma_jax.config import ImageConfig, PromptConfig
@@ -37,15 +36,7 @@ ITEMS = [
     {"image": np.asarray(random_image(56, 84)), "text": None},
 ]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def no_videos():
-    """Do without the processor of videos where torchvision is missing: it fits not every torch."""
-    with pytest.MonkeyPatch.context() as patch:
-        if not is_torchvision_available():
-            parts = classmethod(lambda cls: ["image_processor", "tokenizer"])
-            patch.setattr(Qwen2VLProcessor, "get_attributes", parts)
-        yield
+pytestmark = pytest.mark.usefixtures("no_videos")
 
 
 def exported(folder, **settings):

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "configs/puma_qwen2vl_7b.py"
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
-    reason="compiles for TPUs: pip install 'puma-jax[tpu]'",
+    reason="compiles for TPUs: pip install -e '.[tpu]'",
 )
 
 

@@ -133,7 +133,7 @@ def test_heic_files_are_taken_with_the_extra_and_counted_without(photos, monkeyp
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     corpus = open_corpus(photos)
     assert ids(corpus) == ["a.jpg"]
-    assert corpus.passed_over.endswith(": .heic (1); HEIC needs pip install 'puma-jax[heic]'")
+    assert corpus.passed_over.endswith(": .heic (1); HEIC needs pip install pillow-heif")
 
 
 def test_the_fingerprint_is_that_of_names_and_sizes(photos):

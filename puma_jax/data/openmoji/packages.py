@@ -46,5 +46,6 @@ def demo_versions() -> dict[str, str]:
 
 def _missing(name: str) -> ConfigError:
     return ConfigError(
-        f"the demo benchmark needs {name}, which is not installed: pip install 'puma-jax[demo]'"
+        f"the demo benchmark needs {name}, which is not installed: run pip install -e '.[demo]' in "
+        "the clone of puma_jax"
     )
