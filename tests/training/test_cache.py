@@ -14,11 +14,10 @@ from puma_jax.config import ImageConfig, LoraConfig, PlanConfig, PromptConfig
 from puma_jax.data.builder import Settings, build
 from puma_jax.data.pipeline import Loader
 from puma_jax.data.plan import Plan
-from puma_jax.data.prompts import Processor, load_tokenizer
+from puma_jax.data.prompts import Processor
 from puma_jax.data.store import Store
 from puma_jax.errors import ArtifactError, CheckpointError
 from puma_jax.model import encoder
-from puma_jax.model.hf import open_checkpoint
 from puma_jax.model.tree import named_leaves
 from puma_jax.parallel import rules
 from puma_jax.parallel.mesh import MeshConfig, data_shards, make_mesh
@@ -33,12 +32,12 @@ from puma_jax.training.config import (
 )
 from puma_jax.training.loop import run_stage
 from puma_jax.training.metric_writer import MetricWriter
-from puma_jax.training.stages import build_stage, open_data
 from puma_jax.training.step import FrozenParams
 from puma_jax.training.teacher import make_teacher, split_teacher
 from tests.data import fake_mbeir
 from tests.fuzz import Target, check_only_declared_errors
 from tests.reference import FLOAT32, byte_tokenizer
+from tests.training.ready import ready_stage
 
 KEPT, CHUNKS = (0, 1), 2
 IMAGES = ImageConfig(4 * 28**2, 9 * 28**2)
@@ -230,9 +229,7 @@ def test_a_damaged_cache_is_refused_in_one_line(finished, tmp_path):
 
 
 @pytest.mark.parametrize(("trainable", "devices"), [("lora", 1), ("full", 2)])
-def test_training_with_a_cache_is_training_without(
-    root, store, model, tiny, tmp_path, trainable, devices
-):
+def test_training_with_a_cache_is_training_without(root, store, tiny, tmp_path, trainable, devices):
     losses = {}
     for cached in (False, True):
         config = TrainConfig(
@@ -256,10 +253,7 @@ def test_training_with_a_cache_is_training_without(
         )
         workdir = tmp_path / str(cached)
         mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
-        checkpoint = open_checkpoint(tiny.folder)
-        processor = Processor(load_tokenizer(tiny.folder), model)
-        data = open_data("distil", config, processor, store, mesh)
-        stage = build_stage("distil", config, checkpoint, data, {}, workdir, mesh)
+        stage = ready_stage("distil", config, workdir, mesh)
         # The layers that were cut are gone.
         assert (stage.frozen_params.teacher is None) == (stage.teacher_cache is not None) == cached
         metric_writer = MetricWriter(workdir, config.log, {})

@@ -27,9 +27,9 @@ from puma_jax.training.config import (
 )
 from puma_jax.training.loop import Preempted, run_stage
 from puma_jax.training.metric_writer import MetricWriter
-from puma_jax.training.stages import build_stage
 from tests.data import fake_mbeir
 from tests.reference import FLOAT32, byte_tokenizer
+from tests.training.ready import ready_stage
 
 STEPS, CHUNKS = 6, 2
 IMAGES = ImageConfig(4 * 28**2, 9 * 28**2)
@@ -65,7 +65,7 @@ def config(tiny, tmp_path_factory):
 def stage_of(config, workdir, *, devices=1, tight):
     """A stage, and how many chunks its steps take: with tight rows, some or all of them more."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
-    stage = build_stage("adapt", config, config.stages["adapt"].model, workdir, mesh)
+    stage = ready_stage("adapt", config, workdir, mesh)
     plan, shape = stage.loader.plan, stage.loader.shape
     if tight:
         # The few items that each of eight devices has leave no shape that only some steps fit.
