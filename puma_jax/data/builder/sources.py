@@ -38,6 +38,7 @@ from puma_jax.data.mbeir.records import (
 )
 from puma_jax.data.table import Ragged
 from puma_jax.errors import DataError
+from puma_jax.progress import Progress
 from puma_jax.typing import Int, UInt64, ndarray
 
 
