@@ -164,7 +164,8 @@ def _indexed_files(index: Path) -> list[Path]:
     for name in names:
         if re.search(r"[/\\\0]", name) or name in ("", ".", ".."):
             raise CheckpointError(f"{index}: {shown(name)} is not the name of a file beside it")
-    missing = [name for name in names if not (index.parent / name).is_file()]
+    # Unlike Path.is_file, no name is too long for it.
+    missing = [name for name in names if not os.path.isfile(index.parent / name)]
     if missing:
         listed = ", ".join(shown(name)[1:-1] for name in missing[:_MOST_LISTED])
         raise CheckpointError(f"{index.parent} lacks {len(missing)} shards: {listed}")

@@ -11,6 +11,7 @@ import copy
 import json
 import random
 import struct
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,7 @@ _PIECES = (
     *(b"\0", b"\n", b"\r", b"\xff", b"\xc3", b"\xef\xbb\xbf", b"\xed\xa0\x80", b'"', b"\\", b","),
     *(b"{", b"}", b"[", b"]", b":", b"-", b"NaN", b"1e999", b"\\ud800", b"\x1b[0m", b"\x7f"),
 )
+_LONGEST_MESSAGE = 4000  # those that list what is wrong name 20 of it
 _HEADER = struct.Struct("<Q")
 
 
@@ -87,7 +89,9 @@ def read_damaged(target: Target, content: bytes) -> str:
     """Return "declared" or "accepted" for damaged content, or else what came of it, in one line."""
     target.path.write_bytes(content)
     try:
-        target.read()
+        with warnings.catch_warnings():  # a warning refuses nothing
+            warnings.simplefilter("ignore")
+            target.read()
     except target.declared as error:
         return _fault_of(str(error)) or "declared"
     except Exception as error:
@@ -253,6 +257,6 @@ def _fault_of(message: str) -> str | None:
     """Return what is wrong with an error's message, or None if it is a line that can be shown."""
     if not message.isprintable():
         return f"not one printable line: {message!r}"[:160]
-    if len(message) > 1000:
+    if len(message) > _LONGEST_MESSAGE:
         return f"a message of {len(message)} characters: {message[:100]}"
     return None

@@ -96,13 +96,14 @@ def embedded(folder: Path) -> tuple[Path, Callable[[], None]]:
 def results(folder: Path) -> Target:
     """The results of an evaluation."""
     from puma_jax.evaluation.report import Evaluation, SetResult
+    from puma_jax.evaluation.results import read_evaluations
 
     rates = {"local": {5: 0.5}, "global": {5: 0.25}}
     intervals = {"local": (0.1, 0.2), "global": (0.1, 0.2)}
     found = SetResult("cirr", 7, 20, 30, 5, rates, intervals, {1: 0.25})
     path = folder / "results.json"
     path.write_text(as_json(Evaluation("test", 99, (found,)).to_json()))
-    return Target(path, lambda: Evaluation.read(path).table())
+    return Target(path, lambda: [found.table() for found in read_evaluations(path).values()])
 
 
 def of_run(name: str) -> Build:
