@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -209,8 +210,8 @@ class _Work:
         items = list(sample)
         if not items:
             raise DataError(
-                f"{self.corpus.source}: none of {len(rows):,} items looked at can be read, the "
-                f"first because: {sample.records[int(rows[0])].skipped}"
+                f"{self.corpus.source}: none of {len(rows):,} items looked at can be read; the "
+                f"first of them: {sample.records[int(rows[0])].skipped}"
             )
         return self.embedder.shape_for(items).with_data_shards(1)
 
@@ -281,7 +282,7 @@ class _Shards:
         place = {row: number for number, row in enumerate(vectors)}
         old = {name: read_tensors(self.folder / name) for name, _, _ in kept.values()}
 
-        def stored(row: int, tensor: str) -> ndarray:
+        def stored(row: int, tensor: str) -> Any:
             if row in place:
                 return new[tensor][place[row]]
             name, at, _ = kept[row]

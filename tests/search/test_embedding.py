@@ -22,6 +22,7 @@ from puma_jax.errors import (
     ImageError,
     VectorsError,
 )
+from puma_jax.search import embedding
 from puma_jax.search.corpus import open_corpus
 from puma_jax.search.embedding import check_finite
 from puma_jax.search.shards import Vectors
