@@ -73,6 +73,16 @@ class Progress:
             if self._bar is not None:
                 self._bar.set_postfix_str(text, refresh)
 
+    def write(self, text: str) -> None:
+        """Print a line of output, above the bar if there is one."""
+        with self._lock:
+            if self._disable:
+                return
+            if self._bar is not None:
+                self._bar.write(text)
+            else:
+                print(text, flush=True)
+
     def close(self) -> None:
         """Show the final count."""
         with self._lock:
