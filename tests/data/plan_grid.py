@@ -22,9 +22,10 @@ from puma_jax.config import DecoderConfig, ModelConfig, PlanConfig, VisionConfig
 from puma_jax.data.items import TokenizedTemplate
 from puma_jax.data.packing import Packing
 from puma_jax.data.plan import Plan
-from puma_jax.data.prompts import Processor, load_tokenizer
+from puma_jax.data.prompts import Processor
 from puma_jax.data.store import Instructions, Prompt
 from puma_jax.data.table import LengthTable
+from puma_jax.data.tokenizer import load_tokenizer
 from puma_jax.model import hf
 from puma_jax.rows import PackedShape
 from puma_jax.train import load_config
@@ -88,6 +89,7 @@ def table_of(lengths: Lengths) -> LengthTable:
         query_set=zeros,
         query_task=zeros,
         candidate_modality=np.zeros(lengths.candidates, int),
+        candidate_content=np.arange(lengths.candidates),
         positive_start=2 * np.arange(lengths.queries + 1),
         positive_row=rng.integers(0, lengths.candidates, 2 * lengths.queries),
         negative_start=np.zeros(lengths.queries + 1, int),
