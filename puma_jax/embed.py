@@ -47,8 +47,9 @@ def main(
         model: Hugging Face folder or hub id of the model.
         items: A pool in M-BEIR layout, JSON lines {"id", "text", "image"}, or a folder of images.
         out: Folder to write the vectors to. A rerun embeds only what is new or has changed.
-        images: Folder that relative image paths in a file start from; by default the benchmark's
-            root for a pool, and the file's own folder for JSON lines.
+        images: Folder that holds the images of a file: relative paths start from it, and a path
+            that leads out of it is an error. By default the benchmark's root for a pool, and the
+            file's own folder for JSON lines.
         instruction: Instruction to put before the text of every item, for queries. None by default.
         vectors_dtype: Dtype of the vectors on disk.
         items_per_shard: Items in a shard; a stop loses the work on one shard at most.

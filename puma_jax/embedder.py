@@ -7,7 +7,7 @@ import functools
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from puma_jax.data.items import Item
 from puma_jax.data.prompts import Processor, query_text
 from puma_jax.data.tokenizer import load_tokenizer
 from puma_jax.errors import ImageError, ItemError
-from puma_jax.forward import Forward, Running, shape_for
+from puma_jax.forward import Forward, Running, check_vectors, shape_for
 from puma_jax.model import encoder, hf
 from puma_jax.model.encoder import Encoder
 from puma_jax.model.tree import named_leaves
@@ -81,6 +81,7 @@ class Embedder:
         self._params = params
         self._processor = Processor(tokenizer, config)
         self._source = source or hf.HubConfigs()
+        self._known_shapes: list[PackedShape] = []
 
     @classmethod
     def load(
@@ -191,7 +192,7 @@ class Embedder:
             source=self._source,
         )
 
-    def preprocess(self, item: RawItem, instruction: str | None = None) -> Item:
+    def preprocess(self, item: RawItem | str, instruction: str | None = None) -> Item:
         """Return the tokens of an item and the patches of its image.
 
         Args:
@@ -216,20 +217,21 @@ class Embedder:
 
     def encode(
         self,
-        items: Iterable[RawItem | Item],
+        items: Iterable[RawItem | str | Item],
         *,
         instruction: str | None = None,
         tokens_per_chunk: int | None = None,
         shape: PackedShape | None = None,
         progress: bool = True,
+        name: Callable[[int], str] | None = None,
     ) -> Float[ndarray, "n width"]:
         """Return one unit vector per item, in the order of the items.
 
         The vector of an item does not depend on the other items, except for rounding.
 
         Args:
-            items: Any number of items; an iterable is read as it is needed. Items from `preprocess`
-                have their instruction already.
+            items: Any number of items, each a text or {"text": ..., "image": ...}; an iterable is
+                read as it is needed. Items from `preprocess` have their instruction already.
             instruction: Instruction of queries, put before the text of every item, such as "Find an
                 image that matches."; None for candidates.
             tokens_per_chunk: About how many tokens a device reads in one forward pass; the default
@@ -237,14 +239,23 @@ class Embedder:
             shape: Packed shape to use where items fit, so that several calls share one compilation
                 and pack items alike; see `shape_for`. By default the first items decide.
             progress: Whether to show a progress bar if the work takes more than two seconds.
+            name: Returns what a message calls the item of a number; "item 3" by default.
 
         Raises:
+            EvaluationError: A vector is not finite, or zero.
             ItemError: An item has neither text nor image, or a field of the wrong kind.
             ImageError: An image cannot be read.
         """
+        if isinstance(items, str | Mapping | Item):
+            raise ItemError(
+                "encode takes a list of items and was given a single one: encode([item])[0] is its "
+                "vector"
+            )
         tokens = tokens_per_chunk or _default_tokens()
         window_tokens = tokens * _CHUNKS_IN_WINDOW * (data_shards(self.mesh) if self.mesh else 1)
-        forward = Forward(self.params, self.config.vision, self.compute, self.mesh)
+        forward = Forward(
+            self.params, self.config.vision, self.compute, self.mesh, self._known_shapes
+        )
         bar = Progress(
             total=len(items) if isinstance(items, Sequence) else None,
             unit="item",
@@ -262,7 +273,9 @@ class Embedder:
                 running = started
             if running is not None:
                 vectors.append(running.finish(bar.update))
-        return np.concatenate(vectors)
+        result = np.concatenate(vectors)
+        check_vectors(result, name or "item {}".format)
+        return result
 
     def save(
         self,
@@ -297,7 +310,7 @@ class Embedder:
 
     def _windows(
         self,
-        items: Iterable[RawItem | Item],
+        items: Iterable[RawItem | str | Item],
         instruction: str | None,
         tokens: int,
         pool: ThreadPoolExecutor,
@@ -316,7 +329,7 @@ class Embedder:
             yield window
 
     def _preprocess_numbered(
-        self, numbered: tuple[int, RawItem | Item], instruction: str | None
+        self, numbered: tuple[int, RawItem | str | Item], instruction: str | None
     ) -> Item:
         """Return a preprocessed item; an error names the item by its number."""
         number, item = numbered
@@ -347,8 +360,14 @@ def _default_tokens() -> int:
     return 2048 if jax.default_backend() == "cpu" else 16384
 
 
-def _checked(item: RawItem) -> tuple[str | None, ImageSource | None]:
+def _checked(item: RawItem | str) -> tuple[str | None, ImageSource | None]:
     """Return the text and the image of an item, once their types are checked."""
+    if isinstance(item, str):
+        item = {"text": item}
+    if not isinstance(item, Mapping):
+        raise ItemError(
+            f'an item is a {type(item).__name__}, expected a text or {{"text": ..., "image": ...}}'
+        )
     unknown = set(item) - {"text", "image"}
     if unknown:
         raise ItemError(f"unknown fields {sorted(unknown)}, expected text and image")

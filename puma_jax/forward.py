@@ -6,7 +6,7 @@ import contextlib
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 import numpy as np
@@ -16,13 +16,16 @@ from puma_jax.config import ComputeConfig, VisionConfig
 from puma_jax.data.items import Item
 from puma_jax.data.packing import Packing, fill, place
 from puma_jax.data.shapes import fitting_shape
-from puma_jax.errors import PackingError
+from puma_jax.errors import EvaluationError, PackingError
 from puma_jax.model import encoder
 from puma_jax.model.encoder import Encoder
 from puma_jax.parallel import multihost
 from puma_jax.parallel.mesh import batch_sharding, data_shards
 from puma_jax.rows import PackedBatch, PackedShape
 from puma_jax.typing import Array, Float, ndarray
+
+# How many times the room that the items of a call need its rows may have, to save a compilation.
+_WASTE = 4
 
 
 @functools.cache
@@ -105,6 +108,8 @@ class Forward:
     compute: ComputeConfig
     mesh: Mesh | None
     """Devices that share the rows of a chunk; None runs on the device of the weights."""
+    known_shapes: list[PackedShape] = field(default_factory=list)
+    """Shapes of earlier calls, whose programs are compiled. New ones are added."""
 
     def start(
         self, items: Sequence[Item], shape: PackedShape | None, tokens: int
@@ -126,7 +131,7 @@ class Forward:
             with contextlib.suppress(PackingError):
                 packing = place(lengths, patches, shape)
         if shape is None or packing is None:
-            shape = shape_for(items, tokens, self.mesh)
+            shape = self._shape(lengths, patches, tokens)
             packing = place(lengths, patches, shape)
         # Texts alone are encoded by a second program, without a vision tower.
         filled = shape if patches.any() else replace(shape, patch_rows=0)
@@ -136,6 +141,53 @@ class Forward:
             lambda chunk: encode(self.params, chunk, self.compute, shards), batch, self.mesh
         )
         return shape, Running(packing, vectors)
+
+    def _shape(self, lengths: ndarray, patches: ndarray, tokens: int) -> PackedShape:
+        """Return the shape of an earlier call that wastes little on these items, or a new one.
+
+        Calls of a few items each differ in all their sizes: with a shape for each, nearly every
+        call would compile a program. Items of one chunk may take `_WASTE` times the room that they
+        need, more items next to none.
+        """
+        shards = 1 if self.mesh is None else data_shards(self.mesh)
+        new = fitting_shape(lengths, patches, tokens).with_data_shards(shards)
+
+        def cost(shape: PackedShape, chunks: int) -> int:
+            of_patches = shape.patch_rows * shape.patch_length if patches.any() else 0
+            return chunks * (shape.rows * shape.length + of_patches)
+
+        chunks = place(lengths, patches, new).chunks
+        limit = cost(new, chunks) * (_WASTE if chunks == 1 else 1)
+        costs = {}
+        for known in self.known_shapes:
+            with contextlib.suppress(PackingError):
+                needed = place(lengths, patches, known).chunks
+                if needed == 1 or chunks > 1:
+                    costs[known] = cost(known, needed)
+        best = min(costs, key=lambda shape: costs[shape], default=None)
+        if best is not None and costs[best] <= limit:
+            return best
+        self.known_shapes.append(new)
+        return new
+
+
+def check_vectors(vectors: Float[ndarray, "n width"], name: Callable[[int], str]) -> None:
+    """Check that vectors are of finite numbers, and not zero.
+
+    Args:
+        vectors: One vector for each item.
+        name: Returns what a message calls the item of a number.
+
+    Raises:
+        EvaluationError: A vector has a value that is not finite, or is zero.
+    """
+    finite = np.isfinite(vectors).all(1)
+    for bad, what in ((~finite, "not finite"), (finite & ~vectors.any(1), "zero")):
+        if bad.any():
+            raise EvaluationError(
+                f"{bad.sum():,} of {len(vectors):,} vectors are {what}, the first that of "
+                f"{name(int(bad.argmax()))}: look at the model's weights and dtype"
+            )
 
 
 def _sizes(items: Sequence[Item]) -> tuple[ndarray, ndarray]:

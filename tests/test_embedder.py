@@ -1,14 +1,23 @@
 """The face: one vector for each item, the same whatever stands beside it."""
 
+import random
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from puma_jax import Embedder, forward
 from puma_jax.config import ComputeConfig, ImageConfig
-from puma_jax.errors import ArtifactError, ImageError, ItemError, LayerSelectionError
+from puma_jax.errors import (
+    ArtifactError,
+    EvaluationError,
+    ImageError,
+    ItemError,
+    LayerSelectionError,
+)
+from puma_jax.forward import vectors_of_rows
 from puma_jax.model.encoder import abstract
 from puma_jax.parallel.mesh import MeshConfig, make_mesh
 from puma_jax.prune import parse_layers
@@ -297,3 +306,59 @@ def test_importing_the_package_brings_neither_torch_nor_tensorflow():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_texts_are_items_and_a_single_item_is_refused_with_a_word(tiny):
+    embedder = Embedder.load(tiny.folder, dtype="float32")
+    same = embedder.encode(["a red bicycle", {"text": "a red bicycle"}], progress=False)
+    np.testing.assert_allclose(same[0], same[1], rtol=0, atol=1e-6)
+    for single in ("a red bicycle", {"text": "a red bicycle"}):
+        with pytest.raises(ItemError, match=r"takes a list of items .* encode\(\[item\]\)\[0\]"):
+            embedder.encode(single)
+    with pytest.raises(ItemError, match="item 0: an item is a int, expected a text or"):
+        embedder.encode([7], progress=False)
+
+
+def test_vectors_that_say_nothing_are_errors(tiny):
+    embedder = Embedder.load(tiny.folder, dtype="float32")
+    scale = embedder.params.decoder.norm.scale
+    for value, what in ((0.0, "zero"), (np.nan, "not finite")):
+        embedder.params.decoder.norm.scale = type(scale)(jnp.full_like(scale[...], value))
+        with pytest.raises(EvaluationError, match=f"2 of 2 vectors are {what}, .* of item 0: look"):
+            embedder.encode(["a", "b"], progress=False)
+
+
+def test_calls_of_few_items_settle_on_few_programs(tiny, monkeypatch):
+    """200 calls of random sizes compile at most 12 programs, the last 100 none."""
+    embedder, chance = Embedder.load(tiny.folder, dtype="float32"), random.Random(0)
+    words = [
+        "red",
+        "green",
+        "bicycle",
+        "shoe",
+        "house",
+        "of",
+        "the",
+        "sea",
+        "and",
+        "a",
+        "long",
+        "way",
+        "home",
+    ]
+    pictures = [random_image(*sides, n) for n, sides in enumerate([(30, 40), (90, 60), (56, 56)])]
+    programs = vectors_of_rows()
+    before, counts = programs._cache_size(), []
+    for _ in range(200):
+        items = []
+        for _ in range(chance.randint(1, 40)):
+            item = {}
+            if chance.random() < 0.7:
+                item["text"] = " ".join(chance.choices(words, k=chance.randint(1, 40)))
+            if not item or chance.random() < 0.4:
+                item["image"] = chance.choice(pictures)
+            items.append(item)
+        embedder.encode(items, progress=False)
+        counts.append(programs._cache_size() - before)
+    assert counts[-1] <= 12
+    assert counts[-1] == counts[99]

@@ -19,9 +19,9 @@ from puma_jax.data.lines import BadRecords, OnBadRecord, reject, resolve_inside
 from puma_jax.embedder import Embedder, RawItem
 from puma_jax.errors import DataError, EvaluationError, ItemError
 from puma_jax.evaluation.vector_folder import GatheredRows, VectorFolder
+from puma_jax.forward import check_vectors
 from puma_jax.parallel import multihost
 from puma_jax.progress import Progress
-from puma_jax.search.embedding import check_finite
 from puma_jax.typing import Bool, Float, Int, ndarray
 
 Encode = Callable[[Sequence[RawItem]], ndarray]
@@ -201,7 +201,7 @@ class Batches:
                     self._reject(sources, rows[place], error)
                     readable[place] = False
         ids = [sources.name(row) for row in rows[readable].tolist()]
-        check_finite(vectors[readable], ids, sources.kind)
+        check_vectors(vectors[readable], lambda number: f'{sources.kind} "{ids[number]}"')
         return readable
 
     def _reject(self, sources: Sources, row: np.int64, error: Exception) -> None:

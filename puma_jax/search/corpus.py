@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from puma_jax.data.decode import image_suffixes, is_image
-from puma_jax.data.lines import FilePath, RowIndex, json_object
+from puma_jax.data.lines import FilePath, RowIndex, json_object, resolve_inside
 from puma_jax.data.mbeir import parse_candidate
 from puma_jax.embedder import RawItem
 from puma_jax.errors import DataError
@@ -56,8 +56,9 @@ def open_corpus(source: FilePath, images: FilePath | None = None) -> Corpus:
 
     Args:
         source: A file or a folder.
-        images: Folder that image paths in a file are relative to. The default is the root of the
-            benchmark for a pool in M-BEIR layout, and the folder of the file for others.
+        images: Folder that holds the images of a file, and that their paths are relative to. A
+            path that leads out of it is an error. The default is the root of the benchmark for a
+            pool in M-BEIR layout, and the folder of the file for others.
 
     Raises:
         DataError: The file or folder does not exist, or holds no items.
@@ -72,7 +73,7 @@ def open_corpus(source: FilePath, images: FilePath | None = None) -> Corpus:
     def parse(line: bytes) -> Named:
         if "did" in json_object(line):
             candidate = parse_candidate(line)
-            return candidate.did, raw_item(root, candidate.text, candidate.image)
+            return candidate.did, _item(root, candidate.text, candidate.image)
         return _parse_item(line, root)
 
     rows = RowIndex(source, parse)
@@ -98,7 +99,7 @@ def _parse_item(line: bytes, root: Path) -> Named:
     _check_id(identifier)
     if not row.get("text") and not row.get("image"):
         raise DataError("there is neither text nor image")
-    return identifier, raw_item(root, row.get("text"), row.get("image"))
+    return identifier, _item(root, row.get("text"), row.get("image"))
 
 
 def _images(folder: Path) -> Corpus:
@@ -199,6 +200,19 @@ def _check_id(identifier: str) -> None:
         raise DataError(
             f"id {shown(identifier)} holds control characters or invalid Unicode, expected one line"
         )
+
+
+def _item(root: Path, text: str | None, image: str | None) -> RawItem:
+    """Return the item of a line, whose image must lie below the root, links followed.
+
+    Raises:
+        DataError: The image is elsewhere.
+    """
+    if image:
+        absolute = os.path.isabs(image)
+        below = os.path.relpath(os.path.realpath(image), os.path.realpath(root))
+        resolve_inside(root, below if absolute else image)
+    return raw_item(root, text, image)
 
 
 def raw_item(root: Path, text: str | None, image: str | None) -> RawItem:

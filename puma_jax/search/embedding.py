@@ -16,7 +16,7 @@ from puma_jax.artifacts import lock
 from puma_jax.data.items import Item
 from puma_jax.data.lines import OnBadRecord
 from puma_jax.embedder import Embedder
-from puma_jax.errors import ConfigError, DataError, EvaluationError, ItemError, PumaError
+from puma_jax.errors import ConfigError, DataError, ItemError, PumaError
 from puma_jax.parallel import multihost
 from puma_jax.parallel.mesh import data_shards
 from puma_jax.progress import Progress
@@ -35,7 +35,6 @@ from puma_jax.search.shards import (
     write_manifest,
     write_shard,
 )
-from puma_jax.typing import Float, ndarray
 
 _SAMPLE = 1024
 _PREPROCESSED_AT_ONCE = 64
@@ -164,28 +163,6 @@ def _finish(shards: _Shards, count: int, current: dict[int, str]) -> bool:
     return True
 
 
-def check_finite(vectors: Float[ndarray, "n width"], ids: Sequence[str], kind: str) -> None:
-    """Check that vectors are of numbers, and point somewhere.
-
-    Args:
-        vectors: One vector for each item.
-        ids: Ids of the items.
-        kind: What an item is called in the error message.
-
-    Raises:
-        EvaluationError: A vector has a value that is not finite, or is zero.
-    """
-    for bad, what in (
-        (np.flatnonzero(~np.isfinite(vectors).all(1)), "not finite"),
-        (np.flatnonzero(~vectors.any(1)), "zero"),
-    ):
-        if len(bad):
-            raise EvaluationError(
-                f"{len(bad):,} of {len(vectors):,} vectors are {what}, the first that of "
-                f'{kind} "{ids[bad[0]]}": look at the model\'s weights and dtype'
-            )
-
-
 @dataclass(frozen=True)
 class _Work:
     """Reads and embeds items of a corpus."""
@@ -224,8 +201,12 @@ class _Work:
         # Shuffled, so that long items, short ones and images fill rows of one shape evenly.
         order = np.random.default_rng(0).permutation(rows)
         items = _Preprocessed(self, order.tolist(), bar)
-        vectors = self.embedder.encode(items, shape=shape, progress=False)
-        check_finite(vectors, [items.records[row].id for row in items.rows], "item")
+        vectors = self.embedder.encode(
+            items,
+            shape=shape,
+            progress=False,
+            name=lambda number: f'item "{items.records[items.rows[number]].id}"',
+        )
         return dict(zip(items.rows, vectors, strict=True)), items.records
 
     def preprocess(self, row: int) -> tuple[ItemRecord, Item | PumaError]:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from puma_jax.errors import ConfigError
+from puma_jax.errors import ConfigError, EvaluationError
 from puma_jax.typing import AnyArray, Array, Float, Int, ndarray
 
 # Memory holds the scores of this many queries and one tile.
@@ -54,6 +54,7 @@ def top_k(
 
     Raises:
         ConfigError: k is below 1, or the vectors of queries and pool have different widths.
+        EvaluationError: A score is not a finite number.
     """
     if k < 1:
         raise ConfigError(f"k is {k}, expected at least 1")
@@ -96,6 +97,13 @@ def _tiles(
         yield held[0] if len(held) == 1 else np.concatenate(held)
 
 
+def _not_finite(row: int) -> EvaluationError:
+    return EvaluationError(
+        f"the score of document {row} is not a finite number: its vector or that of a query holds "
+        "NaN or infinity, look at the model's weights and dtype"
+    )
+
+
 def _on_host(queries: Float[ndarray, "queries width"], tiles: Iterator[AnyArray], k: int) -> Best:
     """Search with NumPy."""
     scores = np.full((len(queries), k), -np.inf, np.float32)
@@ -127,7 +135,8 @@ def _add(
     those are gathered and sorted. Equal scores of later rows displace nothing and are dropped.
     """
     queries, k = scores.shape
-    flat = np.flatnonzero(new > scores[:, -1:])
+    # Not "new > ...": scores that are not a number must not be passed over.
+    flat = np.flatnonzero(~(new <= scores[:, -1:]))
     of_query, column = np.divmod(flat, new.shape[1])
     count = np.bincount(of_query, minlength=queries)
     widest = int(count.max(initial=0))
@@ -137,7 +146,10 @@ def _add(
     all_scores = np.full((queries, k + widest), -np.inf, np.float32)
     all_rows = np.full((queries, k + widest), -1, np.int64)
     all_scores[:, :k], all_rows[:, :k] = scores, rows
-    all_scores[of_query, place] = new.ravel()[flat]
+    found = new.ravel()[flat]
+    if not np.isfinite(found).all():
+        raise _not_finite(first + int(column[~np.isfinite(found)][0]))
+    all_scores[of_query, place] = found
     all_rows[of_query, place] = first + column
     best = np.argsort(-all_scores, axis=1, kind="stable")[:, :k]
     scores[:] = np.take_along_axis(all_scores, best, 1)
@@ -176,6 +188,8 @@ def _on_devices(
     found = [jax.device_get(of_device) for of_device in best.values()]
     scores = np.concatenate([np.concatenate([s for s, _ in of_one]) for of_one in found], axis=1)
     rows = np.concatenate([np.concatenate([r for _, r in of_one]) for of_one in found], axis=1)
+    if np.isposinf(scores).any():
+        raise _not_finite(int(rows[np.isposinf(scores)][0]))
     order = np.lexsort((rows, -scores), axis=-1)[:, :k]
     scores = np.take_along_axis(scores, order, 1)
     rows = np.take_along_axis(rows, order, 1).astype(np.int64)
@@ -217,6 +231,8 @@ def _better(
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
+    # A score that is not a number ends up first, where it is found.
+    new = jnp.where(jnp.isnan(new), jnp.inf, new)
     new = jnp.where(jnp.arange(len(tile)) < place[1], new, -jnp.inf)
     blocks = new.reshape(len(queries), len(tile) // _BLOCK, _BLOCK)
     _, chosen = jax.lax.top_k(blocks.max(-1), min(k, blocks.shape[1]))

@@ -18,13 +18,11 @@ from puma_jax.errors import (
     ArtifactError,
     ConfigError,
     DataError,
-    EvaluationError,
     ImageError,
     VectorsError,
 )
 from puma_jax.search import embedding
 from puma_jax.search.corpus import open_corpus
-from puma_jax.search.embedding import check_finite
 from puma_jax.search.shards import Vectors
 from puma_jax.search.topk import top_k
 from tests.data.fake_mbeir import WORDS, image_path, write_images
@@ -241,16 +239,6 @@ def test_vectors_of_another_version_are_refused_by_name(tiny, root, whole, tmp_p
         Vectors(out)
     with pytest.raises(VectorsError, match=r"older/job.json: shape.groups is unknown"):
         embed(tiny, root / POOL, out)
-
-
-def test_a_vector_that_is_not_finite_is_named():
-    vectors = np.ones((4, 2), np.float32)
-    check_finite(vectors, list("abcd"), "item")
-    with pytest.raises(EvaluationError, match=r'1 of 4 vectors are zero, .* item "b"'):
-        check_finite(vectors * [[1], [0], [1], [1]], list("abcd"), "item")
-    vectors[2:] = np.inf
-    with pytest.raises(EvaluationError, match=r'2 of 4 vectors are not finite, .* item "c"'):
-        check_finite(vectors, list("abcd"), "item")
 
 
 def test_items_that_cannot_be_read_stop_the_run_or_are_noted(tiny, root, tmp_path):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puma_jax.errors import ConfigError
+from puma_jax.errors import ConfigError, EvaluationError
 from puma_jax.search import topk
 from puma_jax.search.topk import top_k
 
@@ -177,3 +177,14 @@ def test_what_cannot_be_searched_is_said_in_a_line():
         top_k(vectors, vectors, 0)
     with pytest.raises(ConfigError, match="queries have 4 values and documents 3: embed both"):
         top_k(vectors, iter([vectors[:, :3]]), 1)
+
+
+@pytest.mark.parametrize("devices", [None, 2])
+def test_documents_that_are_not_numbers_are_named(devices):
+    queries = np.eye(3, 8, dtype=np.float32)
+    pool = np.random.default_rng(0).standard_normal((5000, 8)).astype(np.float32)
+    for value in (np.nan, np.inf):
+        pool[4321, 1] = value
+        some = devices and jax.devices()[:devices]
+        with pytest.raises(EvaluationError, match=r"score of document 4321 is not a finite number"):
+            top_k(queries, pool, 5, devices=some)
