@@ -46,7 +46,7 @@ def main(
     Args:
         model: Hugging Face folder or hub id of the model.
         items: A pool in M-BEIR layout, JSON lines {"id", "text", "image"}, or a folder of images.
-        out: Folder to write the vectors to; a folder with shards of the same vectors is resumed.
+        out: Folder to write the vectors to. A rerun embeds only what is new or has changed.
         images: Folder that relative image paths in a file start from; by default the benchmark's
             root for a pool, and the file's own folder for JSON lines.
         instruction: Instruction to put before the text of every item, for queries. None by default.
@@ -70,7 +70,7 @@ def main(
         model, dtype=dtype, ret_token=ret_token, mesh=make_mesh(mesh, jax.local_devices())
     )
     print(describe(embedder.compute), flush=True)
-    complete = embed(
+    done = embed(
         corpus,
         embedder,
         out,
@@ -80,8 +80,9 @@ def main(
         on_bad_record=on_bad_record,
         part=parse_part(part),
     )
-    if complete:
-        print(f"{corpus.items:,} items are embedded, {out / 'manifest.json'} lists the shards")
+    print(done)
+    if done.complete:
+        print(f"The vectors are complete; {out / 'manifest.json'} lists their shards")
     else:
         print(f"This part is embedded; shards of other parts are still missing in {out}")
 

@@ -71,15 +71,7 @@ def shape_for(items: Sequence[Item], tokens: int, mesh: Mesh | None) -> PackedSh
         mesh: Devices that share a chunk; None for a single device.
     """
     shape = fitting_shape(*_sizes(items), tokens)
-    parts = 1 if mesh is None else data_shards(mesh)
-    return PackedShape(
-        rows=shape.rows * parts,
-        length=shape.length,
-        patch_rows=shape.patch_rows * parts,
-        patch_length=shape.patch_length,
-        slots=shape.slots * parts,
-        data_shards=parts,
-    )
+    return shape.with_data_shards(1 if mesh is None else data_shards(mesh))
 
 
 @dataclass(frozen=True)

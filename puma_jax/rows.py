@@ -29,6 +29,13 @@ class PackedShape:
     data_shards: int = 1
     """Data-parallel devices that share the chunk."""
 
+    def with_data_shards(self, count: int) -> PackedShape:
+        """Return the shape that gives each of so many devices what each has in this one."""
+        rows, patch_rows, slots = (
+            size // self.data_shards * count for size in (self.rows, self.patch_rows, self.slots)
+        )
+        return PackedShape(rows, self.length, patch_rows, self.patch_length, slots, count)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

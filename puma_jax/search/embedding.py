@@ -1,28 +1,71 @@
-"""Embed a corpus into a folder of vectors, shard by shard; a rerun resumes after a kill."""
+"""Embed a corpus into a folder of vectors, shard by shard; a rerun embeds only what is missing."""
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from puma_jax.artifacts import lock
 from puma_jax.data.items import Item
-from puma_jax.data.mbeir import OnBadRecord
+from puma_jax.data.lines import OnBadRecord
 from puma_jax.embedder import Embedder
-from puma_jax.errors import ConfigError, DataError, EvaluationError, ItemError
+from puma_jax.errors import ConfigError, DataError, EvaluationError, ItemError, PumaError
 from puma_jax.parallel import multihost
+from puma_jax.parallel.mesh import data_shards
 from puma_jax.progress import Progress
 from puma_jax.rows import PackedShape
 from puma_jax.search.corpus import Corpus
-from puma_jax.search.shards import EmbeddingSpec, VectorDType, finish, has_shard, write_shard
+from puma_jax.search.records import ItemRecord, is_unchanged, record_item
+from puma_jax.search.shards import (
+    EmbeddingSpec,
+    VectorDType,
+    count_vectors,
+    read_items,
+    read_shard,
+    read_tensors,
+    shard_names,
+    stored_tensors,
+    write_manifest,
+    write_shard,
+)
 from puma_jax.typing import Float, ndarray
 
 _SAMPLE = 1024
 _PREPROCESSED_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What a call of `embed` did."""
+
+    items: int
+    """Items of this part of the corpus."""
+    embedded: int
+    """Items that were embedded now."""
+    skipped: int
+    """Items of this part that could not be read."""
+    removed: int
+    """Vectors removed, of items that the corpus no longer has or that were embedded anew."""
+    complete: bool
+    """Whether all shards of the corpus exist, those of other parts included."""
+
+    def __str__(self) -> str:
+        """Say it in one line."""
+        if not (self.embedded or self.skipped or self.removed):
+            return f"Nothing to do: all {self.items:,} items are embedded"
+        kept = self.items - self.skipped - self.embedded
+        parts = [f"{self.embedded:,} of {self.items:,} items embedded"]
+        parts += [f"{kept:,} kept from before"] * (kept > 0)
+        parts += [f"{self.skipped:,} skipped (see skipped.txt in the shards)"] * (self.skipped > 0)
+        parts += [f"{self.removed:,} old vectors removed"] * (self.removed > 0)
+        return ", ".join(parts)
 
 
 def embed(
@@ -36,11 +79,15 @@ def embed(
     on_bad_record: OnBadRecord = "error",
     part: tuple[int, int] = (0, 1),
     progress: bool = True,
-) -> bool:
-    """Embed the missing shards of a corpus, and return whether all shards are there now.
+) -> Embedded:
+    """Embed the items of a corpus that a folder lacks, and return what was done.
 
-    The bytes of a shard depend on its items alone: each shard is packed by itself, into rows of
-    one shape for the whole corpus. They do not depend on where a run was killed.
+    A shard whose items are still what was read is kept. Of any other, items that have a vector in
+    the folder keep it, wherever they stood: an item is the same if its id, its text and the bytes
+    of its image are. Vectors of items that the corpus no longer has are removed at the end.
+
+    The bytes of a new folder depend on the items alone: each shard is packed by itself, into rows
+    of one shape for the whole corpus. They do not depend on where a run was killed.
 
     Args:
         corpus: Items to embed.
@@ -55,47 +102,70 @@ def embed(
 
     Raises:
         ConfigError: `part` is out of range, or `items_per_shard` is below 1.
-        VectorsError: The folder holds vectors of another run, or a damaged shard.
+        ArtifactError: The folder is another job's, another process writes it, or it cannot be
+            written.
+        VectorsError: A shard is damaged.
         DataError, ItemError: An item cannot be read, and `on_bad_record` is "error".
-        EvaluationError: A vector is not finite.
+        EvaluationError: A vector is not finite, or zero.
     """
     number, parts = part
     if not 0 <= number < parts:
         raise ConfigError(f"part {number}/{parts}: parts are 0/{parts} to {parts - 1}/{parts}")
     if items_per_shard < 1:
         raise ConfigError(f"items per shard are {items_per_shard}, expected at least 1")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        lock(folder, f"part-{number}-of-{parts}" if parts > 1 else ""),
+    ):
         work = _Work(corpus, embedder, instruction, on_bad_record, pool)
-        spec = EmbeddingSpec(
-            model=embedder.fingerprint,
-            corpus=corpus.fingerprint,
-            items=corpus.items,
-            instruction=instruction,
-            dtype=vectors_dtype,
-            width=embedder.embedding_dim,
-            items_per_shard=items_per_shard,
-            shape={},
-        ).claim(folder, lambda: asdict(work.shape()))
-        ours = range(number, spec.shards, parts)
-        done = [shard for shard in ours if has_shard(folder, spec, shard)]
-        shape = PackedShape(**spec.shape)
+        job = {
+            "model": embedder.fingerprint,
+            "corpus": os.path.abspath(corpus.source),
+            "instruction": instruction,
+            "dtype": vectors_dtype,
+            "width": embedder.embedding_dim,
+            "items_per_shard": items_per_shard,
+        }
+        spec = EmbeddingSpec.claim(folder, job, work.shape)
+        shards = _Shards(folder, spec, work)
+        ours = range(number, spec.shards(corpus.items), parts)
+        current = {shard: name for shard in ours if (name := shards.current(shard)) is not None}
+        rows = [len(spec.rows(shard, corpus.items)) for shard in ours]
+        missing = [shard for shard in ours if shard not in current]
+        embedded = 0
         bar = Progress(
             desc="embedding",
             unit="item",
-            total=sum(len(spec.rows(shard)) for shard in ours),
-            initial=sum(len(spec.rows(shard)) for shard in done),
-            disable=not progress,
+            total=sum(rows),
+            initial=sum(len(spec.rows(shard, corpus.items)) for shard in current),
+            disable=not progress or not missing,
         )
         with bar:
-            for shard in sorted({*ours} - {*done}):
-                vectors, ids, skipped = work(spec.rows(shard), shape, bar)
-                write_shard(folder, spec, shard, vectors, ids, skipped)
-    multihost.on_process_zero(lambda: None)  # wait for the shards of other processes
-    return finish(folder, spec)
+            for shard in missing:
+                current[shard], fresh = shards.write(shard, bar)
+                embedded += fresh
+        skipped = sum(read_shard(folder, name, spec).skipped for name in current.values())
+        multihost.on_process_zero(lambda: None)  # wait for the shards of other processes
+        before = count_vectors(folder)
+        complete = _finish(shards, spec.shards(corpus.items), current)
+        removed = max(0, before + embedded - count_vectors(folder)) if complete and before else 0
+    return Embedded(sum(rows), embedded, skipped, removed, complete)
+
+
+def _finish(shards: _Shards, count: int, current: dict[int, str]) -> bool:
+    """Write the manifest if the shards of all parts exist, and return whether they do."""
+    names = []
+    for number in range(count):
+        name = current.get(number) or shards.current(number)
+        if name is None:
+            return False
+        names.append(name)
+    multihost.on_process_zero(lambda: write_manifest(shards.folder, shards.spec, names))
+    return True
 
 
 def check_finite(vectors: Float[ndarray, "n width"], ids: Sequence[str], kind: str) -> None:
-    """Check that vectors hold finite numbers only.
+    """Check that vectors are of numbers, and point somewhere.
 
     Args:
         vectors: One vector for each item.
@@ -103,14 +173,17 @@ def check_finite(vectors: Float[ndarray, "n width"], ids: Sequence[str], kind: s
         kind: What an item is called in the error message.
 
     Raises:
-        EvaluationError: A vector has a value that is not finite.
+        EvaluationError: A vector has a value that is not finite, or is zero.
     """
-    bad = np.flatnonzero(~np.isfinite(vectors).all(1))
-    if len(bad):
-        raise EvaluationError(
-            f"{len(bad):,} of {len(vectors):,} vectors are not finite, the first that of "
-            f'{kind} "{ids[bad[0]]}": look at the model\'s weights and dtype'
-        )
+    for bad, what in (
+        (np.flatnonzero(~np.isfinite(vectors).all(1)), "not finite"),
+        (np.flatnonzero(~vectors.any(1)), "zero"),
+    ):
+        if len(bad):
+            raise EvaluationError(
+                f"{len(bad):,} of {len(vectors):,} vectors are {what}, the first that of "
+                f'{kind} "{ids[bad[0]]}": look at the model\'s weights and dtype'
+            )
 
 
 @dataclass(frozen=True)
@@ -124,10 +197,10 @@ class _Work:
     pool: ThreadPoolExecutor
 
     def shape(self) -> PackedShape:
-        """Return a shape of packed rows for the whole corpus, estimated from a sample of items.
+        """Return the shape of packed rows of one device for the corpus, from a sample of items.
 
-        An item that is larger than all of the sample is no error: `Embedder.encode` chooses another
-        shape for it and for the rest of its shard.
+        An item that is larger than all of the sample is no error: `Embedder.encode` takes rows of
+        another shape for it.
 
         Raises:
             DataError: No item of the sample can be read.
@@ -138,62 +211,146 @@ class _Work:
         if not items:
             raise DataError(
                 f"{self.corpus.source}: none of {len(rows):,} items looked at can be read; the "
-                f"first of them: {sample.skipped[0][1]}"
+                f"first of them: {sample.records[int(rows[0])].skipped}"
             )
-        return self.embedder.shape_for(items)
+        return self.embedder.shape_for(items).with_data_shards(1)
 
-    def __call__(
-        self, rows: range, shape: PackedShape, bar: Progress
-    ) -> tuple[np.ndarray, list[str], list[str]]:
-        """Return the vectors of some items, their ids, and a line for each item skipped."""
+    def encode(
+        self, rows: Sequence[int], shape: PackedShape, bar: Progress
+    ) -> tuple[dict[int, np.ndarray], dict[int, ItemRecord]]:
+        """Return the vectors of some items by row, and the records of all of them."""
+        devices = data_shards(self.embedder.mesh) if self.embedder.mesh else 1
+        shape = shape.with_data_shards(devices)
         # Shuffled, so that long items, short ones and images fill rows of one shape evenly.
         order = np.random.default_rng(0).permutation(rows)
         items = _Preprocessed(self, order.tolist(), bar)
         vectors = self.embedder.encode(items, shape=shape, progress=False)
-        check_finite(vectors, items.ids, "item")
-        back = np.argsort(items.rows)
-        skipped = [message for _, message in sorted(items.skipped)]
-        return vectors[back], [items.ids[place] for place in back], skipped
+        check_finite(vectors, [items.records[row].id for row in items.rows], "item")
+        return dict(zip(items.rows, vectors, strict=True)), items.records
 
-    def preprocess(self, row: int) -> tuple[str, Item] | DataError | ItemError:
-        """Return the id and the preprocessed item of a row, or the error that prevents it."""
-        name = f"{self.corpus.source}: item {row}"
+    def preprocess(self, row: int) -> tuple[ItemRecord, Item | PumaError]:
+        """Return the record of a row, and the preprocessed item or the error that prevents it."""
+        record = ItemRecord("")
         try:
-            name, item = self.corpus.read(row)
-            return name, self.embedder.preprocess(item, self.instruction)
+            identifier, item = self.corpus.read(row)
         except DataError as error:
-            return error
+            return replace(record, skipped=str(error)), error
+        try:
+            record = ItemRecord(identifier)
+            while True:
+                record = record_item(identifier, item)
+                found = self.embedder.preprocess(item, self.instruction)
+                if is_unchanged(record, identifier, item):
+                    return record, found
         except ItemError as error:
-            return type(error)(f"{name}: {error}")
+            named = type(error)(f"{identifier}: {error}")
+            return replace(record, skipped=str(named)), named
+
+
+@dataclass(frozen=True)
+class _Shards:
+    """Shards of a folder, compared with the corpus."""
+
+    folder: Path
+    spec: EmbeddingSpec
+    work: _Work
+    known: dict[str, tuple[str, int, ItemRecord]] = field(default_factory=dict)
+    """Shard, place and record of every vector of stale shards, by id, once it is needed."""
+
+    def current(self, number: int) -> str | None:
+        """Return the name of the shard of this number that holds what the corpus does now."""
+        rows = self.spec.rows(number, self.work.corpus.items)
+        for name in shard_names(self.folder).get(number, []):
+            read_shard(self.folder, name, self.spec)
+            records = read_items(self.folder / name)
+            if len(records) == len(rows) and all(
+                self.work.pool.map(self._is_current, rows, records)
+            ):
+                return name
+        return None
+
+    def write(self, number: int, bar: Progress) -> tuple[str, int]:
+        """Write a shard and return its name, and how many of its items were embedded for it."""
+        rows = list(self.spec.rows(number, self.work.corpus.items))
+        kept = self._kept(rows)
+        bar.update(len(kept))
+        fresh = [row for row in rows if row not in kept]
+        vectors, records = self.work.encode(fresh, self.spec.shape, bar)
+        new = stored_tensors(
+            np.array([*vectors.values()], np.float32).reshape(-1, self.spec.width), self.spec.dtype
+        )
+        place = {row: number for number, row in enumerate(vectors)}
+        old = {name: read_tensors(self.folder / name) for name, _, _ in kept.values()}
+
+        def stored(row: int, tensor: str) -> Any:
+            if row in place:
+                return new[tensor][place[row]]
+            name, at, _ = kept[row]
+            return old[name][tensor][at]
+
+        embedded = [row for row in rows if row in kept or row in place]
+        tensors = {
+            tensor: np.stack([stored(row, tensor) for row in embedded]) if embedded else values
+            for tensor, values in new.items()
+        }
+        records |= {row: record for row, (_, _, record) in kept.items()}
+        ordered = [records[row] for row in rows]
+        return write_shard(self.folder, self.spec, number, tensors, ordered), len(vectors)
+
+    def _is_current(self, row: int, record: ItemRecord) -> bool:
+        """Return whether a row is what was recorded; skipped rows stay so only if asked to."""
+        if record.skipped is not None:
+            if self.work.on_bad_record == "error":
+                return False
+            return self.work.preprocess(row)[0].content == record.content
+        try:
+            return is_unchanged(record, *self.work.corpus.read(row))
+        except DataError:
+            return False
+
+    def _kept(self, rows: Sequence[int]) -> dict[int, tuple[str, int, ItemRecord]]:
+        """Return where the folder holds the vectors of some rows already."""
+        if not self.known:
+            for name in itertools.chain(*shard_names(self.folder).values()):
+                embedded = [r for r in read_items(self.folder / name) if r.skipped is None]
+                for place, record in enumerate(embedded):
+                    self.known[record.id] = name, place, record
+        kept = {}
+        for row in rows:
+            try:
+                identifier, item = self.work.corpus.read(row)
+            except DataError:
+                continue
+            found = self.known.get(identifier)
+            if found is not None and is_unchanged(found[2], identifier, item):
+                kept[row] = found[0], found[1], record_item(identifier, item)
+        return kept
 
 
 @dataclass
 class _Preprocessed:
-    """Items preprocessed while they are iterated over, with their ids and the rows skipped."""
+    """Items preprocessed while they are iterated over, with the records of all rows read."""
 
     work: _Work
     wanted: list[int]
     bar: Progress | None = None
     rows: list[int] = field(default_factory=list)
     """Rows that were yielded."""
-    ids: list[str] = field(default_factory=list)
-    skipped: list[tuple[int, str]] = field(default_factory=list)
-    """Rows that were skipped, each with its error."""
+    records: dict[int, ItemRecord] = field(default_factory=dict)
+    """Records of the rows that were yielded or skipped."""
 
     def __iter__(self) -> Iterator[Item]:
         for start in range(0, len(self.wanted), _PREPROCESSED_AT_ONCE):
             rows = self.wanted[start : start + _PREPROCESSED_AT_ONCE]
-            for row, found in zip(
-                rows, self.work.pool.map(self.work.preprocess, rows), strict=True
-            ):
+            found = self.work.pool.map(self.work.preprocess, rows)
+            for row, (record, item) in zip(rows, found, strict=True):
                 if self.bar is not None:
                     self.bar.update()
-                if isinstance(found, Exception):
+                if isinstance(item, PumaError):
                     if self.work.on_bad_record == "error":
-                        raise found
-                    self.skipped.append((row, str(found)))
+                        raise item
+                    self.records[row] = record
                     continue
-                name, item = found
                 self.rows.append(row)
-                self.ids.append(name)
+                self.records[row] = record
                 yield item

@@ -1,24 +1,26 @@
-"""Write and read a folder of vectors: numbered shards, and a manifest once all are complete.
+"""Write and read a folder of vectors: shards, and a manifest once all of them are complete.
 
 ```
-job.json        the spec that all shards share: model, corpus, dtype, shape of packed rows
-00000/          vectors.safetensors  ids.txt  shard.json (counts, bytes, SHA-256)  [skipped.txt]
-00001/          a shard is a folder that is renamed into place once complete
-manifest.json   the spec, and the counts and files of every shard
+job.json          the spec that all shards share: model, corpus, dtype, shape of packed rows
+00000-1f0c…/      vectors.safetensors  ids.txt  items.jsonl  shard.json  [skipped.txt]
+00001-9a44…/      a shard is a folder that appears whole; its name ends in a digest of its items
+manifest.json     the spec, and the shards that hold the corpus
 ```
+items.jsonl records what was read for every item of the shard: id, text, and path, size, time and
+SHA-256 of the image. A rerun compares these with the corpus, and embeds what differs.
+
 int8 vectors are `round(127 v / s)`; the scale s of each vector is its largest magnitude, and is
 stored with them.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
+import itertools
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -27,146 +29,238 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from puma_jax.artifacts import write_json
+from puma_jax.artifacts import atomic_folder, claim, write_json
 from puma_jax.errors import VectorsError
-from puma_jax.files import save_tensors, sha256
+from puma_jax.files import parse_json, read_object, save_tensors, sha256, sha256_of
 from puma_jax.rows import PackedShape
+from puma_jax.schema import Count, CountOrZero, from_json
+from puma_jax.search.records import ItemRecord
 from puma_jax.typing import Float, Int, ndarray
 
 VectorDType = Literal["float32", "bfloat16", "int8"]
 
-_VECTORS, _IDS, _SKIPPED, _SHARD = "vectors.safetensors", "ids.txt", "skipped.txt", "shard.json"
+_VECTORS, _IDS, _ITEMS, _SKIPPED, _SHARD = (
+    "vectors.safetensors",
+    "ids.txt",
+    "items.jsonl",
+    "skipped.txt",
+    "shard.json",
+)
 _JOB, _MANIFEST = "job.json", "manifest.json"
+_NAME = re.compile(r"([0-9]{5,})-[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """Everything that decides the vectors of a folder; all its shards share one spec."""
+    """Everything but the items that decides the vectors of a folder; its shards share one spec."""
 
     model: str
     """Fingerprint of the model; see `Embedder.fingerprint`."""
     corpus: str
-    """Fingerprint of the corpus; see `Corpus.fingerprint`."""
-    items: int
+    """Absolute path of the file or folder of items."""
     instruction: str | None
     dtype: VectorDType
-    width: int
-    items_per_shard: int
-    shape: dict[str, int]
-    """Shape of the packed rows, which rounding depends on."""
+    width: Count
+    items_per_shard: Count
+    shape: PackedShape
+    """Shape of the packed rows of one device, which rounding depends on."""
 
-    @property
-    def shards(self) -> int:
-        """Number of shards of the complete folder."""
-        return -(-self.items // self.items_per_shard)
-
-    def rows(self, shard: int) -> range:
-        """Return the numbers of the items of a shard."""
+    def rows(self, shard: int, items: int) -> range:
+        """Return the numbers of the items of a shard, of a corpus of so many items."""
         first = shard * self.items_per_shard
-        return range(first, min(first + self.items_per_shard, self.items))
+        return range(first, min(first + self.items_per_shard, items))
 
-    def claim(self, folder: Path, shape: Callable[[], dict[str, int]]) -> EmbeddingSpec:
-        """Claim a folder for this spec, and return the spec with the row shape of the folder.
+    def shards(self, items: int) -> int:
+        """Return the number of shards of a corpus of so many items."""
+        return -(-items // self.items_per_shard)
+
+    @classmethod
+    def claim(
+        cls, folder: Path, job: Mapping[str, Any], shape: Callable[[], PackedShape]
+    ) -> EmbeddingSpec:
+        """Claim a folder for a spec, and return the spec with the row shape of the folder.
 
         Args:
             folder: Folder that is empty, missing, or already claimed for this spec.
+            job: Fields of the spec without its shape.
             shape: Returns the row shape for a new folder.
 
         Raises:
-            VectorsError: The folder holds something else.
+            ArtifactError: The folder holds something else, or vectors of another spec.
+            VectorsError: Its job.json is of another version or damaged.
         """
-        path = folder / _JOB
-        if not path.exists():
-            # A killed run may have left a partial first file.
-            if folder.exists() and any(not path.match("*.partial") for path in folder.iterdir()):
-                raise VectorsError(f"{folder} is not empty and holds no vectors: choose another")
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, asdict(dataclasses.replace(self, shape=shape())))
-        found = _read_json(path)
-        wanted = json.loads(json.dumps(asdict(self)))
-        for name in wanted:
-            if name != "shape" and found.get(name) != wanted[name]:
-                raise VectorsError(
-                    f"{folder} holds vectors of another {name} ({_short(found.get(name))} there, "
-                    f"{_short(wanted[name])} here): choose another folder, or delete this one"
-                )
-        return _parse_spec(found, path)
+        if (folder / _JOB).exists():
+            read_object(folder / _JOB, cls, error=VectorsError)
+        claim(folder, _JOB, job, what="vectors", adopt={"shape": lambda: asdict(shape())})
+        return read_object(folder / _JOB, cls, error=VectorsError)
 
     def digest(self) -> str:
         """Return a digest of the spec, which marks its shards."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return sha256_of(asdict(self))[:16]
 
 
-def has_shard(folder: Path, spec: EmbeddingSpec, number: int) -> bool:
-    """Return whether a shard exists.
+@dataclass(frozen=True)
+class FileRecord:
+    """Length and SHA-256 of a file of a shard."""
+
+    bytes: CountOrZero
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """Content of shard.json."""
+
+    job: str
+    """Digest of the spec."""
+    items: CountOrZero
+    """Vectors in the shard."""
+    skipped: CountOrZero
+    """Items of the shard that could not be read."""
+    files: dict[str, FileRecord]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Numbers of vectors and of items skipped."""
+
+    items: CountOrZero
+    skipped: CountOrZero
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Content of manifest.json."""
+
+    job: EmbeddingSpec
+    vectors: Totals
+    shards: dict[str, ShardRecord] = field(default_factory=dict)
+
+
+def shard_names(folder: Path) -> dict[int, list[str]]:
+    """Return the names of all shards in a folder by their numbers, stale ones included."""
+    found: dict[int, list[str]] = {}
+    for path in sorted(folder.iterdir()):
+        if match := _NAME.fullmatch(path.name):
+            found.setdefault(int(match[1]), []).append(path.name)
+    return found
+
+
+def read_shard(folder: Path, name: str, spec: EmbeddingSpec) -> ShardRecord:
+    """Return the record of a shard whose files have the right lengths.
 
     Raises:
         VectorsError: It has another spec, or a file is missing or of another length.
     """
-    shard = folder / f"{number:05}"
-    if not shard.exists():
-        return False
-    found = _read_json(shard / _SHARD)
-    if found.get("job") != spec.digest():
-        raise VectorsError(f"{shard} does not belong to {folder / _JOB}: delete it and embed again")
-    _check_files(shard, found)
-    return True
+    record = read_object(folder / name / _SHARD, ShardRecord, error=VectorsError)
+    if record.job != spec.digest():
+        raise VectorsError(
+            f"{folder / name} does not belong to {folder / _JOB}: delete it and embed again"
+        )
+    _check_files(folder / name, record)
+    return record
+
+
+def read_items(shard: Path) -> list[ItemRecord]:
+    """Return the records of all items of a shard, skipped ones included, in corpus order.
+
+    Raises:
+        VectorsError: The file cannot be read, or holds something else.
+    """
+    path = shard / _ITEMS
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+        return [from_json(ItemRecord, parse_json(line)) for line in lines]
+    except OSError as error:
+        raise VectorsError(f"{path} cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # a ValueError of parse_json, a ConfigError of from_json
+        raise VectorsError(f"{path}: {error}: delete {shard} and embed again") from None
+
+
+def read_tensors(shard: Path) -> dict[str, ndarray]:
+    """Return the stored tensors of a shard, as `stored_tensors` makes them.
+
+    Raises:
+        VectorsError: The file is damaged.
+    """
+    with _opened(shard / _VECTORS) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def write_shard(
     folder: Path,
     spec: EmbeddingSpec,
     number: int,
-    vectors: Float[ndarray, "n width"],
-    ids: Sequence[str],
-    skipped: Sequence[str] = (),
-) -> None:
-    """Write a shard, which appears whole or not at all.
+    tensors: dict[str, ndarray],
+    records: Sequence[ItemRecord],
+) -> str:
+    """Write a shard, which appears whole or not at all, and return its name.
 
     Args:
         folder: Folder of the vectors.
         spec: Spec of the folder.
         number: Number of the shard, from 0.
-        vectors: Vectors in float32; written in the dtype of the spec.
-        ids: Ids of the vectors.
-        skipped: A line for each item that could not be embedded.
-    """
-    shard = folder / f"{number:05}"
-    unfinished = folder / f".{number:05}.{os.getpid()}.partial"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    save_tensors(_stored(vectors, spec.dtype), unfinished / _VECTORS)
-    _write_text(unfinished / _IDS, ids)
-    if skipped:
-        _write_text(unfinished / _SKIPPED, skipped)
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(unfinished.iterdir())
-    }
-    write_json(
-        unfinished / _SHARD,
-        {"job": spec.digest(), "items": len(ids), "skipped": len(skipped), "files": files},
-    )
-    unfinished.replace(shard)
-
-
-def finish(folder: Path, spec: EmbeddingSpec) -> bool:
-    """Write the manifest if all shards exist, and return whether they do.
+        tensors: Vectors of the items that are not skipped, from `stored_tensors`.
+        records: Records of all items of the shard, in corpus order.
 
     Raises:
-        VectorsError: See `has_shard`.
+        ArtifactError: The shard cannot be written.
     """
-    if not all(has_shard(folder, spec, number) for number in range(spec.shards)):
-        return False
-    for unfinished in folder.glob(".*.partial"):
-        shutil.rmtree(unfinished, ignore_errors=True)  # of runs that were killed
-    shards = {
-        f"{number:05}": _read_json(folder / f"{number:05}" / _SHARD)
-        for number in range(spec.shards)
-    }
-    total = {name: sum(shard[name] for shard in shards.values()) for name in ("items", "skipped")}
-    write_json(folder / _MANIFEST, {"job": asdict(spec), "vectors": total, "shards": shards})
-    return True
+    name = f"{number:05}-{sha256_of([record.content for record in records])[:8]}"
+    embedded = [record for record in records if record.skipped is None]
+    skipped = [record.skipped for record in records if record.skipped is not None]
+    if (folder / name).exists():  # its items are the same; only the times of their files differ
+        shutil.rmtree(folder / name)
+    with atomic_folder(folder / name) as partial:
+        save_tensors(tensors, partial / _VECTORS)
+        _write_lines(partial / _IDS, [record.id for record in embedded])
+        _write_lines(partial / _ITEMS, [record.to_json() for record in records])
+        if skipped:
+            _write_lines(partial / _SKIPPED, skipped)
+        files = {
+            path.name: FileRecord(path.stat().st_size, sha256(path))
+            for path in sorted(partial.iterdir())
+        }
+        record = ShardRecord(spec.digest(), len(embedded), len(skipped), files)
+        write_json(partial / _SHARD, asdict(record))
+    return name
+
+
+def write_manifest(folder: Path, spec: EmbeddingSpec, names: Sequence[str]) -> Totals:
+    """Write the manifest of these shards, in this order, and return what they hold.
+
+    Shards that are not among them are stale and removed.
+
+    Raises:
+        VectorsError: See `read_shard`.
+        ArtifactError: The manifest cannot be written.
+    """
+    shards = {name: read_shard(folder, name, spec) for name in names}
+    totals = Totals(
+        items=sum(record.items for record in shards.values()),
+        skipped=sum(record.skipped for record in shards.values()),
+    )
+    write_json(folder / _MANIFEST, asdict(Manifest(spec, totals, shards)))
+    for stale in sorted({*itertools.chain(*shard_names(folder).values())} - {*names}):
+        shutil.rmtree(folder / stale, ignore_errors=True)
+    return totals
+
+
+def count_vectors(folder: Path) -> int:
+    """Return the number of vectors that the manifest of a folder lists; 0 without one."""
+    if not (folder / _MANIFEST).exists():
+        return 0
+    return read_object(folder / _MANIFEST, Manifest, error=VectorsError).vectors.items
+
+
+def stored_tensors(vectors: Float[ndarray, "n width"], dtype: VectorDType) -> dict[str, ndarray]:
+    """Return the tensors to store for float32 vectors in a dtype."""
+    if dtype != "int8":
+        kind = np.float32 if dtype == "float32" else ml_dtypes.bfloat16
+        return {"vectors": np.ascontiguousarray(vectors, kind)}
+    scales = np.abs(vectors).max(1, initial=np.finfo(np.float32).tiny)
+    steps = np.rint(vectors * (127 / scales[:, None]))
+    return {"vectors": steps.astype(np.int8), "scales": scales.astype(np.float32)}
 
 
 class Vectors:
@@ -186,25 +280,29 @@ class Vectors:
         if not (self.folder / _MANIFEST).exists():
             state = "unfinished: run the same command again" if self.folder.exists() else "missing"
             raise VectorsError(f"{self.folder / _MANIFEST}: the vectors are {state}")
-        manifest = _read_json(self.folder / _MANIFEST)
-        self.spec = _parse_spec(manifest["job"], self.folder / _MANIFEST)
-        self._shards: dict[str, dict[str, Any]] = manifest["shards"]
+        manifest = read_object(self.folder / _MANIFEST, Manifest, error=VectorsError)
+        self.spec, self._shards = manifest.job, manifest.shards
         for name, shard in self._shards.items():
+            if not _NAME.fullmatch(name) or set(shard.files) < {_VECTORS, _IDS, _ITEMS}:
+                raise VectorsError(f"{self.folder / _MANIFEST}: {name} is no shard: embed again")
             _check_files(self.folder / name, shard, verify=verify)
-        self._ends = np.cumsum([shard["items"] for shard in self._shards.values()])
+        self._ends = np.cumsum([0, *(shard.items for shard in self._shards.values())])[1:]
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     def parts(self, rows: int = 4096) -> Iterator[Float[ndarray, "_ width"]]:
-        """Yield all vectors in float32, at most `rows` at a time, as `top_k` accepts them."""
-        for name in self._shards:
-            with _opened(self.folder / name / _VECTORS) as file:
-                vectors = file.get_slice("vectors")
-                scales = file.get_tensor("scales") if self.spec.dtype == "int8" else None
-                items = self._shards[name]["items"]
-                for start in range(0, items, rows):
-                    here = slice(start, min(start + rows, items))
+        """Yield all vectors in float32, at most `rows` at a time, as `top_k` accepts them.
+
+        Raises:
+            VectorsError: A file is damaged.
+        """
+        for name, shard in self._shards.items():
+            path = self.folder / name / _VECTORS
+            with _opened(path) as file:
+                vectors, scales = self._tensors(file, path, shard.items)
+                for start in range(0, shard.items, rows):
+                    here = slice(start, min(start + rows, shard.items))
                     part = np.asarray(vectors[here], np.float32)
                     yield part if scales is None else part * (scales[here, None] / 127)
 
@@ -218,47 +316,54 @@ class Vectors:
             for shard, row in zip(shards.tolist(), (rows - first).tolist(), strict=True)
         ]
 
+    def items(self) -> Iterator[ItemRecord]:
+        """Yield the record of the item of every vector, in the order of the vectors."""
+        for name in self._shards:
+            for record in read_items(self.folder / name):
+                if record.skipped is None:
+                    yield record
+
+    def _tensors(self, file: Any, path: Path, items: int) -> tuple[Any, ndarray | None]:
+        """Return the slice of vectors and the scales of a shard, of the shapes they should have."""
+        dtypes = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
+        try:
+            vectors = file.get_slice("vectors")
+            scales = file.get_tensor("scales") if self.spec.dtype == "int8" else None
+        except (SafetensorError, OSError) as error:
+            raise VectorsError(f"{path} is damaged: {error}: embed again") from None
+        shape, wanted = tuple(vectors.get_shape()), (items, self.spec.width)
+        if shape != wanted or vectors.get_dtype() != dtypes[self.spec.dtype]:
+            raise VectorsError(
+                f"{path} holds {vectors.get_dtype()} {list(shape)}, the manifest says "
+                f"{self.spec.dtype} {list(wanted)}: delete {path.parent} and embed again"
+            )
+        if scales is not None and scales.shape != (items,):
+            raise VectorsError(f"{path} has {scales.shape} scales for {items} vectors: embed again")
+        return vectors, scales
+
     @cached_property
     def _ids_of(self) -> list[list[str]]:
-        return [
-            (self.folder / name / _IDS).read_text("utf-8").split("\n")[:-1] for name in self._shards
-        ]
+        lists = []
+        for name, shard in self._shards.items():
+            path = self.folder / name / _IDS
+            try:
+                ids = path.read_text("utf-8").split("\n")[:-1]
+            except (OSError, ValueError) as error:
+                raise VectorsError(f"{path} cannot be read: {error}") from None
+            if len(ids) != shard.items:
+                raise VectorsError(f"{path} holds {len(ids)} ids, expected {shard.items}")
+            lists.append(ids)
+        return lists
 
 
-def _stored(vectors: ndarray, dtype: VectorDType) -> dict[str, ndarray]:
-    """Return the tensors to store for vectors in a dtype."""
-    if dtype != "int8":
-        kind = np.float32 if dtype == "float32" else ml_dtypes.bfloat16
-        return {"vectors": np.ascontiguousarray(vectors, kind)}
-    scales = np.abs(vectors).max(1, initial=np.finfo(np.float32).tiny)
-    steps = np.rint(vectors * (127 / scales[:, None]))
-    return {"vectors": steps.astype(np.int8), "scales": scales.astype(np.float32)}
-
-
-def _parse_spec(values: dict[str, Any], path: Path) -> EmbeddingSpec:
-    """Return the spec that a file holds.
-
-    Raises:
-        VectorsError: Its fields are those of another version.
-    """
-    try:
-        PackedShape(**values["shape"])
-        return EmbeddingSpec(**values)
-    except (KeyError, TypeError) as error:
-        raise VectorsError(
-            f"{path} is of another version of puma_jax ({error}): choose another folder, or delete "
-            "this one"
-        ) from None
-
-
-def _check_files(shard: Path, wanted: dict[str, Any], *, verify: bool = False) -> None:
-    for name, said in wanted["files"].items():
+def _check_files(shard: Path, record: ShardRecord, *, verify: bool = False) -> None:
+    for name, said in record.files.items():
         path = shard / name
-        found = path.stat().st_size if path.exists() else None
-        if found != said["bytes"]:
-            state = "missing" if found is None else f"truncated ({found} of {said['bytes']} bytes)"
+        found = path.stat().st_size if path.is_file() else None
+        if found != said.bytes:
+            state = "missing" if found is None else f"truncated ({found} of {said.bytes} bytes)"
             raise VectorsError(f"{path} is {state}: delete {shard} and embed again")
-        if verify and sha256(path) != said["sha256"]:
+        if verify and sha256(path) != said.sha256:
             raise VectorsError(f"{path} is damaged: delete {shard} and embed again")
 
 
@@ -269,18 +374,6 @@ def _opened(path: Path) -> Any:
         raise VectorsError(f"{path} cannot be read: {error}") from None
 
 
-def _write_text(path: Path, lines: Sequence[str]) -> None:
+def _write_lines(path: Path, lines: Sequence[str]) -> None:
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         file.writelines(f"{line}\n" for line in lines)
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 16 else f"{text[:12]}..."
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise VectorsError(f"{path} cannot be read: {error}") from None
