@@ -73,6 +73,12 @@ class Progress:
             if self._bar is not None:
                 self._bar.set_postfix_str(text, refresh)
 
+    def write(self, text: str) -> None:
+        """Print a line to stdout at once; on a terminal it stays above the bar."""
+        with self._lock:
+            tqdm.write(text)
+            sys.stdout.flush()
+
     def close(self) -> None:
         """Show the final count."""
         with self._lock:

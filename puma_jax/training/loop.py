@@ -129,7 +129,7 @@ class _TrainSteps:
     that differs from the first one in any other shape is an error, not a recompilation.
     """
 
-    def __init__(self, stage: Stage, bar: tqdm):
+    def __init__(self, stage: Stage, bar: Progress):
         self._stage = stage
         self._bar = bar
         self._compiled: dict[int, jax.stages.Compiled] = {}
