@@ -202,6 +202,7 @@ class Embedder:
             ItemError: The item has neither text nor image, or a field of the wrong kind.
             ImageError: The image cannot be read.
         """
+        _check_text("instruction", instruction)
         text, image = _checked(item)
         full = query_text(instruction, text)
         if image is None:
@@ -354,14 +355,19 @@ def _checked(item: RawItem) -> tuple[str | None, ImageSource | None]:
     text, image = item.get("text"), item.get("image")
     if text is None and image is None:
         raise ItemError("neither text nor image")
-    if not isinstance(text, str | None):
-        raise ItemError(f"text is a {type(text).__name__}, expected a str")
+    _check_text("text", text)
     if not isinstance(image, ImageSource | None):
         raise ImageError(
             f"image is a {type(image).__name__}, expected a path, bytes, a PIL image or an array"
         )
+    return text, image
+
+
+def _check_text(name: str, text: object) -> None:
+    """Refuse what is no text, or holds lone surrogates, which no tokenizer reads."""
+    if not isinstance(text, str | None):
+        raise ItemError(f"{name} is a {type(text).__name__}, expected a str")
     try:
         (text or "").encode()
     except UnicodeEncodeError as error:
-        raise ItemError(f"text is not valid Unicode: {error.reason}") from None
-    return text, image
+        raise ItemError(f"{name} is not valid Unicode: {error.reason}") from None

@@ -73,11 +73,13 @@ class Progress:
             if self._bar is not None:
                 self._bar.set_postfix_str(text, refresh)
 
-    def write(self, text: str) -> None:
-        """Print a line to stdout at once; on a terminal it stays above the bar."""
+    def write(self, line: str) -> None:
+        """Print a line to stdout, above the bar if there is one; nothing if it is disabled."""
         with self._lock:
-            tqdm.write(text)
-            sys.stdout.flush()
+            if self._bar is not None:
+                self._bar.write(line)
+            elif not self._disable:
+                print(line, flush=True)
 
     def close(self) -> None:
         """Show the final count."""

@@ -53,16 +53,21 @@ class Range:
 
     def __str__(self) -> str:
         """Say the range, as the end of "must be"."""
+        low, high = _shown_number(self.low), _shown_number(self.high)
         if self.high == math.inf:
             if self.low == -math.inf:
                 return "a finite number"
-            return f"{'above' if self.open_low else 'at least'} {self.low:g}"
+            return f"{'above' if self.open_low else 'at least'} {low}"
         if self.low == -math.inf:
-            return f"{'below' if self.open_high else 'at most'} {self.high:g}"
-        return (
-            f"in {'(' if self.open_low else '['}{self.low:g}, "
-            f"{self.high:g}{')' if self.open_high else ']'}"
-        )
+            return f"{'below' if self.open_high else 'at most'} {high}"
+        return f"in {'(' if self.open_low else '['}{low}, {high}{')' if self.open_high else ']'}"
+
+
+def _shown_number(number: float | int) -> str:
+    """Return a limit in as few digits as tell it exactly."""
+    if isinstance(number, int) and number > 2**31 and number & (number - 1) == 0:
+        return f"2^{number.bit_length() - 1}"
+    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 
 
 Count = Annotated[int, Range(1, 2**62)]

@@ -208,6 +208,12 @@ def test_bfloat16_vectors_stay_near(whole, tiny):
     assert (half * whole.encode(items)).sum(1).min() > 0.99
 
 
+def test_an_instruction_that_is_no_unicode_is_refused(tiny):
+    embedder = Embedder.load(tiny.folder, dtype="float32")
+    with pytest.raises(ItemError, match="item 0: instruction is not valid Unicode: surrogates"):
+        embedder.encode([{"text": "a red bicycle"}], instruction="\ud800")
+
+
 @pytest.mark.parametrize(
     ("item", "error", "message"),
     [

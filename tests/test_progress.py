@@ -46,6 +46,17 @@ def test_short_work_prints_nothing_in_a_log(clock, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_line_between_goes_to_stdout_whole(terminal, monkeypatch, capsys):
+    if terminal:
+        monkeypatch.setattr(sys, "stderr", Terminal())
+    for disable in (False, True):
+        with Progress(total=4, disable=disable) as bar:
+            bar.update(2)
+            bar.write("compiling again")
+    assert capsys.readouterr().out == "compiling again\n"
+
+
 def test_work_of_unknown_length_has_no_time_left(clock, capsys):
     with Progress(total=None, unit="B", unit_scale=True) as bar:
         clock[0] += SECONDS_BETWEEN_LINES

@@ -184,7 +184,7 @@ def test_the_shape_of_rows_does_not_depend_on_the_machine(tiny, photos, tmp_path
     from puma_jax.parallel.mesh import MeshConfig
 
     out = tmp_path / "out"
-    embed(tiny, photos, out, capsys, part="0/2", mesh=MeshConfig(data=1, fsdp=1, tensor=8))
+    embed(tiny, photos, out, capsys, part="0/2", mesh=MeshConfig(data=2, fsdp=1, tensor=4))
     embed(tiny, photos, out, capsys, part="1/2")
     assert len(Vectors(out)) == 6
 
