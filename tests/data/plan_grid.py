@@ -30,7 +30,7 @@ from puma_jax.model import hf
 from puma_jax.rows import PackedShape
 from puma_jax.train import load_config
 from puma_jax.training.scratch import write_base
-from puma_jax.training.stages import open_store
+from puma_jax.training.stages import open_store, with_inputs
 
 MODEL = ModelConfig(
     family="qwen2_vl",
@@ -199,8 +199,7 @@ def _of_config(path: Path, root: Path, seeds: int) -> None:
         base, workdir = Path(folder) / "base", Path(folder) / "run"
         write_base(base, config.scratch, root, config.images, config.prompt, config.seed)
         checkpoint = hf.open_checkpoint(base)
-        model = dataclasses.replace(checkpoint.config, images=config.images, prompt=config.prompt)
-        processor = Processor(load_tokenizer(base), model)
+        processor = Processor(load_tokenizer(base), with_inputs(checkpoint.config, config))
         store = open_store(config, root, processor, workdir)
         for seed in range(seeds):
             for name, stage in config.stages.items():
@@ -210,7 +209,7 @@ def _of_config(path: Path, root: Path, seeds: int) -> None:
                     batch_size=min(stage.plan.batch_size, len(store.table.query_set)),
                 )
                 plan = Plan(store.table, store.instructions, processor.template, settings)
-                steps = stage.steps or max(1, round(stage.epochs * plan.steps_per_epoch))
+                steps = stage.steps or max(1, round((stage.epochs or 0) * plan.steps_per_epoch))
                 for data_shards in (1, 8):
                     found = list(plan_all(plan, stage.grad_cache_chunks, data_shards, steps))
                     _report(
