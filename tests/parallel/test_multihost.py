@@ -132,7 +132,7 @@ def test_they_evaluate_and_embed_as_one_does(alone, root, tmp_path):
         assert not list((at / "kept").iterdir())
         items = ("--items", root / POOL, "--out", at / "vectors", "--items-per-shard", 32)
         outputs = succeeded(Processes(count, 2, "embed", *model, *items))
-        assert "225 items are embedded" in outputs[0]
+        assert "225 of 225 items embedded" in outputs[0]
         numbers[count] = (at / "found/results.json").read_bytes()
         vectors[count] = np.concatenate([*Vectors(at / "vectors", verify=True).parts()])
     assert numbers[1] == numbers[2]
