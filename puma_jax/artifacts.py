@@ -90,7 +90,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 os.replace(partial, target)
             _sync(parent)
         except PumaError as error:  # of one who wrote into it, and names what is about to go
-            raise type(error)(str(error).replace(str(partial), str(folder))) from error
+            error.args = (str(error).replace(str(partial), str(folder)),)
+            raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             os.close(held)

@@ -7,7 +7,6 @@ import errno
 import functools
 import io
 import os
-import re
 import select
 import sys
 import traceback
@@ -16,20 +15,13 @@ from typing import Any
 
 import tyro
 
-from puma_jax.errors import PumaError
+from puma_jax.errors import PumaError, one_line, printable
 
 # What a user, and not a fault in the program, makes of a disk, a folder, or a limit of the system.
 _ERRORS_OF_THE_PLACE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ESTALE),
 }
-
-# Control characters steer a terminal, marks of direction reorder what it shows, separators break
-# the line, and lone surrogates, which stand for the bytes of names that are not UTF-8, cannot be
-# encoded. Newlines and tabs are for the caller to judge.
-_UNPRINTABLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
 
 
 def run(main: Callable[..., None]) -> None:
@@ -78,15 +70,6 @@ def exit_on_error(main: Callable[[], None]) -> None:
         _exit(1, together=False)
 
 
-def printable(text: str) -> str:
-    r"""Return a text with all that would steer a terminal escaped; newlines and tabs stay.
-
-    >>> print(printable("a\x1b[31m\u202e"))
-    a\x1b[31m\u202e
-    """
-    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
-
-
 @contextlib.contextmanager
 def printable_output() -> Iterator[None]:
     """Make all that is printed to stdout `printable`: names of files and ids come from anywhere."""
@@ -126,8 +109,7 @@ def _nobody_reads() -> bool:
 
 
 def _print_error(message: str) -> None:
-    line = printable(message).replace("\n", "\\n").replace("\t", "\\t")
-    print(f"error: {line}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
 
 
 def _exit(code: int, *, together: bool) -> None:

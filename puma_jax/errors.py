@@ -1,11 +1,41 @@
 """Errors for users: one line with the thing, the value found, what was expected, what to do."""
 
+import re
+
+# Control characters steer a terminal, marks of direction reorder what it shows, separators break
+# the line, and lone surrogates, which stand for the bytes of names that are not UTF-8, cannot be
+# encoded. Newlines and tabs are for the caller to judge.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+_LONGEST_MESSAGE = 4000
+
+
+def printable(text: str) -> str:
+    r"""Return a text with all that would steer a terminal escaped; newlines and tabs stay.
+
+    >>> print(printable("a\x1b[31m\u202e"))
+    a\x1b[31m\u202e
+    """
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def one_line(text: str) -> str:
+    """Return a text as one line that is safe to print, and no longer than a screen."""
+    line = printable(text[:_LONGEST_MESSAGE]).replace("\n", "\\n").replace("\t", "\\t")
+    return line if len(text) <= _LONGEST_MESSAGE else f"{line}..."
+
 
 class PumaError(Exception):
     """Base of every error that puma_jax raises on purpose; entry points print it as one line."""
 
     in_all_processes = False
     """Whether all processes of a run raise it at the same place."""
+
+    def __str__(self) -> str:
+        """Return the message; names and values in it come from anywhere, and from libraries."""
+        return one_line(super().__str__())
 
 
 class ConfigError(PumaError):

@@ -210,7 +210,7 @@ def test_the_second_of_two_writers_does_not_mix_with_the_first(tmp_path: Path):
             with atomic_folder(tmp_path / "out") as others:
                 (others / "others").write_text("")
 
-    with pytest.raises(ArtifactError, match="cannot be written"):
+    with pytest.raises(ArtifactError, match="is not empty"):
         write_twice()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["others"]
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from puma_jax import cli
-from puma_jax.errors import ArtifactError
+from puma_jax.errors import ArtifactError, printable
 
 HOSTILE = "a\x1b[31m\0\r\n\x9b\u202e\u2066\u2028\udcff.jpg"
 HARMLESS = r"a\x1b[31m\x00\r\n\x9b\u202e\u2066\u2028\udcff.jpg"
@@ -28,6 +28,11 @@ def test_a_message_does_not_steer_the_terminal(capsys):
     assert end_of(ArtifactError(HOSTILE), capsys) == (2, f"error: {HARMLESS}\n")
 
 
+def test_a_message_is_as_safe_where_no_command_prints_it():
+    assert str(ArtifactError(HOSTILE)) == HARMLESS
+    assert len(str(ArtifactError("x" * 10**6))) < 5000
+
+
 def test_names_in_what_is_printed_do_not_either(capsys):
     with cli.printable_output():
         print("first\tline\n", HOSTILE.replace("\n", ""))
@@ -38,7 +43,7 @@ def test_names_in_what_is_printed_do_not_either(capsys):
     "text", ["Größe 漢 العربية", "👩‍👩‍👧 🏴\U000e0067\U000e007f", "e\u0301\n\t"]
 )
 def test_text_of_all_scripts_stays_as_it_is(text):
-    assert cli.printable(text) == text
+    assert printable(text) == text
 
 
 def test_an_interrupt_is_a_line_and_130(capsys):

@@ -71,7 +71,8 @@ def fuzz(name: str, seed: int, count: int) -> Outcome:
             errors.seek(0)
             last = (errors.read().decode(errors="replace").strip().splitlines() or [""])[-1]
         if outcome.count == before and ended.startswith("exit"):
-            sys.exit(f"error: {name} cannot be read as it is: {last}")
+            add(outcome, f"cannot be read as it is: {last}"[:160])
+            break
         if outcome.count < count:
             add(outcome, f"{ended}: {last}"[:160])
     return outcome

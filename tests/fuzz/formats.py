@@ -66,7 +66,7 @@ def of_vectors(name: str) -> Build:
             assert sum(len(part) for part in vectors.parts()) == len(vectors)
             vectors.ids(range(len(vectors)))
 
-        return Target(out / name, read)
+        return Target(sorted(out.glob(name))[0], read)
 
     return build
 
@@ -75,22 +75,27 @@ def of_resume(name: str) -> Build:
     """Return a builder of a file in a folder of vectors, read by the job that resumes it."""
 
     def build(folder: Path) -> Target:
-        out, embed = embedded(folder)
-        return Target(out / name, embed)
+        whole, embed = embedded(folder)
+
+        def resume() -> None:
+            shutil.rmtree(folder / "copy", ignore_errors=True)
+            embed(shutil.copytree(whole, folder / "copy"))
+
+        return Target(sorted(whole.glob(name))[0], resume)
 
     return build
 
 
-def embedded(folder: Path) -> tuple[Path, Callable[[], None]]:
-    """Embed a small corpus; return the folder of vectors, and what does it again."""
+def embedded(folder: Path) -> tuple[Path, Callable[[Path], None]]:
+    """Embed a small corpus; return the folder of vectors, and what embeds it into another."""
     from puma_jax import embed
 
     corpus, out, saved = folder / "corpus.jsonl", folder / "vectors", model(folder)
     lines = [json.dumps({"id": f"x:{number}", "text": text}) for number, text in enumerate(TEXTS)]
     corpus.write_text("\n".join(lines) + "\n", "utf-8")
-    again = functools.partial(embed.main, str(saved), corpus, out, items_per_shard=2)
-    again()
-    return out, again
+    into = functools.partial(embed.main, str(saved), corpus, items_per_shard=2)
+    into(out)
+    return out, into
 
 
 def results(folder: Path) -> Target:
@@ -210,10 +215,11 @@ FORMATS: dict[str, Build] = {
     "built instructions": of_data("instructions.json"),
     "built table": of_data("table/*.npy"),
     "vectors manifest": of_vectors("manifest.json"),
-    "vectors": of_vectors("00000/vectors.safetensors"),
-    "vectors ids": of_vectors("00000/ids.txt"),
+    "vectors": of_vectors("*/vectors.safetensors"),
+    "vectors ids": of_vectors("*/ids.txt"),
     "embed job": of_resume("job.json"),
-    "embed shard": of_resume("00000/shard.json"),
+    "embed shard": of_resume("*/shard.json"),
+    "embed items": of_resume("*/items.jsonl"),
     "results": results,
     "run config": of_run("config.json"),
     "run results": of_run("results.json"),

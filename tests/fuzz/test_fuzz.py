@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from puma_jax.errors import ArtifactError
 from puma_jax.files import read_json
 from tests.fuzz import Target, check_only_declared_errors, mutations
 
@@ -49,7 +48,7 @@ def test_other_exceptions_and_unprintable_messages_are_found(tmp_path):
 
     def unprintable():
         if path.read_bytes() != CONTENT:
-            raise ArtifactError("two\nlines")
+            raise ValueError("two\nlines")
 
     with pytest.raises(AssertionError, match="not one printable line"):
-        check_only_declared_errors(Target(path, unprintable))
+        check_only_declared_errors(Target(path, unprintable, ValueError))
