@@ -1,6 +1,8 @@
 """Imports run one way, promises have one home, every option says what it does."""
 
 import ast
+import builtins
+import dis
 import functools
 import importlib
 import re
@@ -8,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import CodeType
 
 import pytest
 import tyro
@@ -106,6 +109,26 @@ def test_no_module_imports_itself_through_others():
 
     for name in graph:
         visit(name, ())
+
+
+def test_every_name_is_defined():
+    """Shapes in annotations keep linters from telling undefined names: so they are looked up."""
+    undefined = []
+    for name, path in modules().items():
+        if name.endswith("__main__"):
+            continue
+        known = {*vars(builtins), *vars(module := importlib.import_module(name))}
+        known |= {*getattr(module, "__annotations__", {})}
+        codes = [compile(path.read_text("utf-8"), path, "exec")]
+        while codes:
+            code = codes.pop()
+            codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+            undefined += [
+                f"{name}: {instruction.argval}"
+                for instruction in dis.get_instructions(code)
+                if instruction.opname == "LOAD_GLOBAL" and instruction.argval not in known
+            ]
+    assert not undefined
 
 
 def test_the_core_imports_nothing_heavy():
