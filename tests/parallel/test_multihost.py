@@ -144,7 +144,7 @@ def test_what_goes_wrong_in_one_ends_all_with_its_message(tmp_path, root):
     (tmp_path / "run/note").write_text("mine")
     for code, _, errors in train(2, 1, tmp_path / "run", root).finish():
         assert code == 2
-        assert "run is not empty and holds no run: choose another --workdir" in errors
+        assert "run is not empty: choose another folder" in errors
         assert "Traceback" not in errors
 
 
