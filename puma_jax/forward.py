@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from puma_jax.axes import TILE
 from puma_jax.config import ComputeConfig, VisionConfig
 from puma_jax.data.items import Item
 from puma_jax.data.packing import Packing, fill, place
@@ -24,8 +25,9 @@ from puma_jax.parallel.mesh import batch_sharding, data_shards
 from puma_jax.rows import PackedBatch, PackedShape
 from puma_jax.typing import Array, Float, ndarray
 
-# How many times the room that the items of a call need its rows may have, to save a compilation.
-_WASTE = 4
+# How many times the room that items need their rows may have, to save a compilation: items of one
+# chunk, and of up to eight.
+_WASTE = (4, 3)
 
 
 @functools.cache
@@ -133,7 +135,7 @@ class Forward:
         if shape is None or packing is None:
             shape = self._shape(lengths, patches, tokens)
             packing = place(lengths, patches, shape)
-        # Texts alone are encoded by a second program, without a vision tower.
+        # A window of texts alone among others is encoded without the vision tower.
         filled = shape if patches.any() else replace(shape, patch_rows=0)
         batch = fill(items, packing, filled, self.vision)
         encode, shards = vectors_of_rows(), shape.data_shards
@@ -146,29 +148,43 @@ class Forward:
         """Return the shape of an earlier call that wastes little on these items, or a new one.
 
         Calls of a few items each differ in all their sizes: with a shape for each, nearly every
-        call would compile a program. Items of one chunk may take `_WASTE` times the room that they
-        need, more items next to none.
+        call would compile a program. Few items may waste some room, many may not; see `_WASTE`.
         """
         shards = 1 if self.mesh is None else data_shards(self.mesh)
         new = fitting_shape(lengths, patches, tokens).with_data_shards(shards)
+        if not patches.any():
+            new = replace(new, patch_rows=0)
 
         def cost(shape: PackedShape, chunks: int) -> int:
-            of_patches = shape.patch_rows * shape.patch_length if patches.any() else 0
-            return chunks * (shape.rows * shape.length + of_patches)
+            return chunks * (shape.rows * shape.length + shape.patch_rows * shape.patch_length)
 
         chunks = place(lengths, patches, new).chunks
-        limit = cost(new, chunks) * (_WASTE if chunks == 1 else 1)
+        if chunks == 1:
+            new = _rounded_up(new)
+        limit = cost(new, chunks) * (_WASTE[0] if chunks == 1 else _WASTE[1] if chunks <= 8 else 1)
         costs = {}
-        for known in self.known_shapes:
+        # Texts alone have programs of their own, without a vision tower.
+        for known in (k for k in self.known_shapes if bool(k.patch_rows) == bool(patches.any())):
             with contextlib.suppress(PackingError):
                 needed = place(lengths, patches, known).chunks
-                if needed == 1 or chunks > 1:
+                if needed <= (1 if chunks == 1 else 2 * chunks):
                     costs[known] = cost(known, needed)
         best = min(costs, key=lambda shape: costs[shape], default=None)
         if best is not None and costs[best] <= limit:
             return best
         self.known_shapes.append(new)
         return new
+
+
+def _rounded_up(shape: PackedShape) -> PackedShape:
+    """Return a shape with room for a little more than it was made for."""
+    rows, patch_rows = (
+        shards * (1 << (size // shards - 1).bit_length()) if size else 0
+        for shards in [shape.data_shards]
+        for size in (shape.rows, shape.patch_rows)
+    )
+    patch_length = max(TILE, shape.patch_length)
+    return replace(shape, rows=rows, patch_rows=patch_rows, patch_length=patch_length)
 
 
 def check_vectors(vectors: Float[ndarray, "n width"], name: Callable[[int], str]) -> None:
