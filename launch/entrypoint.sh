@@ -18,6 +18,9 @@ while true; do
     ((code > 128)) && kill -0 "$child" 2>/dev/null && continue
     break
 done
+# the child may have ended while the trap ran: this is its own code, not that of the signal to us
+wait "$child"
+code=$?
 ((asked && code == 0)) && code=143
 echo "ended with $code" >&2
 exit "$code"

@@ -44,7 +44,7 @@ _PIECES = (
     *(b"\0", b"\n", b"\r", b"\xff", b"\xc3", b"\xef\xbb\xbf", b"\xed\xa0\x80", b'"', b"\\", b","),
     *(b"{", b"}", b"[", b"]", b":", b"-", b"NaN", b"1e999", b"\\ud800", b"\x1b[0m", b"\x7f"),
 )
-_LONGEST_MESSAGE = 4000  # those that list what is wrong name 20 of it
+_LONGEST_MESSAGE = 5000  # those that list what is wrong name 20 of it
 _HEADER = struct.Struct("<Q")
 
 

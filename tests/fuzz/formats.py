@@ -127,6 +127,16 @@ def of_run(name: str) -> Build:
     return build
 
 
+def workdir(folder: Path) -> Target:
+    """The config of a training run, read by the run that resumes it."""
+    from puma_jax.training.workdir import CONFIG_FILE, claim_run
+    from tests.training import tiny_run
+
+    run, config = folder / "run", tiny_run.get_config()
+    claim_run(run, config)
+    return Target(run / CONFIG_FILE, lambda: claim_run(run, config))
+
+
 def of_stablehlo(name: str) -> Build:
     """Return a builder of a file of an export, read by its loader."""
 
@@ -221,6 +231,7 @@ FORMATS: dict[str, Build] = {
     "embed shard": of_resume("*/shard.json"),
     "embed items": of_resume("*/items.jsonl"),
     "results": results,
+    "workdir": workdir,
     "run config": of_run("config.json"),
     "run results": of_run("results.json"),
     "teacher cache": teacher_cache,

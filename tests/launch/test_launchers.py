@@ -283,7 +283,9 @@ def test_slurm_saves_before_the_limit_and_queues_again_unless_it_failed(
         "$@" & task=$!
         echo $task >{tmp_path}/task; wait $task; exit $?""",
     )
-    stub(folder, "scancel", f'echo "scancel $*" >>{tmp_path}/called; kill $(<{tmp_path}/task)')
+    # The tasks end before scancel does.
+    ending = f"kill $(<{tmp_path}/task); sleep 0.5"
+    stub(folder, "scancel", f'echo "scancel $*" >>{tmp_path}/called; {ending}')
     command = [sys.executable, "-c", PATIENT, tmp_path / "up", ends_with]
     process = start(["bash", LAUNCH / "slurm.sbatch", *command], PATH=cluster, SLURM_JOB_ID="17")
     wait_for(tmp_path / "up", "up")
