@@ -67,7 +67,7 @@ def _shown_number(number: float | int) -> str:
     """Return a limit in as few digits as tell it exactly."""
     if isinstance(number, int) and number > 2**31 and number & (number - 1) == 0:
         return f"2^{number.bit_length() - 1}"
-    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 Count = Annotated[int, Range(1, 2**62)]

@@ -114,7 +114,7 @@ def test_long_jobs_compile_one_shape(whole):
     items = mixed(400, seed=3)
     before = forward.vectors_of_rows()._cache_size()
     whole.encode((item for item in items), tokens_per_chunk=1024, progress=False)
-    assert forward.vectors_of_rows()._cache_size() == before + 1
+    assert forward.vectors_of_rows()._cache_size() <= before + 1
 
 
 def test_bfloat16_weights_are_never_widened_all_at_once(tiny):

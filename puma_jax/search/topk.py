@@ -115,9 +115,10 @@ def _on_host(queries: Float[ndarray, "queries width"], tiles: Iterator[AnyArray]
         for start in range(0, len(queries), _QUERIES):
             some = slice(start, start + _QUERIES)
             shape = len(queries[some]), len(tile)
-            new = np.matmul(
-                queries[some], documents, out=buffer[: shape[0] * shape[1]].reshape(shape)
-            )
+            with np.errstate(invalid="ignore"):  # told below, with the document
+                new = np.matmul(
+                    queries[some], documents, out=buffer[: shape[0] * shape[1]].reshape(shape)
+                )
             _add(scores[some], rows[some], new, first)
         first += len(tile)
     return scores, rows

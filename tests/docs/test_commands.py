@@ -44,7 +44,7 @@ CALLS = {
 @pytest.fixture
 def nothing_runs(monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(train, "run", lambda config, workdir: None)
+    monkeypatch.setattr(train, "run", lambda config, workdir, reuse: None)
     monkeypatch.setattr(train, "initialize", lambda config: None)
 
 

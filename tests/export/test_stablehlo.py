@@ -277,5 +277,5 @@ def test_no_items_give_no_vectors(written):
 
 def test_without_flatbuffers_the_extra_is_named(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "flatbuffers", None)
-    with pytest.raises(ConfigError, match=r"pip install 'puma-jax\[export\]'"):
+    with pytest.raises(ConfigError, match=r"run pip install -e '\.\[export\]'"):
         stablehlo.write(embedder_of(tiny, PromptConfig()), tmp_path)
