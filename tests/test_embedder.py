@@ -349,7 +349,7 @@ def test_calls_of_few_items_settle_on_few_programs(tiny, monkeypatch):
     before, counts = programs._cache_size(), []
     for _ in range(200):
         items = []
-        for _ in range(chance.randint(1, 40)):
+        for _ in range(chance.randint(2, 39)):
             item = {}
             if chance.random() < 0.7:
                 item["text"] = " ".join(chance.choices(words, k=chance.randint(1, 40)))

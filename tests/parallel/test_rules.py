@@ -205,6 +205,9 @@ def gradient_of_a_small_model(mesh):
     """A model of width 256 and its gradient for 8 rows of 256 tokens, compiled."""
     config = dataclasses.replace(
         QWEN2_VL_2B,
+        image_token_id=1,
+        vision_start_token_id=2,
+        vision_end_token_id=3,
         vision=VisionConfig(layers=2, width=256, heads=4, mlp_width=1024, out_width=256),
         decoder=DecoderConfig(
             vocab_size=512,

@@ -33,7 +33,7 @@ def test_the_flags_of_the_docs_are_accepted(capsys):
     pages = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
     text = "\n".join(page.read_text() for page in pages)
     text = re.sub(r"(--[\w.-]+)\n(\w)", r"\1 \2", text.replace("\\\n", " "))
-    shown = sorted(set(FLAG.findall(text)))
+    shown = sorted(set(FLAG.findall(text.replace("stages.NAME", "stages.mac"))))
     assert "--stages.mac.loss.relative" in shown
     refused = []
     for flag in shown:
