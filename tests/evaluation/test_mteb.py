@@ -189,5 +189,5 @@ def test_what_cannot_be_done_is_named(model, embedder, monkeypatch):
     with pytest.raises(ConfigError, match='name "tiny" has no "/", expected organization/model'):
         MtebModel(embedder, "tiny")
     monkeypatch.setitem(sys.modules, "mteb", None)
-    with pytest.raises(ConfigError, match=r"pip install 'puma-jax\[mteb\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[mteb\]'"):
         MtebModel(embedder, "puma/tiny")
