@@ -97,7 +97,7 @@ class _InstructionsFile:
 
 @dataclass(frozen=True)
 class Finished:
-    """What a finished build has read and written."""
+    """Record of what a finished build has read and written."""
 
     inputs: dict[str, Digest]
     """The state of each file that was read, by its path below the root."""
@@ -120,7 +120,7 @@ class Build:
     images: Literal["inline", "path"]
     shard_items: Count
     prompt: dict[str, Any]
-    """What decides the tokens of a text; see `prompts.prompt_fingerprint`."""
+    """Settings that decide the tokens of a text; see `prompts.prompt_fingerprint`."""
     finished: Finished | None = None
     """None until everything is written."""
 

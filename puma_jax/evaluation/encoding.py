@@ -95,7 +95,7 @@ class Sources:
     """The items that vectors are asked of, by their rows."""
 
     kind: str
-    """What an item is called in an error message, "query" or "document"."""
+    """Name of an item in error messages, "query" or "document"."""
     count: int
     item: Callable[[int], RawItem]
     """Returns the item of a row."""

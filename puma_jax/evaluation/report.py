@@ -117,7 +117,7 @@ class Evaluation:
     skipped: CountOrZero = 0
     """Number of records that cannot be read and are left out, in all files."""
     skipped_messages: tuple[str, ...] = ()
-    """What is wrong with the first of them."""
+    """Messages of the first of them."""
     unused_files: tuple[str, ...] = ()
     """Files of the split that are not used, because their names are not of the layout."""
 

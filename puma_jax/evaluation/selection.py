@@ -253,7 +253,7 @@ def count_queries(benchmark: Benchmark, split: str) -> int:
 
 @dataclass(frozen=True)
 class _ReadSet:
-    """What the files of an evaluation set hold."""
+    """Content of the files of an evaluation set."""
 
     files: EvaluationSet
     queries: list[Query]

@@ -54,7 +54,7 @@ class Lines:
     number: Int[ndarray, "records"]
     """Line number in the file, from 1."""
     stamp: UInt64[ndarray, "records"]
-    """What `stamp_of` gives for each line."""
+    """Stamp of each line; see `stamp_of`."""
 
     def __len__(self) -> int:
         return len(self.file)
