@@ -145,7 +145,8 @@ def claim(
     path, adopt = folder / marker, adopt or {}
     wanted = json.loads(json.dumps(dict(job), default=str))
     if not path.exists():
-        if folder.exists() and not all(map(_is_ours, _entries(folder, what))):
+        foreign = folder.exists() and not all(map(_is_ours, _entries(folder, what)))
+        if foreign and not path.exists():  # else another process has created it meanwhile
             raise ArtifactError(f"{folder} is not empty and holds no {what}: choose another folder")
         _create(path, {**wanted, **{name: compute() for name, compute in adopt.items()}})
     found = read_json(path)

@@ -71,6 +71,7 @@ def main(
         model, dtype=dtype, ret_token=ret_token, mesh=make_mesh(mesh, jax.local_devices())
     )
     print(describe(embedder.compute), flush=True)
+    number, parts = parse_part(part)
     done = embed(
         corpus,
         embedder,
@@ -79,9 +80,9 @@ def main(
         vectors_dtype=vectors_dtype,
         items_per_shard=items_per_shard,
         on_bad_record=on_bad_record,
-        part=parse_part(part),
+        part=(number, parts),
     )
-    print(done)
+    print(f"Part {number}/{parts}: {done}" if parts > 1 else done)
     if done.complete:
         print(f"The vectors are complete; {out / 'manifest.json'} lists their shards")
     else:

@@ -167,7 +167,7 @@ class Forward:
         for known in (k for k in self.known_shapes if bool(k.patch_rows) == bool(patches.any())):
             with contextlib.suppress(PackingError):
                 needed = place(lengths, patches, known).chunks
-                if needed <= (1 if chunks == 1 else 2 * chunks):
+                if needed <= 2 * chunks:
                     costs[known] = cost(known, needed)
         best = min(costs, key=lambda shape: costs[shape], default=None)
         if best is not None and costs[best] <= limit:

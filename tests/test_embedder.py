@@ -326,37 +326,30 @@ def test_vectors_that_say_nothing_are_errors(tiny):
             embedder.encode(["a", "b"], progress=False)
 
 
-def test_calls_of_few_items_settle_on_few_programs(tiny, monkeypatch):
-    """200 calls of random sizes compile at most 12 programs, the last 100 none."""
-    embedder, chance = Embedder.load(tiny.folder, dtype="float32"), random.Random(0)
-    words = [
-        "red",
-        "green",
-        "bicycle",
-        "shoe",
-        "house",
-        "of",
-        "the",
-        "sea",
-        "and",
-        "a",
-        "long",
-        "way",
-        "home",
-    ]
-    pictures = [random_image(*sides, n) for n, sides in enumerate([(30, 40), (90, 60), (56, 56)])]
-    programs = vectors_of_rows()
-    before, counts = programs._cache_size(), []
-    for _ in range(200):
-        items = []
-        for _ in range(chance.randint(2, 39)):
-            item = {}
-            if chance.random() < 0.7:
-                item["text"] = " ".join(chance.choices(words, k=chance.randint(1, 40)))
-            if not item or chance.random() < 0.4:
-                item["image"] = chance.choice(pictures)
-            items.append(item)
-        embedder.encode(items, progress=False)
-        counts.append(programs._cache_size() - before)
-    assert counts[-1] <= 12
-    assert counts[-1] == counts[99]
+def test_calls_of_few_items_settle_on_few_programs(whole):
+    """200 calls of random sizes share few shapes, each a program, and nearly all of them early."""
+    late = []
+    for seed in range(10):
+        chance, counts = random.Random(seed), []
+        calls = forward.Forward(whole.params, whole.config.vision, ComputeConfig(), None)
+        for _ in range(200):
+            items = []
+            for _ in range(chance.randint(2, 39)):
+                words = chance.randint(1, 40) if chance.random() < 0.7 else 0
+                image = not words or chance.random() < 0.4
+                patches = chance.choice([24, 64]) if image else 0
+                items.append((12 + 2 * words + patches // 4, patches))
+            calls._shape(*np.array(items).T, 2048)
+            counts.append(len(calls.known_shapes))
+        assert counts[-1] <= 8
+        late.append(counts[-1] - counts[99])
+    assert max(late) <= 2
+    assert np.mean(late) <= 0.5
+
+
+def test_calls_of_one_shape_share_a_program(tiny):
+    embedder, programs = Embedder.load(tiny.folder, dtype="float32"), vectors_of_rows()
+    before = programs._cache_size()
+    for count in range(2, 12):
+        embedder.encode(["red bicycle"] * count, progress=False)
+    assert programs._cache_size() - before <= len(embedder._known_shapes) <= 2
