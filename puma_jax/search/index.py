@@ -60,7 +60,7 @@ class Index(Protocol):
         k: int,
         *,
         modality: Modality | None = None,
-        filter: str | None = None,
+        filter: str | None = None,  # noqa: A002 (the name that stores use)
     ) -> list[list[Hit]]:
         """Return the k best documents of each query, best first; fewer if fewer match.
 
