@@ -27,7 +27,7 @@ from puma_jax.config import (
     PromptConfig,
     require,
 )
-from puma_jax.data.images import ImageSource, read_patches
+from puma_jax.data.images import ImageSource, most_patches, read_patches
 from puma_jax.data.items import Item
 from puma_jax.data.prompts import Processor, query_text
 from puma_jax.data.tokenizer import load_tokenizer
@@ -192,24 +192,39 @@ class Embedder:
             source=self._source,
         )
 
-    def preprocess(self, item: RawItem | str, instruction: str | None = None) -> Item:
+    def preprocess(
+        self, item: RawItem | str, instruction: str | None = None, *, truncate: bool = True
+    ) -> Item:
         """Return the tokens of an item and the patches of its image.
 
         Args:
             item: Text, image or both.
             instruction: Instruction of a query; see `encode`.
+            truncate: Whether to truncate a text of too many tokens, with a warning for the first.
 
         Raises:
             ItemError: The item has neither text nor image, or a field of the wrong kind.
             ImageError: The image cannot be read.
+            LongTextError: Instruction and text have too many tokens, and are not to be truncated.
         """
         _check_text("instruction", instruction)
         text, image = _checked(item)
         full = query_text(instruction, text)
         if image is None:
-            return self._processor.item(full)
+            return self._processor.item(full, truncate=truncate)
         patches, grid = read_patches(image, self.config.vision, self.config.images)
-        return self._processor.item(full, patches, grid)
+        return self._processor.item(full, patches, grid, truncate=truncate)
+
+    def largest_item(self, *, image: bool) -> tuple[int, int]:
+        """Return the most tokens and the most patches that an item has, with or without an image.
+
+        Programs whose rows hold as many are enough for every item.
+        """
+        template, config = self._processor.template, self.config
+        patches = most_patches(config.vision, config.images) if image else 0
+        suffix = len(template.suffix_both if image else template.suffix_text)
+        text = np.array([config.prompt.max_text_tokens + suffix])
+        return int(template.item_lengths(text, np.array([patches]))[0]), patches
 
     def shape_for(self, items: Sequence[Item], tokens_per_chunk: int | None = None) -> PackedShape:
         """Return the packed shape that items like these fill well; see `encode`."""

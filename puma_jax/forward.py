@@ -155,25 +155,55 @@ class Forward:
         if not patches.any():
             new = replace(new, patch_rows=0)
 
-        def cost(shape: PackedShape, chunks: int) -> int:
-            return chunks * (shape.rows * shape.length + shape.patch_rows * shape.patch_length)
-
         chunks = place(lengths, patches, new).chunks
         if chunks == 1:
             new = _rounded_up(new)
-        limit = cost(new, chunks) * (_WASTE[0] if chunks == 1 else _WASTE[1] if chunks <= 8 else 1)
-        costs = {}
-        # Texts alone have programs of their own, without a vision tower.
-        for known in (k for k in self.known_shapes if bool(k.patch_rows) == bool(patches.any())):
-            with contextlib.suppress(PackingError):
-                needed = place(lengths, patches, known).chunks
-                if needed <= 2 * chunks:
-                    costs[known] = cost(known, needed)
+        limit = _cost(new, chunks) * (_WASTE[0] if chunks == 1 else _WASTE[1] if chunks <= 8 else 1)
+        costs = _costs(lengths, patches, self.known_shapes, 2 * chunks)
         best = min(costs, key=lambda shape: costs[shape], default=None)
         if best is not None and costs[best] <= limit:
             return best
         self.known_shapes.append(new)
         return new
+
+
+def cheapest_shape(items: Sequence[Item], shapes: Sequence[PackedShape]) -> PackedShape:
+    """Return the shape, out of some, that encodes some items with the least work.
+
+    Args:
+        items: Items to encode together, in as many chunks as they need.
+        shapes: Shapes whose programs are compiled: those without patch rows serve texts alone.
+
+    Raises:
+        PackingError: An item is larger than all shapes allow.
+    """
+    lengths, patches = _sizes(items)
+    costs = _costs(lengths, patches, shapes, len(items))
+    if not costs:
+        raise PackingError(
+            f"items of up to {lengths.max()} tokens and {patches.max()} patches fit none of "
+            f"{len(shapes)} shapes: use shapes with larger rows"
+        )
+    return min(costs, key=lambda shape: costs[shape])
+
+
+def _costs(
+    lengths: ndarray, patches: ndarray, shapes: Sequence[PackedShape], most_chunks: int
+) -> dict[PackedShape, int]:
+    """Return the work that items take in each shape that holds them in so many chunks."""
+    costs = {}
+    # Texts alone have programs of their own, without a vision tower.
+    for shape in (shape for shape in shapes if bool(shape.patch_rows) == bool(patches.any())):
+        with contextlib.suppress(PackingError):
+            chunks = place(lengths, patches, shape).chunks
+            if chunks <= most_chunks:
+                costs[shape] = _cost(shape, chunks)
+    return costs
+
+
+def _cost(shape: PackedShape, chunks: int) -> int:
+    """Return the tokens and patches, with padding, that chunks of a shape hold."""
+    return chunks * (shape.rows * shape.length + shape.patch_rows * shape.patch_length)
 
 
 def _rounded_up(shape: PackedShape) -> PackedShape:

@@ -20,7 +20,7 @@ from puma_jax.artifacts import write_json
 from puma_jax.config import ModelConfig, PromptStyle
 from puma_jax.data.items import Item, TokenizedTemplate, TokenizedText
 from puma_jax.data.texts import normalize_text
-from puma_jax.errors import CheckpointError, ItemError
+from puma_jax.errors import CheckpointError, ItemError, LongTextError
 from puma_jax.schema import shown
 from puma_jax.typing import UInt8, ndarray
 
@@ -117,6 +117,8 @@ class Processor:
         text: str,
         patches: UInt8[ndarray, "patches values"] | None = None,
         grid: tuple[int, int] = (0, 0),
+        *,
+        truncate: bool = True,
     ) -> Item:
         """Return the item for a text (may be empty), an image (may be None) or both.
 
@@ -124,17 +126,20 @@ class Processor:
             text: The text as the model reads it; see `normalize_text` and `query_text`.
             patches: The patches of an image, from `images.patchify`.
             grid: Rows and columns of the patches.
+            truncate: Whether to truncate a text of too many tokens; see `tokenize_text`.
 
         Raises:
             ItemError: There is neither text nor image.
+            LongTextError: The text has too many tokens, and is not to be truncated.
         """
         if not text and patches is None:
             raise ItemError("an item has neither text nor image")
-        return self.template.assemble(
-            self.tokenize_text(text, image=patches is not None).tokens, patches, grid
-        )
+        tokenized = self.tokenize_text(text, image=patches is not None, truncate=truncate)
+        return self.template.assemble(tokenized.tokens, patches, grid)
 
-    def tokenize_text(self, text: str, *, image: bool, instructed: bool = False) -> TokenizedText:
+    def tokenize_text(
+        self, text: str, *, image: bool, instructed: bool = False, truncate: bool = True
+    ) -> TokenizedText:
         """Return the tokens of a text and of the prompt suffix.
 
         Args:
@@ -142,6 +147,11 @@ class Processor:
             image: Whether an image comes before it.
             instructed: Whether an instruction with its newline comes before it; an empty text then
                 adds no line of its own.
+            truncate: Whether a text of more than `max_text_tokens` is truncated, with a warning for
+                the first one, or is an error.
+
+        Raises:
+            LongTextError: The text has too many tokens, and is not to be truncated.
         """
         suffix = self._strings.suffix[image, bool(text) or instructed]
         if text:
@@ -151,7 +161,13 @@ class Processor:
         start, limit = text[: self._most_characters], self.config.prompt.max_text_tokens
         alone = self._encode(start)
         if len(alone) > limit:
-            self._warn_once(len(alone), counted=len(start) == len(text))
+            counted = len(start) == len(text)
+            if not truncate:
+                raise LongTextError(
+                    f"a text has {'' if counted else 'more than '}{len(alone):,} tokens, the model "
+                    f"reads {limit:,} (PromptConfig.max_text_tokens): shorten it"
+                )
+            self._warn_once(len(alone), counted=counted)
             return TokenizedText((*alone[:limit], *self._encode(suffix)), limit)
         return TokenizedText(self._encode(text + suffix), len(alone))
 

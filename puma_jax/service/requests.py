@@ -1,0 +1,163 @@
+"""Requests in: bodies read within limits, parsed, and given up when the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import ClientDisconnect
+
+from puma_jax.service.metrics import Metrics
+from puma_jax.service.refusals import Refusal, overloaded
+from puma_jax.service.settings import ServiceConfig
+
+Parsed = TypeVar("Parsed")
+Answer = TypeVar("Answer")
+
+_MB = 1_000_000
+_PARSED_IN_PLACE = 65_536
+_ERRORS_SHOWN = 3
+
+
+class Body(BaseModel):
+    """The body of a request: fields that it does not declare are refused, types are not guessed."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Bodies:
+    """Reads bodies, and counts the bytes of all that are held."""
+
+    def __init__(self, settings: ServiceConfig, metrics: Metrics):
+        """Start with no bytes held."""
+        self.settings, self.metrics = settings, metrics
+        self._held = 0
+
+    @contextlib.asynccontextmanager
+    async def read(self, request: Request, media_type: str) -> AsyncIterator[bytes]:
+        """Yield the body of a request, which counts as held until the block ends.
+
+        Args:
+            request: The request.
+            media_type: Media type that the body must have.
+
+        Raises:
+            Refusal: The body is too large, too slow or of another type, or too many are held.
+        """
+        found = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if found != media_type:
+            raise Refusal(
+                415,
+                "unsupported_media_type",
+                f'Content-Type is "{found[:100]}", expected {media_type}',
+            )
+        self._check(_announced(request))
+        parts: list[bytes] = []
+        try:
+            await self._fill(parts, request)
+            yield b"".join(parts)
+        finally:
+            self._hold(-sum(map(len, parts)))
+
+    async def _fill(self, parts: list[bytes], request: Request) -> None:
+        """Read the parts of a body, each of which is held at once."""
+        size = 0
+        try:
+            async with asyncio.timeout(self.settings.body_seconds):
+                async for part in request.stream():
+                    size += len(part)
+                    parts.append(part)
+                    self._hold(len(part))
+                    self._check(size)
+        except TimeoutError:
+            raise Refusal(
+                408,
+                "request_timeout",
+                f"the body did not arrive within {self.settings.body_seconds:g} seconds",
+                {"Connection": "close"},
+            ) from None
+
+    def _hold(self, size: int) -> None:
+        self._held += size
+        self.metrics.body_bytes.set(self._held)
+
+    def _check(self, size: int) -> None:
+        """Refuse a body of this size, or one more while too many are held."""
+        limit = self.settings.max_body_mb
+        if size > limit * _MB:
+            raise Refusal(
+                413,
+                "body_too_large",
+                f"the body has more than the {limit:g} MB that are read: send fewer items, or "
+                "smaller images",
+                {"Connection": "close"},
+            )
+        if self._held > self.settings.max_bodies_mb * _MB:
+            raise overloaded("the bodies of other requests fill the memory set aside: try later")
+
+
+def _announced(request: Request) -> int:
+    """Return the size that a request announces; 0 if it does not."""
+    length = request.headers.get("content-length", "")
+    return int(length) if length.isdecimal() and len(length) < 19 else 0
+
+
+async def parse(body: bytes, model: type[Body]) -> Any:
+    """Return a JSON body as an instance of a model; large ones are parsed in a thread.
+
+    Raises:
+        Refusal: It is no JSON, or holds something else than the model declares.
+    """
+    try:
+        if len(body) <= _PARSED_IN_PLACE:
+            return model.model_validate_json(body)
+        return await asyncio.to_thread(model.model_validate_json, body)
+    except ValidationError as error:
+        raise Refusal(400, "invalid_request", _describe(error)) from None
+
+
+def _describe(error: ValidationError) -> str:
+    """Return the first of the things that are wrong with a body, on one line."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    lines = []
+    for one in found[:_ERRORS_SHOWN]:
+        place = ".".join(str(part) for part in one["loc"])
+        lines.append(f"{place[:100]}: {one['msg']}" if place else one["msg"])
+    more = f" (and {len(found) - _ERRORS_SHOWN} more)" if len(found) > _ERRORS_SHOWN else ""
+    return "; ".join(lines) + more
+
+
+async def within(seconds: float, request: Request, work: Awaitable[Answer]) -> Answer:
+    """Return what some work returns; it is cancelled when time is up or the client leaves.
+
+    Raises:
+        Refusal: Time is up.
+        ClientDisconnect: The client has left.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        done, _ = await asyncio.wait(
+            {task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+        )
+        if task in done:
+            return task.result()
+        if gone in done:
+            raise ClientDisconnect
+        raise Refusal(
+            504, "timeout", f"there is no answer within {seconds:g} seconds: try again later"
+        )
+    finally:
+        for one in (task, gone):
+            one.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    """Return when the client of a request, whose body has been read, is gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+

@@ -1,0 +1,269 @@
+"""Search: `POST /search`, `GET /index` and `GET /images/{id}`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import Field
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from puma_jax.data.mbeir import Modality
+from puma_jax.embedder import RawItem
+from puma_jax.search.index import Hit, Index
+from puma_jax.service.openapi import json_body
+from puma_jax.service.pictures import (
+    check_image,
+    document_image,
+    image_from_base64,
+    image_from_url,
+)
+from puma_jax.service.refusals import Refusal
+from puma_jax.service.requests import Body, parse, within
+from puma_jax.service.state import Service
+from puma_jax.typing import Float, ndarray
+
+_FIELDS_IN_FORM = 16
+_FEWEST_FOUND = 16
+
+
+class SearchRequest(Body):
+    """A query: a text, an image, both, or a document whose like is wanted."""
+
+    text: str | None = None
+    image: str | None = None
+    """data: URL, or base64 alone. A multipart form has the file itself."""
+    id: str | None = None
+    """Id of a document; those most like it are found. In place of text and image."""
+    instruction: str | None = None
+    """Instruction put before the text; that of the service by default, none if empty."""
+    k: int = Field(default=24, ge=1)
+    """Documents to return."""
+    modality: Modality | None = None
+    """Only documents of this modality."""
+    filter: str | None = None
+    """Expression over the further fields of documents, such as `price < 20`."""
+
+
+def _item(body: SearchRequest, file: bytes | None, service: Service) -> RawItem:
+    """Return the item of a query; its image is in the body, or a file of a form."""
+    item: dict[str, Any] = {}
+    if body.text and body.text.strip():
+        item["text"] = body.text
+    if file is not None:
+        item["image"] = check_image(file, service.settings)
+    elif body.image is not None:
+        is_url = ":" in body.image[:12]
+        read = image_from_url if is_url else image_from_base64
+        item["image"] = read(body.image, service.settings)
+    return item
+
+
+def _shown(hit: Hit) -> dict[str, Any]:
+    """Return a document that was found as the answer shows it; paths of files are not told."""
+    document = hit.document
+    has_image = document.image is not None
+    return {
+        "id": document.id,
+        "score": hit.score,
+        "modality": document.modality,
+        "text": document.text,
+        "image": f"/images/{quote(document.id, safe='')}" if has_image else None,
+        "fields": dict(document.fields),
+    }
+
+
+async def _form(body: bytes, request: Request) -> tuple[SearchRequest, bytes | None]:
+    """Return the fields of a multipart form, and the file in it."""
+
+    async def whole() -> Any:
+        yield body
+
+    try:
+        parser = MultiPartParser(
+            request.headers,
+            whole(),
+            max_files=1,
+            max_fields=_FIELDS_IN_FORM,
+            max_part_size=len(body) + 1,
+        )
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise Refusal(400, "invalid_request", f"the form is damaged: {error.message}") from None
+    except Exception as error:  # whatever headers of parts the parser trips over
+        raise Refusal(400, "invalid_request", f"the form is damaged: {error}") from None
+    fields: dict[str, Any] = {}
+    file = None
+    try:
+        for name, value in form.multi_items():
+            if not isinstance(value, str):
+                file = await value.read()
+                if name != "image":
+                    raise Refusal(
+                        400, "invalid_request", f'the file is "{name[:80]}", expected image'
+                    )
+            else:
+                fields[name] = int(value) if name == "k" and value.isdecimal() else value
+    finally:
+        await form.close()
+    return SearchRequest.model_validate(fields), file
+
+
+class Searcher:
+    """Answers queries from an index."""
+
+    def __init__(self, service: Service, index: Index):
+        """Search an index with the model of a service."""
+        self.service, self.index = service, index
+
+    def warm_up(self) -> None:
+        """Search for every number of documents that is asked of the index, so that it compiles."""
+        query = self._unit_vector()
+        found = _FEWEST_FOUND
+        while found <= self._asked_for(self.service.settings.max_k):
+            self.index.search(query, found)
+            found *= 2
+
+    async def search(self, body: SearchRequest, file: bytes | None) -> JSONResponse:
+        """Return the documents that a query finds, and how long it took."""
+        start = time.perf_counter()
+        service, index, loop = self.service, self.index, asyncio.get_running_loop()
+        if body.k > service.settings.max_k:
+            raise Refusal(
+                400,
+                "invalid_request",
+                f"k is {body.k}, expected 1 to {service.settings.max_k}",
+            )
+        instruction = body.instruction
+        if instruction is None:
+            instruction = service.settings.instruction
+        service.check_texts([body.text, instruction, body.filter])
+        item = await asyncio.to_thread(_item, body, file, service)
+        warnings = []
+        if body.id is not None:
+            if item:
+                raise Refusal(400, "invalid_request", "a query has an id, or a text and an image")
+            instruction = None
+            vectors = await loop.run_in_executor(service.searchers, self._vector_of, body.id)
+        elif not item:
+            raise Refusal(
+                400, "invalid_request", "the query is empty: expected a text, an image, or an id"
+            )
+        else:
+            encoded = await service.batcher.encode([(item, instruction or None)], truncate=True)
+            vectors = encoded.vectors
+            if encoded.truncated:
+                limit = service.embedder.config.prompt.max_text_tokens
+                warnings.append(f"the text was truncated to the {limit} tokens that are read")
+        encoded_at = time.perf_counter()
+        hits = await loop.run_in_executor(service.searchers, self._find, vectors, body)
+        done = time.perf_counter()
+        service.metrics.search_seconds.observe(done - encoded_at)
+        return JSONResponse(
+            {
+                "hits": [_shown(hit) for hit in hits],
+                "instruction": instruction or None,
+                "warnings": warnings,
+                "took_ms": {
+                    "encode": round(1000 * (encoded_at - start), 2),
+                    "search": round(1000 * (done - encoded_at), 2),
+                },
+            }
+        )
+
+    def _find(self, vectors: Float[ndarray, "1 width"], body: SearchRequest) -> list[Hit]:
+        """Return the hits of a query; the document whose like is wanted is not among them."""
+        wanted = body.k + (body.id is not None)
+        hits = self.index.search(
+            vectors, self._asked_for(wanted), modality=body.modality, filter=body.filter or None
+        )[0]
+        return [hit for hit in hits if hit.document.id != body.id][: body.k]
+
+    def _asked_for(self, k: int) -> int:
+        """Return a power of two, so that few programs serve all numbers of documents."""
+        return max(_FEWEST_FOUND, 1 << (k - 1).bit_length())
+
+    def _vector_of(self, identifier: str) -> Float[ndarray, "1 width"]:
+        if self.index.documents([identifier])[0] is None:
+            raise _not_found(identifier)
+        return self.index.vectors([identifier])
+
+    def _unit_vector(self) -> Float[ndarray, "1 width"]:
+        return np.eye(1, self.index.width, dtype=np.float32)
+
+    def image(self, identifier: str, width: int | None) -> tuple[bytes, str]:
+        """Return the image of a document and its media type.
+
+        Raises:
+            Refusal: The index has no such document, or it has no image that can be read.
+        """
+        document = self.index.documents([identifier])[0]
+        if document is None or document.image is None:
+            raise _not_found(identifier)
+        return document_image(Path(document.image), width)
+
+
+def _not_found(identifier: str) -> Refusal:
+    return Refusal(404, "not_found", f'the index has nothing with the id "{identifier[:200]}"')
+
+
+def routes(service: Service) -> APIRouter:
+    """Return the routes of the search."""
+    router = APIRouter(tags=["Search"])
+    searcher = Searcher(service, service.index) if service.index is not None else None
+
+    def required() -> Searcher:
+        if searcher is None:
+            raise Refusal(404, "no_index", "the service has no index: start it with --uri")
+        return searcher
+
+    @router.post("/search", openapi_extra=json_body(SearchRequest))
+    async def search(request: Request) -> JSONResponse:
+        """Find documents by text, image, both, or by what is like a document of the index.
+
+        The body is JSON, or a multipart form with the same fields and the image as a file.
+        """
+        found = required()
+        limit = service.settings.request_seconds
+        if request.headers.get("content-type", "").startswith("multipart/form-data"):
+            async with service.bodies.read(request, "multipart/form-data") as body:
+                fields, file = await _form(body, request)
+                return await within(limit, request, found.search(fields, file))
+        async with service.bodies.read(request, "application/json") as body:
+            parsed = await parse(body, SearchRequest)
+            return await within(limit, request, found.search(parsed, None))
+
+    @router.get("/index")
+    async def about() -> dict[str, Any]:
+        """Return what a client should know of the index before it searches."""
+        found = required()
+        return {
+            "documents": await asyncio.to_thread(len, found.index),
+            "model": service.name,
+            "width": found.index.width,
+            "instruction": service.settings.instruction,
+            "max_k": service.settings.max_k,
+        }
+
+    @router.get("/images/{identifier:path}")
+    async def image(
+        identifier: str, request: Request, width: int | None = Query(None, ge=1, le=4096)
+    ) -> Response:
+        """Return the image of a document, or a thumbnail of about this width."""
+        found = required()
+        loop = asyncio.get_running_loop()
+        work = loop.run_in_executor(service.searchers, found.image, identifier, width)
+        data, media_type = await within(service.settings.request_seconds, request, work)
+        return Response(
+            data,
+            media_type=media_type,
+            headers={"Cache-Control": "private, max-age=300", "Content-Disposition": "inline"},
+        )
+
+    return router
