@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from puma_jax.data.decode import image_suffixes, is_image
 from puma_jax.data.lines import FilePath, RowIndex, json_object, resolve_inside
@@ -22,11 +23,19 @@ from puma_jax.embedder import RawItem
 from puma_jax.errors import DataError
 from puma_jax.files import sha256
 from puma_jax.schema import shown
+from puma_jax.search.fields import ITEM_FIELDS, FieldValue, read_fields
 
-Named = tuple[str, RawItem]
-"""An id and its item."""
 
-_FIELDS = {"id", "text", "image"}
+class CorpusItem(NamedTuple):
+    """An item of a corpus."""
+
+    id: str
+    item: RawItem
+    """Its text, its image or both: what is embedded."""
+    fields: dict[str, FieldValue] = {}  # noqa: RUF012 (never changed)
+    """Further fields, which are kept beside the vector."""
+
+
 _NOT_IN_IDS = {"Cc", "Cs", "Zl", "Zp"}
 """Unicode categories: control characters, surrogates, ends of lines and of paragraphs."""
 _KINDS_SHOWN = 10
@@ -38,8 +47,8 @@ class Corpus:
 
     source: Path
     items: int
-    read: Callable[[int], Named]
-    """Returns the id and item of a number; raises DataError for a bad record."""
+    read: Callable[[int], CorpusItem]
+    """Returns the item of a number; raises DataError for a bad record."""
     fingerprint: str
     """SHA-256 of the file, or of the names and sizes of all images."""
     passed_over: str = ""
@@ -50,9 +59,10 @@ def open_corpus(source: FilePath, images: FilePath | None = None) -> Corpus:
     """Return the corpus in a file or a folder.
 
     A file of JSON lines holds `{"id": ..., "text": ..., "image": ...}`, with a text, the path of
-    an image or both; or the documents of a pool in M-BEIR layout, recognized by their "did". A
-    folder gives all images in it and below it, behind links too; an image's id is its path. Images
-    are files with a suffix of an image format, and files without a suffix that begin as one.
+    an image or both, and any further fields that filters can name; see `fields.read_fields`. It may
+    also hold the documents of a pool in M-BEIR layout, recognized by their "did". A folder gives
+    all images in it and below it, behind links too; an image's id is its path. Images are files
+    with a suffix of an image format, and files without a suffix that begin as one.
 
     Args:
         source: A file or a folder.
@@ -70,11 +80,12 @@ def open_corpus(source: FilePath, images: FilePath | None = None) -> Corpus:
         raise DataError(f"{source} is neither a file of JSON lines nor a folder of images")
     root = Path(images) if images is not None else _root(source)
 
-    def parse(line: bytes) -> Named:
-        if "did" in json_object(line):
+    def parse(line: bytes) -> CorpusItem:
+        row = json_object(line)
+        if "did" in row and "id" not in row:
             candidate = parse_candidate(line)
-            return candidate.did, _item(root, candidate.text, candidate.image)
-        return _parse_item(line, root)
+            return CorpusItem(candidate.did, _item(root, candidate.text, candidate.image))
+        return _parse_item(row, root)
 
     rows = RowIndex(source, parse)
     if not len(rows):
@@ -82,24 +93,19 @@ def open_corpus(source: FilePath, images: FilePath | None = None) -> Corpus:
     return Corpus(source, len(rows), rows.__getitem__, sha256(source))
 
 
-def _parse_item(line: bytes, root: Path) -> Named:
-    """Return the id and the item of a line; unknown fields are refused as likely misspellings."""
-    row = json_object(line)
-    if unknown := sorted(set(row) - _FIELDS):
-        raise DataError(
-            f"field {shown(unknown[0])} is not one of {', '.join(sorted(_FIELDS))}, and there is "
-            "no did, which the documents of an M-BEIR pool have"
-        )
-    for name, value in row.items():
-        if not isinstance(value, str | None):
-            raise DataError(f"{name} {shown(value)} is not a text")
+def _parse_item(row: dict[str, Any], root: Path) -> CorpusItem:
+    """Return the item of a line of JSON."""
+    fields = read_fields(row)
+    for name in ITEM_FIELDS:
+        if not isinstance(row.get(name), str | None):
+            raise DataError(f"{name} {shown(row[name])} is not a text")
     identifier = row.get("id")
     if not identifier:
         raise DataError("id is missing, expected a text that names the item")
     _check_id(identifier)
     if not row.get("text") and not row.get("image"):
         raise DataError("there is neither text nor image")
-    return identifier, _item(root, row.get("text"), row.get("image"))
+    return CorpusItem(identifier, _item(root, row.get("text"), row.get("image")), fields)
 
 
 def _images(folder: Path) -> Corpus:
@@ -112,12 +118,12 @@ def _images(folder: Path) -> Corpus:
     for name in names:
         digest.update(b"%b\n%d\n" % (os.fsencode(name), sizes[name]))
 
-    def read(number: int) -> Named:
+    def read(number: int) -> CorpusItem:
         try:
             _check_id(names[number])
         except DataError as error:
             raise DataError(f"{folder}: {error}: rename the file") from None
-        return names[number], {"image": folder / names[number]}
+        return CorpusItem(names[number], {"image": folder / names[number]})
 
     note = _counted(passed_over, f"Passed over in {folder}: ")
     return Corpus(folder, len(names), read, digest.hexdigest(), note)

@@ -48,6 +48,8 @@ class Embedded:
     """Items of this part of the corpus."""
     embedded: int
     """Items that were embedded now."""
+    updated: int
+    """Items kept from before whose further fields have changed."""
     skipped: int
     """Items of this part that could not be read."""
     removed: int
@@ -57,11 +59,12 @@ class Embedded:
 
     def __str__(self) -> str:
         """Say it in one line."""
-        if not (self.embedded or self.skipped or self.removed):
+        if not (self.embedded or self.updated or self.skipped or self.removed):
             return f"Nothing to do: all {self.items:,} items are embedded"
         kept = self.items - self.skipped - self.embedded
         parts = [f"{self.embedded:,} of {self.items:,} items embedded"]
         parts += [f"{kept:,} kept from before"] * (kept > 0)
+        parts += [f"fields of {self.updated:,} updated"] * (self.updated > 0)
         parts += [f"{self.skipped:,} skipped (see skipped.txt in the shards)"] * (self.skipped > 0)
         parts += [f"{self.removed:,} old vectors removed"] * (self.removed > 0)
         return ", ".join(parts)
@@ -131,7 +134,7 @@ def embed(
         current = {shard: name for shard in ours if (name := shards.current(shard)) is not None}
         rows = [len(spec.rows(shard, corpus.items)) for shard in ours]
         missing = [shard for shard in ours if shard not in current]
-        embedded = 0
+        embedded = updated = 0
         bar = Progress(
             desc="embedding",
             unit="item",
@@ -141,14 +144,15 @@ def embed(
         )
         with bar:
             for shard in missing:
-                current[shard], fresh = shards.write(shard, bar)
+                current[shard], fresh, changed = shards.write(shard, bar)
                 embedded += fresh
+                updated += changed
         skipped = sum(read_shard(folder, name, spec).skipped for name in current.values())
         multihost.on_process_zero(lambda: None)  # wait for the shards of other processes
         before = count_vectors(folder)
         complete = _finish(shards, spec.shards(corpus.items), current)
         removed = max(0, before + embedded - count_vectors(folder)) if complete and before else 0
-    return Embedded(sum(rows), embedded, skipped, removed, complete)
+    return Embedded(sum(rows), embedded, updated, skipped, removed, complete)
 
 
 def _finish(shards: _Shards, count: int, current: dict[int, str]) -> bool:
@@ -213,13 +217,13 @@ class _Work:
         """Return the record of a row, and the preprocessed item or the error that prevents it."""
         record = ItemRecord("")
         try:
-            identifier, item = self.corpus.read(row)
+            identifier, item, fields = self.corpus.read(row)
         except DataError as error:
             return replace(record, skipped=str(error)), error
         try:
             record = ItemRecord(identifier)
             while True:
-                record = record_item(identifier, item)
+                record = record_item(identifier, item, fields)
                 found = self.embedder.preprocess(item, self.instruction)
                 if is_unchanged(record, identifier, item):
                     return record, found
@@ -250,10 +254,13 @@ class _Shards:
                 return name
         return None
 
-    def write(self, number: int, bar: Progress) -> tuple[str, int]:
-        """Write a shard and return its name, and how many of its items were embedded for it."""
+    def write(self, number: int, bar: Progress) -> tuple[str, int, int]:
+        """Write a shard; return its name, and counts of items embedded and of fields updated."""
         rows = list(self.spec.rows(number, self.work.corpus.items))
         kept = self._kept(rows)
+        updated = sum(
+            record.digest != self.known[record.id][2].digest for *_, record in kept.values()
+        )
         bar.update(len(kept))
         fresh = [row for row in rows if row not in kept]
         vectors, records = self.work.encode(fresh, self.spec.shape, bar)
@@ -276,7 +283,8 @@ class _Shards:
         }
         records |= {row: record for row, (_, _, record) in kept.items()}
         ordered = [records[row] for row in rows]
-        return write_shard(self.folder, self.spec, number, tensors, ordered), len(vectors)
+        name = write_shard(self.folder, self.spec, number, tensors, ordered)
+        return name, len(vectors), updated
 
     def _is_current(self, row: int, record: ItemRecord) -> bool:
         """Return whether a row is what was recorded; skipped rows stay so only if asked to."""
@@ -285,7 +293,10 @@ class _Shards:
                 return False
             return self.work.preprocess(row)[0].content == record.content
         try:
-            return is_unchanged(record, *self.work.corpus.read(row))
+            identifier, item, fields = self.work.corpus.read(row)
+            # As texts: to Python, true and 1 are equal.
+            same = str(record.fields) == str(fields)
+            return same and is_unchanged(record, identifier, item)
         except DataError:
             return False
 
@@ -299,12 +310,12 @@ class _Shards:
         kept = {}
         for row in rows:
             try:
-                identifier, item = self.work.corpus.read(row)
+                identifier, item, fields = self.work.corpus.read(row)
             except DataError:
                 continue
             found = self.known.get(identifier)
             if found is not None and is_unchanged(found[2], identifier, item):
-                kept[row] = found[0], found[1], record_item(identifier, item)
+                kept[row] = found[0], found[1], record_item(identifier, item, fields)
         return kept
 
 

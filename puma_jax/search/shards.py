@@ -6,8 +6,9 @@ job.json          the spec that all shards share: model, corpus, dtype, shape of
 00001-9a44…/      a shard is a folder that appears whole; its name ends in a digest of its items
 manifest.json     the spec, and the shards that hold the corpus
 ```
-items.jsonl records what was read for every item of the shard: id, text, and path, size, time and
-SHA-256 of the image. A rerun compares these with the corpus, and embeds what differs.
+items.jsonl records what was read for every item of the shard: id, text, path, size, time and
+SHA-256 of the image, and further fields. A rerun compares these with the corpus, and embeds what
+differs.
 
 int8 vectors are `round(127 v / s)`; the scale s of each vector is its largest magnitude, and is
 stored with them.
@@ -206,7 +207,7 @@ def write_shard(
     Raises:
         ArtifactError: The shard cannot be written.
     """
-    name = f"{number:05}-{sha256_of([record.content for record in records])[:8]}"
+    name = f"{number:05}-{sha256_of([record.digest for record in records])[:8]}"
     embedded = [record for record in records if record.skipped is None]
     skipped = [record.skipped for record in records if record.skipped is not None]
     if (folder / name).exists():  # its items are the same; only the times of their files differ

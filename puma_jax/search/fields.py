@@ -1,0 +1,84 @@
+"""Further fields of items, which are kept beside the vectors and which filters can name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from puma_jax.errors import DataError
+from puma_jax.schema import shown
+
+Scalar = str | bool | int | float
+FieldValue = Scalar | list[Scalar]
+
+ITEM_FIELDS = ("id", "text", "image")
+"""Fields that say what an item is; all others are further fields."""
+
+_SIMILAR = 0.8
+_ABBREVIATIONS = {"img": "image", "pic": "image"}
+_INTEGERS = range(-(2**63), 2**63)
+_LONGEST_NAME = 200
+
+
+def read_fields(row: Mapping[str, Any]) -> dict[str, FieldValue]:
+    """Return the further fields of an item: texts, numbers, true or false, and lists of these.
+
+    Fields that are null are left out.
+
+    Raises:
+        DataError: A field holds something else, or its name looks like a misspelling of id, text
+            or image, which the item lacks.
+    """
+    fields = {name: value for name, value in row.items() if name not in ITEM_FIELDS}
+    missing = [name for name in ITEM_FIELDS if not row.get(name)]
+    for name, value in fields.items():
+        meant = get_close_matches(name.lower(), missing, n=1, cutoff=_SIMILAR)
+        meant = meant or [_ABBREVIATIONS.get(name.lower(), "")]
+        if meant[0] in missing:
+            raise DataError(
+                f"field {shown(name)} looks like {meant[0]}, which is missing: name it {meant[0]}, "
+                "or otherwise if it is another thing"
+            )
+        check_field(name, value)
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def check_field(name: str, value: Any) -> None:
+    """Refuse a further field that stores cannot hold.
+
+    Raises:
+        DataError: Its name is empty or too long, or its value is of another kind.
+    """
+    if not 0 < len(name) <= _LONGEST_NAME or not _is_text(name):
+        raise DataError(
+            f"a field is named {shown(name)}, expected 1 to {_LONGEST_NAME} characters of Unicode"
+        )
+    values = value if isinstance(value, list) else [value]
+    for one in values:
+        if (one is None and one is value) or _is_scalar(one):
+            continue
+        raise DataError(
+            f"field {shown(name)} holds {shown(one)}, expected a text, a number of 64 bits, "
+            "true or false, or a list of these"
+        )
+
+
+def _is_scalar(value: Any) -> bool:
+    if isinstance(value, bool):
+        return True
+    if isinstance(value, str):
+        return _is_text(value)
+    if isinstance(value, int):
+        return value in _INTEGERS
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _is_text(value: str) -> bool:
+    """Whether a text can be encoded: lone surrogates cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
