@@ -100,8 +100,8 @@ def read_key(path: Path | None) -> str | None:
 def _check_extra() -> None:
     try:
         import fastapi  # noqa: F401
-        import python_multipart  # noqa: F401
         import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ConfigError(

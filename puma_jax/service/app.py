@@ -16,7 +16,7 @@ from puma_jax import __version__
 from puma_jax.service import cohere, openai, searching
 from puma_jax.service.gate import Gate
 from puma_jax.service.openapi import describe
-from puma_jax.service.refusals import Refusal
+from puma_jax.service.request_errors import RequestError
 from puma_jax.service.state import Service
 
 _PAGE = Path(__file__).with_name("page")
@@ -54,8 +54,8 @@ def create_app(service: Service, key: str | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     app.add_middleware(Gate, service=service, key=key)
-    app.add_exception_handler(HTTPException, _raise_as_refusal)
-    app.add_exception_handler(RequestValidationError, _raise_as_refusal)
+    app.add_exception_handler(HTTPException, _raise_request_error)
+    app.add_exception_handler(RequestValidationError, _raise_request_error)
     for routes in (openai.routes, cohere.routes, searching.routes, _operations):
         app.include_router(routes(service))
     app.include_router(_page())
@@ -63,22 +63,22 @@ def create_app(service: Service, key: str | None = None) -> FastAPI:
     return app
 
 
-def _raise_as_refusal(request: Request, error: Exception) -> Response:
+def _raise_request_error(request: Request, error: Exception) -> Response:
     """Turn what FastAPI and Starlette refuse by themselves into a refusal, which the gate answers.
 
     Raises:
-        Refusal: Always.
+        RequestError: Always.
     """
     if isinstance(error, HTTPException):
         codes = {404: "not_found", 405: "method_not_allowed"}
         message = f"{request.method} {request.url.path[:200]}: {error.detail}"
-        raise Refusal(
+        raise RequestError(
             error.status_code, codes.get(error.status_code, "invalid_request"), message,
             error.headers,
         )  # fmt: skip
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    raise Refusal(400, "invalid_request", f"{first['loc'][-1]}: {first['msg']}")
+    raise RequestError(400, "invalid_request", f"{first['loc'][-1]}: {first['msg']}")
 
 
 def _operations(service: Service) -> APIRouter:

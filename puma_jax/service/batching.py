@@ -25,7 +25,7 @@ from puma_jax.embedder import Embedder, RawItem
 from puma_jax.errors import EvaluationError, ItemError, LongTextError
 from puma_jax.forward import Forward, cheapest_shape, check_vectors
 from puma_jax.service.metrics import Metrics
-from puma_jax.service.refusals import Refusal, overloaded
+from puma_jax.service.request_errors import RequestError, overloaded
 from puma_jax.service.settings import ServiceConfig
 from puma_jax.service.shapes import serving_shapes
 from puma_jax.typing import Float, ndarray
@@ -98,11 +98,11 @@ class Batcher:
             truncate: Whether to truncate texts of too many tokens, or to refuse them.
 
         Raises:
-            Refusal: The queue has no room for the items, or the service cannot encode.
+            RequestError: The queue has no room for the items, or the service cannot encode.
             ItemError: An item cannot be read; the message names it by its number.
         """
         if self.failure is not None:
-            raise Refusal(503, "failed", f"the service cannot encode: {self.failure}")
+            raise RequestError(503, "failed", f"the service cannot encode: {self.failure}")
         if self._admitted + len(items) > self.settings.max_queue:
             raise overloaded(
                 f"{self._admitted} items wait, and {len(items)} more exceed the "
@@ -223,9 +223,7 @@ class Batcher:
         sizes = itertools.accumulate(_size(waiting.item) for waiting in self._queue)
         return any(size >= self.tokens_per_chunk for size in sizes)
 
-    def _encode_batch(
-        self, forward: Forward, items: Sequence[Item]
-    ) -> list[ndarray | Exception]:
+    def _encode_batch(self, forward: Forward, items: Sequence[Item]) -> list[ndarray | Exception]:
         """Return a vector for each item, or the error of those whose vector is not finite."""
         shape = cheapest_shape(items, self.shapes)
         vectors = forward.start(items, shape, self.tokens_per_chunk)[1].finish(lambda _: None)

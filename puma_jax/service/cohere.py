@@ -14,7 +14,7 @@ from puma_jax.embedder import RawItem
 from puma_jax.service.openai import Part, joined
 from puma_jax.service.openapi import json_body
 from puma_jax.service.pictures import image_from_url
-from puma_jax.service.refusals import Refusal
+from puma_jax.service.request_errors import RequestError
 from puma_jax.service.requests import Body
 from puma_jax.service.state import Service
 from puma_jax.service.vectors import EmbeddingType, quantized, shortened
@@ -31,9 +31,7 @@ class EmbedRequest(Body):
 
     model: str | None = None
     """Name of the model, as `GET /v1/models` tells it."""
-    input_type: Literal[
-        "search_document", "search_query", "classification", "clustering", "image"
-    ]
+    input_type: Literal["search_document", "search_query", "classification", "clustering", "image"]
     """"search_query" puts the service's instruction before every item, "search_document" that of
     the index; the others put none."""
     texts: list[str] | None = None
@@ -55,7 +53,7 @@ def _items(body: EmbedRequest, service: Service) -> list[RawItem]:
     """Return the items of a request."""
     given = [value for value in (body.texts, body.images, body.inputs) if value is not None]
     if len(given) != 1:
-        raise Refusal(
+        raise RequestError(
             400, "invalid_request", f"expected one of texts, images and inputs, found {len(given)}"
         )
     service.check_items(len(given[0]))
@@ -71,8 +69,7 @@ def _about_images(items: list[RawItem]) -> list[dict[str, Any]]:
     """Return the size of every image, as Cohere's answers tell it."""
     sizes = [image_size(item["image"]) for item in items]
     return [
-        {"width": width, "height": height, "format": "", "bit_depth": 24}
-        for height, width in sizes
+        {"width": width, "height": height, "format": "", "bit_depth": 24} for height, width in sizes
     ]
 
 
@@ -103,7 +100,7 @@ def routes(service: Service) -> APIRouter:
             if encoded.truncated:
                 which = ", ".join(str(number) for number in encoded.truncated)
                 meta["warnings"] = [f"the texts of these items were truncated: {which}"]
-            answer = {
+            answer: dict[str, Any] = {
                 "response_type": "embeddings_by_type",
                 "id": str(uuid.uuid4()),
                 "embeddings": {kind: quantized(vectors, kind) for kind in kinds},

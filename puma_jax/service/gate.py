@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from puma_jax.errors import PumaError
-from puma_jax.service.refusals import Refusal, as_refusal, error_body
+from puma_jax.service.request_errors import RequestError, as_request_error, error_body
 from puma_jax.service.state import Service
 
 OPEN_PATHS = ("/", "/health", "/ready", "/docs", "/assets/")
@@ -87,7 +87,7 @@ class Gate:
         headers, hosts = Headers(scope=scope), self.service.settings.hosts
         host = _without_port(headers.get("host", ""))
         if hosts and host not in hosts:
-            raise Refusal(
+            raise RequestError(
                 403,
                 "host_not_allowed",
                 f'Host is "{host[:200]}", expected one of {", ".join(hosts)}; see '
@@ -103,24 +103,24 @@ class Gate:
             # Compared as bytes, in a time that does not tell how much of it is right.
             right = secrets.compare_digest(given.strip().encode(), self._key.encode())
             if scheme.lower() != "bearer" or not right:
-                raise Refusal(
+                raise RequestError(
                     401,
                     "invalid_api_key",
                     'the key is missing or wrong: send it as "Authorization: Bearer KEY"',
                     {"WWW-Authenticate": "Bearer"},
                 )
         if self.service.stopping and path not in ("/health", "/ready", "/metrics"):
-            raise Refusal(
+            raise RequestError(
                 503, "stopping", "the service stops: call another one", {"Retry-After": "5"}
             )
 
 
 async def _refuse(error: Exception, scope: Scope, send: Send) -> None:
     """Answer with what an error says, if the request caused it, or with status 500."""
-    refusal = as_refusal(error) if isinstance(error, PumaError) else None
+    refusal = as_request_error(error) if isinstance(error, PumaError) else None
     if refusal is None:
         traceback.print_exception(error, file=sys.stderr)
-        refusal = Refusal(
+        refusal = RequestError(
             500, "internal_error", "the service failed on this request; its log says how"
         )
     body = json.dumps(error_body(scope["path"], refusal), ensure_ascii=False).encode()

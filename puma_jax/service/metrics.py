@@ -84,9 +84,9 @@ def compilation_count() -> Callable[[], int]:
     """Return a function that says how many programs were compiled since the first call of this."""
     durations: list[float] = []
 
-    def note(event: str, duration: float, **_: object) -> None:
+    def note(event: str, duration_secs: float, **_: str | int) -> None:
         if event == _COMPILED:
-            durations.append(duration)
+            durations.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(note)
     return lambda: len(durations)

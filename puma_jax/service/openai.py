@@ -15,7 +15,7 @@ from pydantic import Field
 from puma_jax.embedder import RawItem
 from puma_jax.service.openapi import json_body
 from puma_jax.service.pictures import image_from_url
-from puma_jax.service.refusals import Refusal
+from puma_jax.service.request_errors import RequestError
 from puma_jax.service.requests import Body
 from puma_jax.service.settings import ServiceConfig
 from puma_jax.service.state import Service
@@ -78,13 +78,13 @@ def joined(parts: list[Part], settings: ServiceConfig) -> RawItem:
     """Return the item of a list of parts: its texts, line by line, and its image.
 
     Raises:
-        Refusal: There is more than one image.
+        RequestError: There is more than one image.
         ImageError: The image cannot be read.
     """
     texts = [part.text for part in parts if isinstance(part, TextPart)]
     images = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
     if len(images) > 1:
-        raise Refusal(
+        raise RequestError(
             400, "invalid_item", f"an item has {len(images)} images, expected 1 at most"
         )
     item: dict[str, Any] = {"text": "\n".join(texts)} if texts else {}
@@ -99,7 +99,7 @@ def _from_chat(body: EmbeddingsRequest, settings: ServiceConfig) -> tuple[RawIte
     system = [message for message in messages if message.role == "system"]
     user = [message for message in messages if message.role == "user"]
     if len(user) != 1 or len(system) > (body.instruction is None):
-        raise Refusal(
+        raise RequestError(
             400,
             "invalid_request",
             f"messages holds {len(user)} of the user and {len(system)} of the system, expected 1 "
@@ -112,20 +112,22 @@ def _from_chat(body: EmbeddingsRequest, settings: ServiceConfig) -> tuple[RawIte
         for message in (user[0], *(system or [Message(role="system", content="")]))
     )
     if "image" in instruction:
-        raise Refusal(400, "invalid_request", "the system's message has an image, expected a text")
+        raise RequestError(
+            400, "invalid_request", "the system's message has an image, expected a text"
+        )
     return item, instruction.get("text") or body.instruction
 
 
 def _items(body: EmbeddingsRequest, service: Service) -> list[tuple[RawItem, str | None]]:
     """Return the items of a request with their instructions."""
     if (body.input is None) == (body.messages is None):
-        raise Refusal(400, "invalid_request", "expected either input or messages")
+        raise RequestError(400, "invalid_request", "expected either input or messages")
     if body.messages is not None:
         items = [_from_chat(body, service.settings)]
     else:
         texts = [body.input] if isinstance(body.input, str) else body.input or []
         if any(not isinstance(text, str) for text in texts):
-            raise Refusal(
+            raise RequestError(
                 400,
                 "token_ids_not_supported",
                 "input holds token ids, expected texts: an item is a text in the model's prompt",

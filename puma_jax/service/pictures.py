@@ -12,7 +12,7 @@ from PIL import Image
 
 from puma_jax.data.decode import DecodeError, decoded, displayed_size
 from puma_jax.errors import ImageError
-from puma_jax.service.refusals import Refusal
+from puma_jax.service.request_errors import RequestError
 from puma_jax.service.settings import ServiceConfig
 
 # What browsers show. Other formats are sent as JPEG.
@@ -34,12 +34,12 @@ def image_from_url(url: str, settings: ServiceConfig) -> bytes:
     """Return the bytes of an image in a data: URL.
 
     Raises:
-        Refusal: The URL is of another kind: the service fetches nothing.
+        RequestError: The URL is of another kind: the service fetches nothing.
         ImageError: The image is no base64, no image, or has too many pixels.
     """
     head, comma, data = url.partition(",")
     if not head.lower().startswith("data:") or not comma:
-        raise Refusal(
+        raise RequestError(
             400,
             "unsupported_image_url",
             f'the URL of an image begins with "{url[:12]}", expected data:image/...;base64,...: '
@@ -86,7 +86,7 @@ def document_image(path: Path, width: int | None) -> tuple[bytes, str]:
             if browsers do not show its format.
 
     Raises:
-        Refusal: The file is gone, or can no longer be decoded.
+        RequestError: The file is gone, or can no longer be decoded.
     """
     try:
         if width is not None:
@@ -98,7 +98,7 @@ def document_image(path: Path, width: int | None) -> tuple[bytes, str]:
     except (OSError, DecodeError) as error:
         if width is None and path.is_file():
             return _as_jpeg(path), "image/jpeg"
-        raise Refusal(
+        raise RequestError(
             404, "image_gone", f"the image of this document cannot be read: {_reason(error)}"
         ) from None
 
@@ -116,7 +116,7 @@ def _as_jpeg(path: Path) -> bytes:
         with decoded(path) as image:
             return _encoded(image, "JPEG", quality=90)
     except DecodeError as error:
-        raise Refusal(
+        raise RequestError(
             404, "image_gone", f"the image of this document cannot be read: {_reason(error)}"
         ) from None
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import ClientDisconnect
 
 from puma_jax.service.metrics import Metrics
-from puma_jax.service.refusals import Refusal, overloaded
+from puma_jax.service.request_errors import RequestError, overloaded
 from puma_jax.service.settings import ServiceConfig
 
 Parsed = TypeVar("Parsed")
@@ -46,11 +46,11 @@ class Bodies:
             media_type: Media type that the body must have.
 
         Raises:
-            Refusal: The body is too large, too slow or of another type, or too many are held.
+            RequestError: The body is too large, too slow or of another type, or too many are held.
         """
         found = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if found != media_type:
-            raise Refusal(
+            raise RequestError(
                 415,
                 "unsupported_media_type",
                 f'Content-Type is "{found[:100]}", expected {media_type}',
@@ -74,7 +74,7 @@ class Bodies:
                     self._hold(len(part))
                     self._check(size)
         except TimeoutError:
-            raise Refusal(
+            raise RequestError(
                 408,
                 "request_timeout",
                 f"the body did not arrive within {self.settings.body_seconds:g} seconds",
@@ -89,7 +89,7 @@ class Bodies:
         """Refuse a body of this size, or one more while too many are held."""
         limit = self.settings.max_body_mb
         if size > limit * _MB:
-            raise Refusal(
+            raise RequestError(
                 413,
                 "body_too_large",
                 f"the body has more than the {limit:g} MB that are read: send fewer items, or "
@@ -110,14 +110,14 @@ async def parse(body: bytes, model: type[Body]) -> Any:
     """Return a JSON body as an instance of a model; large ones are parsed in a thread.
 
     Raises:
-        Refusal: It is no JSON, or holds something else than the model declares.
+        RequestError: It is no JSON, or holds something else than the model declares.
     """
     try:
         if len(body) <= _PARSED_IN_PLACE:
             return model.model_validate_json(body)
         return await asyncio.to_thread(model.model_validate_json, body)
     except ValidationError as error:
-        raise Refusal(400, "invalid_request", _describe(error)) from None
+        raise RequestError(400, "invalid_request", _describe(error)) from None
 
 
 def _describe(error: ValidationError) -> str:
@@ -135,7 +135,7 @@ async def within(seconds: float, request: Request, work: Awaitable[Answer]) -> A
     """Return what some work returns; it is cancelled when time is up or the client leaves.
 
     Raises:
-        Refusal: Time is up.
+        RequestError: Time is up.
         ClientDisconnect: The client has left.
     """
     task = asyncio.ensure_future(work)
@@ -148,7 +148,7 @@ async def within(seconds: float, request: Request, work: Awaitable[Answer]) -> A
             return task.result()
         if gone in done:
             raise ClientDisconnect
-        raise Refusal(
+        raise RequestError(
             504, "timeout", f"there is no answer within {seconds:g} seconds: try again later"
         )
     finally:
@@ -160,4 +160,3 @@ async def _disconnected(request: Request) -> None:
     """Return when the client of a request, whose body has been read, is gone."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-

@@ -24,7 +24,7 @@ from puma_jax.service.pictures import (
     image_from_base64,
     image_from_url,
 )
-from puma_jax.service.refusals import Refusal
+from puma_jax.service.request_errors import RequestError
 from puma_jax.service.requests import Body, parse, within
 from puma_jax.service.state import Service
 from puma_jax.typing import Float, ndarray
@@ -95,9 +95,11 @@ async def _form(body: bytes, request: Request) -> tuple[SearchRequest, bytes | N
         )
         form = await parser.parse()
     except MultiPartException as error:
-        raise Refusal(400, "invalid_request", f"the form is damaged: {error.message}") from None
+        raise RequestError(
+            400, "invalid_request", f"the form is damaged: {error.message}"
+        ) from None
     except Exception as error:  # whatever headers of parts the parser trips over
-        raise Refusal(400, "invalid_request", f"the form is damaged: {error}") from None
+        raise RequestError(400, "invalid_request", f"the form is damaged: {error}") from None
     fields: dict[str, Any] = {}
     file = None
     try:
@@ -105,7 +107,7 @@ async def _form(body: bytes, request: Request) -> tuple[SearchRequest, bytes | N
             if not isinstance(value, str):
                 file = await value.read()
                 if name != "image":
-                    raise Refusal(
+                    raise RequestError(
                         400, "invalid_request", f'the file is "{name[:80]}", expected image'
                     )
             else:
@@ -133,9 +135,9 @@ class Searcher:
     async def search(self, body: SearchRequest, file: bytes | None) -> JSONResponse:
         """Return the documents that a query finds, and how long it took."""
         start = time.perf_counter()
-        service, index, loop = self.service, self.index, asyncio.get_running_loop()
+        service, loop = self.service, asyncio.get_running_loop()
         if body.k > service.settings.max_k:
-            raise Refusal(
+            raise RequestError(
                 400,
                 "invalid_request",
                 f"k is {body.k}, expected 1 to {service.settings.max_k}",
@@ -148,11 +150,13 @@ class Searcher:
         warnings = []
         if body.id is not None:
             if item:
-                raise Refusal(400, "invalid_request", "a query has an id, or a text and an image")
+                raise RequestError(
+                    400, "invalid_request", "a query has an id, or a text and an image"
+                )
             instruction = None
             vectors = await loop.run_in_executor(service.searchers, self._vector_of, body.id)
         elif not item:
-            raise Refusal(
+            raise RequestError(
                 400, "invalid_request", "the query is empty: expected a text, an image, or an id"
             )
         else:
@@ -201,7 +205,7 @@ class Searcher:
         """Return the image of a document and its media type.
 
         Raises:
-            Refusal: The index has no such document, or it has no image that can be read.
+            RequestError: The index has no such document, or it has no image that can be read.
         """
         document = self.index.documents([identifier])[0]
         if document is None or document.image is None:
@@ -209,8 +213,8 @@ class Searcher:
         return document_image(Path(document.image), width)
 
 
-def _not_found(identifier: str) -> Refusal:
-    return Refusal(404, "not_found", f'the index has nothing with the id "{identifier[:200]}"')
+def _not_found(identifier: str) -> RequestError:
+    return RequestError(404, "not_found", f'the index has nothing with the id "{identifier[:200]}"')
 
 
 def routes(service: Service) -> APIRouter:
@@ -220,7 +224,7 @@ def routes(service: Service) -> APIRouter:
 
     def required() -> Searcher:
         if searcher is None:
-            raise Refusal(404, "no_index", "the service has no index: start it with --uri")
+            raise RequestError(404, "no_index", "the service has no index: start it with --uri")
         return searcher
 
     @router.post("/search", openapi_extra=json_body(SearchRequest))

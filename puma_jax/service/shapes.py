@@ -39,8 +39,7 @@ def serving_shapes(embedder: Embedder, tokens_per_chunk: int) -> list[PackedShap
     while patches < most_patches:
         row = min(longest_with_image, 2 * TILE)
         sizes |= {
-            (rows, row, rows, patches)
-            for rows in _ladder(tokens_per_chunk // max(row, patches))
+            (rows, row, rows, patches) for rows in _ladder(tokens_per_chunk // max(row, patches))
         }
         patches *= 4
     widest = max(longest_with_image, most_patches)

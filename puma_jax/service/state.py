@@ -13,7 +13,7 @@ from puma_jax.embedder import Embedder
 from puma_jax.search.index import Index
 from puma_jax.service.batching import Batcher
 from puma_jax.service.metrics import Metrics
-from puma_jax.service.refusals import Refusal
+from puma_jax.service.request_errors import RequestError
 from puma_jax.service.requests import Bodies, Body, parse, within
 from puma_jax.service.settings import ServiceConfig
 
@@ -63,7 +63,7 @@ class Service:
             work: Called with an instance of `model`.
 
         Raises:
-            Refusal: The body is refused, or time is up.
+            RequestError: The body is refused, or time is up.
         """
         async with self.bodies.read(request, "application/json") as body:
             parsed = await parse(body, model)
@@ -73,10 +73,10 @@ class Service:
         """Refuse a request for another model: vectors of two models are never comparable.
 
         Raises:
-            Refusal: The request names another model.
+            RequestError: The request names another model.
         """
         if name is not None and name != self.name:
-            raise Refusal(
+            raise RequestError(
                 404,
                 "model_not_found",
                 f'model is "{name[:200]}", this service has "{self.name}"',
@@ -86,10 +86,10 @@ class Service:
         """Refuse no items, and more than a request may have.
 
         Raises:
-            Refusal: There are none, or too many.
+            RequestError: There are none, or too many.
         """
         if not 1 <= count <= self.settings.max_items:
-            raise Refusal(
+            raise RequestError(
                 400,
                 "invalid_request",
                 f"a request has {count} items, expected 1 to {self.settings.max_items}",
@@ -99,11 +99,11 @@ class Service:
         """Refuse texts of too many characters, which would be read for nothing.
 
         Raises:
-            Refusal: A text is too long.
+            RequestError: A text is too long.
         """
         longest = max((len(text or "") for text in texts), default=0)
         if longest > self.settings.max_text_chars:
-            raise Refusal(
+            raise RequestError(
                 400,
                 "text_too_long",
                 f"a text has {longest:,} characters, more than the "

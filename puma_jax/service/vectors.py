@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from puma_jax.search.shards import stored_tensors
-from puma_jax.service.refusals import Refusal
+from puma_jax.service.request_errors import RequestError
 from puma_jax.typing import AnyArray, Float, ndarray
 
 EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
@@ -20,13 +20,13 @@ def shortened(
     """Return the first values of unit vectors, scaled to length 1 again.
 
     Raises:
-        Refusal: There are not as many values, or the first ones are all zero.
+        RequestError: There are not as many values, or the first ones are all zero.
     """
     width = vectors.shape[1]
     if dimensions is None or dimensions == width:
         return vectors
     if not 1 <= dimensions <= width:
-        raise Refusal(
+        raise RequestError(
             400,
             "invalid_dimensions",
             f"{dimensions} dimensions are asked for, the model has 1 to {width}",
@@ -34,7 +34,7 @@ def shortened(
     first = vectors[:, :dimensions]
     lengths = np.linalg.norm(first, axis=1, keepdims=True)
     if not lengths.all():
-        raise Refusal(
+        raise RequestError(
             400,
             "invalid_dimensions",
             f"the first {dimensions} values of a vector are zero: ask for more dimensions",

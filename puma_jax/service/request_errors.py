@@ -8,7 +8,7 @@ from typing import Any
 from puma_jax.errors import ItemError, PumaError, SearchError
 
 
-class Refusal(PumaError):
+class RequestError(PumaError):
     """A request that is not served: its status, a code for programs, and a line for people."""
 
     def __init__(
@@ -27,26 +27,26 @@ class Refusal(PumaError):
         self.headers = dict(headers or {})
 
 
-def as_refusal(error: PumaError) -> Refusal | None:
+def as_request_error(error: PumaError) -> RequestError | None:
     """Return the refusal that an error stands for; None if the request did not cause it."""
-    if isinstance(error, Refusal):
+    if isinstance(error, RequestError):
         return error
     if isinstance(error, ItemError):
-        return Refusal(400, "invalid_item", str(error))
+        return RequestError(400, "invalid_item", str(error))
     if isinstance(error, SearchError):
-        return Refusal(400, "invalid_search", str(error))
+        return RequestError(400, "invalid_search", str(error))
     return None
 
 
-def overloaded(message: str) -> Refusal:
+def overloaded(message: str) -> RequestError:
     """Return the refusal of a request that could be served a little later."""
-    return Refusal(429, "overloaded", message, {"Retry-After": "1"})
+    return RequestError(429, "overloaded", message, {"Retry-After": "1"})
 
 
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
-def error_body(path: str, refusal: Refusal) -> dict[str, Any]:
+def error_body(path: str, refusal: RequestError) -> dict[str, Any]:
     """Return the JSON that tells of a refusal: Cohere's shape below /v2, OpenAI's elsewhere."""
     if path.startswith("/v2/"):
         return {"message": str(refusal)}
