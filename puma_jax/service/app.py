@@ -23,6 +23,8 @@ _PAGE = Path(__file__).with_name("page")
 _ASSETS = {
     "style.css": "text/css",
     "app.js": "text/javascript",
+    "api.js": "text/javascript",
+    "view.js": "text/javascript",
     "docs.js": "text/javascript",
     "icon.svg": "image/svg+xml",
 }

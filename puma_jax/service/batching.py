@@ -103,6 +103,10 @@ class Batcher:
         """
         if self.failure is not None:
             raise RequestError(503, "failed", f"the service cannot encode: {self.failure}")
+        if not self.ready.is_set():
+            raise RequestError(
+                503, "compiling", "programs are being compiled: try again", {"Retry-After": "5"}
+            )
         if self._admitted + len(items) > self.settings.max_queue:
             raise overloaded(
                 f"{self._admitted} items wait, and {len(items)} more exceed the "

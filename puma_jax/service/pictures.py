@@ -92,7 +92,8 @@ def document_image(path: Path, width: int | None) -> tuple[bytes, str]:
         if width is not None:
             size = min((known for known in WIDTHS if known >= width), default=WIDTHS[-1])
             return _thumbnail(path, path.stat().st_mtime_ns, size), "image/webp"
-        with Image.open(path, formats=tuple(_SHOWN_AS)) as image:
+        Image.init()
+        with Image.open(path, formats=[name for name in _SHOWN_AS if name in Image.OPEN]) as image:
             shown_as = _SHOWN_AS[image.format or ""]
         return path.read_bytes(), shown_as
     except (OSError, DecodeError) as error:
