@@ -26,7 +26,9 @@ _ERRORS_SHOWN = 3
 class Body(BaseModel):
     """The body of a request: fields that it does not declare are refused, types are not guessed."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True
+    )
 
 
 class Bodies:
