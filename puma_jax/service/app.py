@@ -58,8 +58,10 @@ def create_app(service: Service, key: str | None = None) -> FastAPI:
     app.add_middleware(Gate, service=service, key=key)
     app.add_exception_handler(HTTPException, _raise_request_error)
     app.add_exception_handler(RequestValidationError, _raise_request_error)
-    for routes in (openai.routes, cohere.routes, searching.routes, _operations):
-        app.include_router(routes(service))
+    app.include_router(openai.routes(service))
+    app.include_router(cohere.routes(service))
+    app.include_router(searching.routes(service))
+    app.include_router(_operations(service))
     app.include_router(_page())
     describe(app)
     return app

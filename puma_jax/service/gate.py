@@ -15,7 +15,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from puma_jax.errors import PumaError
-from puma_jax.service.request_errors import RequestError, as_request_error, error_body
+from puma_jax.service.request_errors import (
+    RequestError,
+    as_request_error,
+    error_body,
+    overloaded,
+)
 from puma_jax.service.state import Service
 
 OPEN_PATHS = ("/", "/health", "/ready", "/docs", "/assets/")
@@ -113,6 +118,8 @@ class Gate:
             raise RequestError(
                 503, "stopping", "the service stops: call another one", {"Retry-After": "5"}
             )
+        if self.service.in_flight > self.service.settings.max_requests and not is_open:
+            raise overloaded("too many requests are being answered: try again later")
 
 
 async def _refuse(error: Exception, scope: Scope, send: Send) -> None:

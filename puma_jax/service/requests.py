@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.formparsers import MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from puma_jax.service.metrics import Metrics
@@ -21,6 +22,7 @@ Answer = TypeVar("Answer")
 _MB = 1_000_000
 _PARSED_IN_PLACE = 65_536
 _ERRORS_SHOWN = 3
+_FIELDS_IN_FORM = 16
 
 
 class Body(BaseModel):
@@ -118,6 +120,48 @@ async def parse(body: bytes, model: type[Body]) -> Any:
         if len(body) <= _PARSED_IN_PLACE:
             return model.model_validate_json(body)
         return await asyncio.to_thread(model.model_validate_json, body)
+    except ValidationError as error:
+        raise RequestError(400, "invalid_request", _describe(error)) from None
+
+
+async def parse_form(body: bytes, request: Request, model: type[Body]) -> tuple[Any, bytes | None]:
+    """Return a multipart body as an instance of a model, and the file "image" that it holds.
+
+    Raises:
+        RequestError: It is no such form, or holds something else than the model declares.
+    """
+
+    async def whole() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    try:
+        form = await MultiPartParser(
+            request.headers,
+            whole(),
+            max_files=1,
+            max_fields=_FIELDS_IN_FORM,
+            max_part_size=len(body) + 1,
+        ).parse()
+    except Exception as error:  # whatever the headers of a part trip the parser over
+        reason = getattr(error, "message", str(error))
+        raise RequestError(400, "invalid_request", f"the form cannot be read: {reason}") from None
+    file = None
+    fields: dict[str, Any] = {}
+    try:
+        for name, value in form.multi_items():
+            if isinstance(value, str):
+                fields[name] = value
+            elif name == "image":
+                file = await value.read()
+            else:
+                raise RequestError(
+                    400, "invalid_request", f'the form has a file "{name[:80]}", expected "image"'
+                )
+    finally:
+        await form.close()
+    try:
+        # All fields of a form are texts.
+        return model.model_validate(fields, strict=False), file
     except ValidationError as error:
         raise RequestError(400, "invalid_request", _describe(error)) from None
 

@@ -12,7 +12,6 @@ import numpy as np
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
-from starlette.formparsers import MultiPartException, MultiPartParser
 
 from puma_jax.data.mbeir import Modality
 from puma_jax.embedder import RawItem
@@ -25,11 +24,10 @@ from puma_jax.service.pictures import (
     image_from_url,
 )
 from puma_jax.service.request_errors import RequestError
-from puma_jax.service.requests import Body, parse, within
+from puma_jax.service.requests import Body, parse, parse_form, within
 from puma_jax.service.state import Service
 from puma_jax.typing import Float, ndarray
 
-_FIELDS_IN_FORM = 16
 _FEWEST_FOUND = 16
 
 
@@ -79,44 +77,6 @@ def _shown(hit: Hit) -> dict[str, Any]:
     }
 
 
-async def _form(body: bytes, request: Request) -> tuple[SearchRequest, bytes | None]:
-    """Return the fields of a multipart form, and the file in it."""
-
-    async def whole() -> Any:
-        yield body
-
-    try:
-        parser = MultiPartParser(
-            request.headers,
-            whole(),
-            max_files=1,
-            max_fields=_FIELDS_IN_FORM,
-            max_part_size=len(body) + 1,
-        )
-        form = await parser.parse()
-    except MultiPartException as error:
-        raise RequestError(
-            400, "invalid_request", f"the form is damaged: {error.message}"
-        ) from None
-    except Exception as error:  # whatever headers of parts the parser trips over
-        raise RequestError(400, "invalid_request", f"the form is damaged: {error}") from None
-    fields: dict[str, Any] = {}
-    file = None
-    try:
-        for name, value in form.multi_items():
-            if not isinstance(value, str):
-                file = await value.read()
-                if name != "image":
-                    raise RequestError(
-                        400, "invalid_request", f'the file is "{name[:80]}", expected image'
-                    )
-            else:
-                fields[name] = int(value) if name == "k" and value.isdecimal() else value
-    finally:
-        await form.close()
-    return SearchRequest.model_validate(fields), file
-
-
 class Searcher:
     """Answers queries from an index."""
 
@@ -124,82 +84,69 @@ class Searcher:
         """Search an index with the model of a service."""
         self.service, self.index = service, index
 
-    def warm_up(self) -> None:
-        """Search for every number of documents that is asked of the index, so that it compiles."""
-        query = self._unit_vector()
-        found = _FEWEST_FOUND
-        while found <= self._asked_for(self.service.settings.max_k):
-            self.index.search(query, found)
-            found *= 2
-
     async def search(self, body: SearchRequest, file: bytes | None) -> JSONResponse:
         """Return the documents that a query finds, and how long it took."""
         start = time.perf_counter()
-        service, loop = self.service, asyncio.get_running_loop()
-        if body.k > service.settings.max_k:
+        vectors, instruction, warnings = await self._embedded(body, file)
+        encoded = time.perf_counter()
+        loop = asyncio.get_running_loop()
+        hits = await loop.run_in_executor(self.service.searchers, self._find, vectors, body)
+        searched = time.perf_counter()
+        self.service.metrics.search_seconds.observe(searched - encoded)
+        return JSONResponse(
+            {
+                "hits": [_shown(hit) for hit in hits],
+                "instruction": instruction,
+                "warnings": warnings,
+                "took_ms": {
+                    "encode": round(1000 * (encoded - start), 2),
+                    "search": round(1000 * (searched - encoded), 2),
+                },
+            }
+        )
+
+    async def _embedded(
+        self, body: SearchRequest, file: bytes | None
+    ) -> tuple[Float[ndarray, "1 width"], str | None, list[str]]:
+        """Return the vector of a query, the instruction that it has, and what is to be said."""
+        service, settings = self.service, self.service.settings
+        if body.k > settings.max_k:
             raise RequestError(
-                400,
-                "invalid_request",
-                f"k is {body.k}, expected 1 to {service.settings.max_k}",
+                400, "invalid_request", f"k is {body.k}, expected 1 to {settings.max_k}"
             )
-        instruction = body.instruction
-        if instruction is None:
-            instruction = service.settings.instruction
+        given = settings.instruction if body.instruction is None else body.instruction
+        instruction = given or None
         service.check_texts([body.text, instruction, body.filter])
         item = await asyncio.to_thread(_item, body, file, service)
-        warnings = []
         if body.id is not None:
             if item:
                 raise RequestError(
                     400, "invalid_request", "a query has an id, or a text and an image"
                 )
-            instruction = None
-            vectors = await loop.run_in_executor(service.searchers, self._vector_of, body.id)
-        elif not item:
+            loop = asyncio.get_running_loop()
+            found = await loop.run_in_executor(service.searchers, self._vector_of, body.id)
+            return found, None, []
+        if not item:
             raise RequestError(
                 400, "invalid_request", "the query is empty: expected a text, an image, or an id"
             )
-        else:
-            encoded = await service.batcher.encode([(item, instruction or None)], truncate=True)
-            vectors = encoded.vectors
-            if encoded.truncated:
-                limit = service.embedder.config.prompt.max_text_tokens
-                warnings.append(f"the text was truncated to the {limit} tokens that are read")
-        encoded_at = time.perf_counter()
-        hits = await loop.run_in_executor(service.searchers, self._find, vectors, body)
-        done = time.perf_counter()
-        service.metrics.search_seconds.observe(done - encoded_at)
-        return JSONResponse(
-            {
-                "hits": [_shown(hit) for hit in hits],
-                "instruction": instruction or None,
-                "warnings": warnings,
-                "took_ms": {
-                    "encode": round(1000 * (encoded_at - start), 2),
-                    "search": round(1000 * (done - encoded_at), 2),
-                },
-            }
-        )
+        encoded = await service.batcher.encode([(item, instruction)], truncate=True)
+        limit = service.embedder.config.prompt.max_text_tokens
+        said = f"the text was truncated to the {limit} tokens that the model reads"
+        return encoded.vectors, instruction, [said] if encoded.truncated else []
 
     def _find(self, vectors: Float[ndarray, "1 width"], body: SearchRequest) -> list[Hit]:
         """Return the hits of a query; the document whose like is wanted is not among them."""
         wanted = body.k + (body.id is not None)
         hits = self.index.search(
-            vectors, self._asked_for(wanted), modality=body.modality, filter=body.filter or None
+            vectors, _asked_for(wanted), modality=body.modality, filter=body.filter or None
         )[0]
         return [hit for hit in hits if hit.document.id != body.id][: body.k]
-
-    def _asked_for(self, k: int) -> int:
-        """Return a power of two, so that few programs serve all numbers of documents."""
-        return max(_FEWEST_FOUND, 1 << (k - 1).bit_length())
 
     def _vector_of(self, identifier: str) -> Float[ndarray, "1 width"]:
         if self.index.documents([identifier])[0] is None:
             raise _not_found(identifier)
         return self.index.vectors([identifier])
-
-    def _unit_vector(self) -> Float[ndarray, "1 width"]:
-        return np.eye(1, self.index.width, dtype=np.float32)
 
     def image(self, identifier: str, width: int | None) -> tuple[bytes, str]:
         """Return the image of a document and its media type.
@@ -213,12 +160,30 @@ class Searcher:
         return document_image(Path(document.image), width)
 
 
+def warm_up(index: Index, max_k: int) -> None:
+    """Search for every number of documents that an index is asked for, so that it compiles.
+
+    Raises:
+        SearchError: The index cannot be searched.
+    """
+    query = np.eye(1, index.width, dtype=np.float32)
+    asked = _FEWEST_FOUND
+    while asked <= _asked_for(max_k + 1):
+        index.search(query, asked)
+        asked *= 2
+
+
+def _asked_for(k: int) -> int:
+    """Return a power of two from k on, so that few programs serve all numbers of documents."""
+    return max(_FEWEST_FOUND, 1 << (k - 1).bit_length())
+
+
 def _not_found(identifier: str) -> RequestError:
     return RequestError(404, "not_found", f'the index has nothing with the id "{identifier[:200]}"')
 
 
 def routes(service: Service) -> APIRouter:
-    """Return the routes of the search."""
+    """Return the routes of the search; without an index they say that there is none."""
     router = APIRouter(tags=["Search"])
     searcher = Searcher(service, service.index) if service.index is not None else None
 
@@ -237,7 +202,7 @@ def routes(service: Service) -> APIRouter:
         limit = service.settings.request_seconds
         if request.headers.get("content-type", "").startswith("multipart/form-data"):
             async with service.bodies.read(request, "multipart/form-data") as body:
-                fields, file = await _form(body, request)
+                fields, file = await parse_form(body, request, SearchRequest)
                 return await within(limit, request, found.search(fields, file))
         async with service.bodies.read(request, "application/json") as body:
             parsed = await parse(body, SearchRequest)

@@ -11,6 +11,7 @@ from types import FrameType
 import uvicorn
 
 from puma_jax.service.app import create_app
+from puma_jax.service.searching import warm_up
 from puma_jax.service.settings import LOOPBACK
 from puma_jax.service.state import Service
 
@@ -23,6 +24,8 @@ def serve(service: Service, key: str | None, listener: socket.socket) -> None:
         key: Key that clients must send; None for none.
         listener: Socket that is bound to the address of the service.
     """
+    if service.index is not None:
+        warm_up(service.index, service.settings.max_k)
     host, port = listener.getsockname()[:2]
     address = f"http://{'[' + host + ']' if ':' in host else host}:{port}"
     documents = "" if service.index is None else f", {len(service.index):,} documents"

@@ -40,6 +40,8 @@ class ServiceConfig:
     16,384 on an accelerator."""
     max_queue: Count = 512
     """Items that may wait to be encoded. Requests beyond them are refused with status 429."""
+    max_requests: Count = 1024
+    """Requests answered at once. Those beyond them are refused with status 429."""
     max_items: Count = 256
     """Items in one request."""
     max_body_mb: Positive = 32.0
