@@ -20,6 +20,7 @@ from puma_jax.parallel.mesh import MeshConfig, make_mesh
 from puma_jax.parallel.multihost import DistributedConfig
 from puma_jax.search.corpus import open_corpus
 from puma_jax.search.embedding import embed
+from puma_jax.search.model_source import ModelSource
 from puma_jax.search.shards import VectorDType
 
 _ALL_DEVICES = MeshConfig()
@@ -81,6 +82,7 @@ def main(
         items_per_shard=items_per_shard,
         on_bad_record=on_bad_record,
         part=(number, parts),
+        source=ModelSource.of(model, dtype, ret_token),
     )
     print(f"Part {number}/{parts}: {done}" if parts > 1 else done)
     if done.complete:

@@ -33,13 +33,15 @@ FLOORS = (
     ("search",),
     ("evaluation",),
     ("training", "export"),
-    ("train", "evaluate", "embed", "prune"),
+    ("train", "evaluate", "embed", "index", "prune"),
 )
 OPTIONAL = {
     "faiss",
     "grain",
     "mteb",
     "orbax",
+    "milvus_lite",
+    "pymilvus",
     "sentence_transformers",
     "tensorboardX",
     "tensorflow",
@@ -55,6 +57,7 @@ COMMANDS = (
     "puma_jax.embed",
     "puma_jax.evaluate",
     "puma_jax.export.__main__",
+    "puma_jax.index",
     "puma_jax.prune",
     "puma_jax.train",
 )

@@ -22,6 +22,7 @@ from puma_jax.parallel.mesh import data_shards
 from puma_jax.progress import Progress
 from puma_jax.rows import PackedShape
 from puma_jax.search.corpus import Corpus
+from puma_jax.search.model_source import ModelSource
 from puma_jax.search.records import ItemRecord, is_unchanged, record_item
 from puma_jax.search.shards import (
     EmbeddingSpec,
@@ -80,6 +81,7 @@ def embed(
     items_per_shard: int = 16384,
     on_bad_record: OnBadRecord = "error",
     part: tuple[int, int] = (0, 1),
+    source: ModelSource | None = None,
     progress: bool = True,
 ) -> Embedded:
     """Embed the items of a corpus that a folder lacks, and return what was done.
@@ -100,6 +102,7 @@ def embed(
         items_per_shard: Items in a shard, which is the most that a kill loses.
         on_bad_record: "error" stops at an item that cannot be read, "skip" notes it in its shard.
         part: Number of this process and number of processes, which take shards in turn.
+        source: Where the model was loaded from, for the manifest.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -150,12 +153,14 @@ def embed(
         skipped = sum(read_shard(folder, name, spec).skipped for name in current.values())
         multihost.on_process_zero(lambda: None)  # wait for the shards of other processes
         before = count_vectors(folder)
-        complete = _finish(shards, spec.shards(corpus.items), current)
+        complete = _finish(shards, spec.shards(corpus.items), current, source)
         removed = max(0, before + embedded - count_vectors(folder)) if complete and before else 0
     return Embedded(sum(rows), embedded, updated, skipped, removed, complete)
 
 
-def _finish(shards: _Shards, count: int, current: dict[int, str]) -> bool:
+def _finish(
+    shards: _Shards, count: int, current: dict[int, str], source: ModelSource | None
+) -> bool:
     """Write the manifest if the shards of all parts exist, and return whether they do."""
     names = []
     for number in range(count):
@@ -163,7 +168,7 @@ def _finish(shards: _Shards, count: int, current: dict[int, str]) -> bool:
         if name is None:
             return False
         names.append(name)
-    multihost.on_process_zero(lambda: write_manifest(shards.folder, shards.spec, names))
+    multihost.on_process_zero(lambda: write_manifest(shards.folder, shards.spec, names, source))
     return True
 
 

@@ -21,6 +21,7 @@ from puma_jax.typing import Bool, Float, Int, ndarray
 _HELD_BYTES = 4 * 2**30
 """Vectors that need no more than this in float32 are held in memory, others are read each time."""
 _FILTERS_HELD = 64
+_ROWS_AT_ONCE = 16384
 
 
 class ExactIndex:
@@ -42,6 +43,7 @@ class ExactIndex:
         self._vectors = Vectors(folder)
         spec = self._vectors.spec
         self.model, self.instruction, self.width = spec.model, spec.instruction, spec.width
+        self.source = self._vectors.source
         self._documents = [document_of(record) for record in self._vectors.items()]
         self._rows = {document.id: row for row, document in enumerate(self._documents)}
         if len(self._rows) < len(self._documents):
@@ -100,21 +102,13 @@ class ExactIndex:
 
     def _pool(self, rows: Int[ndarray, "n"] | None) -> Iterator[Float[ndarray, "_ width"]]:
         """Yield the vectors of some rows, which ascend, or of all."""
-        parts = self._vectors.parts() if self._held is None else self._slices(self._held)
-        first = 0
-        for part in parts:
-            if rows is None:
-                yield part
-            else:
-                start, end = np.searchsorted(rows, [first, first + len(part)])
-                if start < end:
-                    yield part[rows[start:end] - first]
-            first += len(part)
-
-    @staticmethod
-    def _slices(held: Float[ndarray, "n width"], rows: int = 65536) -> Iterator[ndarray]:
-        for start in range(0, len(held), rows):
-            yield held[start : start + rows]
+        if self._held is None:
+            yield from self._vectors.parts(only=rows)
+        elif rows is None:
+            yield self._held
+        else:
+            for start in range(0, len(rows), _ROWS_AT_ONCE):
+                yield self._held[rows[start : start + _ROWS_AT_ONCE]]
 
     def _read(self) -> Float[ndarray, "n width"]:
         """Return all vectors."""

@@ -11,8 +11,8 @@ fields["unit price"] < 3               a name that is no identifier
 ```
 
 Names are those of fields, and `id`. What is said of a field that a document lacks is unknown, and
-so is its negation: the document is not found. Values of different types are unequal, and neither is
-below the other; true is 1 and false is 0.
+so is its negation: the document is not found. So is whether a text is below a number. Values of
+different types are unequal; true is 1 and false is 0.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
+_OPPOSITE = {"==": "!=", "!=": "==", "<": ">=", "<=": ">", ">": "<=", ">=": "<"}
 _WORDS = {"&&": "and", "||": "or", "!": "not"}
 _CONTAINS = {"json_contains", "array_contains"}
 
@@ -79,7 +80,7 @@ class Comparison:
     value: Scalar | tuple[Scalar, ...]
 
     def holds(self, identifier: str, fields: Mapping[str, Any]) -> bool | None:
-        """Return whether it holds of a document; None if the document lacks the field."""
+        """Return whether it holds of a document; None if that is unknown."""
         found = identifier if self.name == "id" else fields.get(self.name)
         if found is None:
             return None
@@ -92,23 +93,26 @@ class Comparison:
         try:
             return _COMPARE[self.sign](found, self.value)
         except TypeError:  # a text and a number
-            return False
+            return None
 
     def milvus(self, negated: bool) -> str:
         """Return it, or its negation, in Milvus' language."""
         path = "id" if self.name == "id" else f"fields[{_quoted(self.name)}]"
-        if self.sign == "in":
+        opposite = _OPPOSITE.get(self.sign) if negated else None
+        sign = opposite or self.sign
+        if sign == "in":
             # Not Milvus' own "in": Lite takes it of columns alone, servers of one type alone.
             values = self.value if isinstance(self.value, tuple) else (self.value,)
             said = " or ".join(f"{path} == {_quoted(value)}" for value in values)
-        elif self.sign == "contains":
+        elif sign == "contains":
             said = f"json_contains({path}, {_quoted(self.value)})"
         else:
-            said = f"{path} {self.sign} {_quoted(self.value)}"
-        if negated:
+            said = f"{path} {sign} {_quoted(self.value)}"
+        inverted = negated and opposite is None
+        if inverted:
             said = f"not ({said})"
-        # Stores differ in whether a field that is missing is unequal to a value.
-        guarded = self.name != "id" and (negated or self.sign == "!=")
+        # Stores differ in what they make of a field that is missing in these two.
+        guarded = self.name != "id" and (inverted or sign == "!=")
         return f"(exists {path} and {said})" if guarded else f"({said})"
 
     @cached_property

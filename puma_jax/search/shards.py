@@ -35,6 +35,7 @@ from puma_jax.errors import VectorsError
 from puma_jax.files import parse_json, read_object, save_tensors, sha256, sha256_of
 from puma_jax.rows import PackedShape
 from puma_jax.schema import Count, CountOrZero, from_json
+from puma_jax.search.model_source import ModelSource
 from puma_jax.search.records import ItemRecord
 from puma_jax.typing import Float, Int, ndarray
 
@@ -136,6 +137,8 @@ class Manifest:
     job: EmbeddingSpec
     vectors: Totals
     shards: dict[str, ShardRecord] = field(default_factory=dict)
+    source: ModelSource | None = None
+    """Where the model was loaded from, which may have moved since."""
 
 
 def shard_names(folder: Path) -> dict[int, list[str]]:
@@ -227,7 +230,9 @@ def write_shard(
     return name
 
 
-def write_manifest(folder: Path, spec: EmbeddingSpec, names: Sequence[str]) -> Totals:
+def write_manifest(
+    folder: Path, spec: EmbeddingSpec, names: Sequence[str], source: ModelSource | None = None
+) -> Totals:
     """Write the manifest of these shards, in this order, and return what they hold.
 
     Shards that are not among them are stale and removed.
@@ -241,7 +246,7 @@ def write_manifest(folder: Path, spec: EmbeddingSpec, names: Sequence[str]) -> T
         items=sum(record.items for record in shards.values()),
         skipped=sum(record.skipped for record in shards.values()),
     )
-    write_json(folder / _MANIFEST, asdict(Manifest(spec, totals, shards)))
+    write_json(folder / _MANIFEST, asdict(Manifest(spec, totals, shards, source)))
     for stale in sorted({*itertools.chain(*shard_names(folder).values())} - {*names}):
         shutil.rmtree(folder / stale, ignore_errors=True)
     return totals
@@ -282,7 +287,7 @@ class Vectors:
             state = "unfinished: run the same command again" if self.folder.exists() else "missing"
             raise VectorsError(f"{self.folder / _MANIFEST}: the vectors are {state}")
         manifest = read_object(self.folder / _MANIFEST, Manifest, error=VectorsError)
-        self.spec, self._shards = manifest.job, manifest.shards
+        self.spec, self.source, self._shards = manifest.job, manifest.source, manifest.shards
         for name, shard in self._shards.items():
             if not _NAME.fullmatch(name) or set(shard.files) < {_VECTORS, _IDS, _ITEMS}:
                 raise VectorsError(f"{self.folder / _MANIFEST}: {name} is no shard: embed again")
@@ -292,20 +297,40 @@ class Vectors:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def parts(self, rows: int = 4096) -> Iterator[Float[ndarray, "_ width"]]:
+    def parts(
+        self, rows: int = 4096, *, only: Int[ndarray, "n"] | None = None
+    ) -> Iterator[Float[ndarray, "_ width"]]:
         """Yield all vectors in float32, at most `rows` at a time, as `top_k` accepts them.
+
+        Args:
+            rows: The most vectors in a part.
+            only: Numbers of the vectors to yield, ascending. Shards without any are not read.
 
         Raises:
             VectorsError: A file is damaged.
         """
+        first = 0
         for name, shard in self._shards.items():
+            end = first + shard.items
+            wanted = None
+            if only is not None:
+                wanted = only[slice(*np.searchsorted(only, [first, end]))] - first
+            first = end
+            if wanted is not None and not len(wanted):
+                continue
             path = self.folder / name / _VECTORS
             with _opened(path) as file:
                 vectors, scales = self._tensors(file, path, shard.items)
                 for start in range(0, shard.items, rows):
                     here = slice(start, min(start + rows, shard.items))
-                    part = np.asarray(vectors[here], np.float32)
-                    yield part if scales is None else part * (scales[here, None] / 127)
+                    part: ndarray = np.asarray(vectors[here], np.float32)
+                    if scales is not None:
+                        part = part * (scales[here, None] / 127)
+                    if wanted is not None:
+                        inside = wanted[slice(*np.searchsorted(wanted, [here.start, here.stop]))]
+                        part = part[inside - start]
+                    if len(part):
+                        yield part
 
     def ids(self, rows: Int[ndarray, "n"] | Sequence[int]) -> list[str]:
         """Return the ids of the vectors of some rows."""
