@@ -14,6 +14,9 @@ const settings = { k: 24, instruction: "", maxK: 200 };
 // A picture, or the document whose like is wanted; never both.
 let picture = null;
 let like = null;
+// The picture as the history keeps it: browsers drop files from there, but not their bytes.
+let kept = null;
+const KEPT_BYTES = 8_000_000;
 let running = null;
 
 /** Return what the controls ask for. */
@@ -44,10 +47,11 @@ function address() {
 /** Set the controls to an address, and to what the browser has kept with it. */
 function restore() {
   const parameters = new URLSearchParams(location.search);
-  const kept = history.state ?? {};
-  picture = kept.picture ?? null;
+  const state = history.state ?? {};
+  kept = state.kept ?? null;
+  picture = kept && new File([kept.bytes], kept.name, { type: kept.type });
   const identifier = parameters.get("like");
-  like = identifier ? (kept.like ?? { id: identifier, image: null, text: identifier }) : null;
+  like = identifier ? (state.like ?? { id: identifier, image: null, text: identifier }) : null;
   $("#text").value = parameters.get("q") ?? "";
   const modality = parameters.get("modality") ?? "";
   for (const input of form.elements.modality) input.checked = input.value === modality;
@@ -116,7 +120,7 @@ async function showChip() {
 
 /** Ask for what the controls say; a new place in the history unless it is the same one. */
 function go() {
-  const state = { picture, like };
+  const state = { kept, like };
   if (address() === location.pathname + location.search) history.replaceState(state, "");
   else history.pushState(state, "", address());
   showOptionsUsed();
@@ -189,7 +193,7 @@ function fail(error) {
 const actions = {
   open: (hit) => showDetail(hit, actions),
   like: (hit) => {
-    picture = null;
+    picture = kept = null;
     like = { id: hit.id, image: hit.image, text: hit.text };
     $("#text").value = "";
     showChip();
@@ -199,12 +203,14 @@ const actions = {
 };
 
 /** Search with a picture, from wherever it comes. */
-function take(file) {
+async function take(file) {
   if (!file) return;
   if (!file.type.startsWith("image/")) {
     say(`“${file.name}” is not a picture.`);
     return;
   }
+  const { name, type } = file;
+  kept = file.size <= KEPT_BYTES ? { name, type, bytes: await file.arrayBuffer() } : null;
   picture = file;
   like = null;
   showChip();
@@ -234,7 +240,7 @@ $("#file").onchange = () => {
   $("#file").value = "";
 };
 chip.querySelector(".remove").onclick = () => {
-  picture = like = null;
+  picture = kept = like = null;
   showChip();
   go();
   $("#text").focus();
