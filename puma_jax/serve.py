@@ -16,6 +16,7 @@ from puma_jax.errors import ConfigError, SearchError
 from puma_jax.model.attention import describe
 from puma_jax.parallel.mesh import MeshConfig, make_mesh
 from puma_jax.search.index import Index
+from puma_jax.search.open import open_index
 from puma_jax.service.settings import ServiceConfig
 
 _DEFAULTS = ServiceConfig()
@@ -25,6 +26,7 @@ _ALL_DEVICES = MeshConfig()
 def main(
     model: str,
     uri: str | None = None,
+    collection: str = "items",
     dtype: DType | None = None,
     ret_token: str | None = None,
     mesh: MeshConfig = _ALL_DEVICES,
@@ -36,6 +38,7 @@ def main(
         model: Hugging Face folder or hub id of the model.
         uri: Index to search: a folder of vectors, a file that ends with .db, or the address of a
             Milvus server. Without it, the service only embeds.
+        collection: Collection of a Milvus database.
         dtype: Dtype of weights and activations. The dtype of the model's files by default.
         ret_token: Token that ends every item, such as "<|video_pad|>"; for models without a spare
             row for [RET]. The one saved with the model, or [RET], by default.
@@ -52,12 +55,12 @@ def main(
             model, dtype=dtype, ret_token=ret_token, mesh=make_mesh(mesh, jax.local_devices())
         )
         print(describe(embedder.compute), flush=True)
-        index = open_for(embedder, uri)
+        index = open_for(embedder, uri, collection)
         name = service.name or Path(model).name
         serve(Service(embedder, index, name, service), key, listener)
 
 
-def open_for(embedder: Embedder, uri: str | None) -> Index | None:
+def open_for(embedder: Embedder, uri: str | None, collection: str = "items") -> Index | None:
     """Return the index at a URI, whose vectors a model has made; None without a URI.
 
     Raises:
@@ -65,9 +68,7 @@ def open_for(embedder: Embedder, uri: str | None) -> Index | None:
     """
     if uri is None:
         return None
-    from puma_jax.search.open import open_index
-
-    index = open_index(uri)
+    index = open_index(uri, collection=collection)
     if index.model != embedder.fingerprint:
         index.close()
         raise SearchError(

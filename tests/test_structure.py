@@ -31,15 +31,18 @@ FLOORS = (
     ("forward",),
     ("embedder",),
     ("search",),
-    ("evaluation",),
+    ("evaluation", "service"),
     ("training", "export"),
-    ("train", "evaluate", "embed", "index", "prune"),
+    ("train", "evaluate", "embed", "index", "prune", "serve"),
+    ("__main__",),
 )
 OPTIONAL = {
     "faiss",
+    "fastapi",
     "grain",
     "mteb",
     "orbax",
+    "prometheus_client",
     "milvus_lite",
     "pymilvus",
     "sentence_transformers",
@@ -47,6 +50,7 @@ OPTIONAL = {
     "tensorflow",
     "tensorflow_datasets",
     "torch",
+    "uvicorn",
     "wandb",
 }
 COMMANDS = (
@@ -59,6 +63,7 @@ COMMANDS = (
     "puma_jax.export.__main__",
     "puma_jax.index",
     "puma_jax.prune",
+    "puma_jax.serve",
     "puma_jax.train",
 )
 

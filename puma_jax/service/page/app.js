@@ -51,7 +51,8 @@ function restore() {
   kept = state.kept ?? null;
   picture = kept && new File([kept.bytes], kept.name, { type: kept.type });
   const identifier = parameters.get("like");
-  like = identifier ? (state.like ?? { id: identifier, image: null, text: identifier }) : null;
+  const unknown = { id: identifier, image: `/images/${encodeURIComponent(identifier)}` };
+  like = identifier === null ? null : (state.like ?? unknown);
   $("#text").value = parameters.get("q") ?? "";
   const modality = parameters.get("modality") ?? "";
   for (const input of form.elements.modality) input.checked = input.value === modality;
@@ -101,7 +102,7 @@ function showOptionsUsed() {
 
 /** Show the picture of the query, or the document whose like is wanted. */
 async function showChip() {
-  chip.hidden = !picture && !like?.image;
+  chip.hidden = !picture && !like;
   chip.classList.toggle("like", Boolean(like));
   chip.querySelector(".remove").setAttribute(
     "aria-label",
@@ -112,10 +113,20 @@ async function showChip() {
     : picture
       ? "Add words, if you like"
       : "Describe what to find";
-  if (chip.hidden) return;
   const image = chip.querySelector("img");
+  const tile = chip.querySelector(".tile");
+  const hasImage = Boolean(picture || like?.image);
+  image.hidden = !hasImage;
+  tile.hidden = hasImage;
+  if (chip.hidden || !hasImage) return;
+  // A document that only a link has named may be a text.
+  image.onerror = () => {
+    image.hidden = true;
+    tile.hidden = false;
+  };
   image.alt = like ? `Like ${like.text || like.id}` : "Picture of the query";
-  image.src = picture ? URL.createObjectURL(picture) : await imageUrl(`${like.image}?width=128`);
+  const thumbnail = () => imageUrl(`${like.image}?width=128`).catch(() => "");
+  image.src = picture ? URL.createObjectURL(picture) : await thumbnail();
 }
 
 /** Ask for what the controls say; a new place in the history unless it is the same one. */
@@ -162,8 +173,9 @@ function show(answer, took, query) {
   if (!found) {
     const limits = [query.filter && "the filter", query.modality && "the kind of document"];
     const what = limits.filter(Boolean).join(" and ");
-    status.innerHTML = "<strong>Nothing found</strong>";
-    status.append(what ? `No document passes ${what}.` : "The index is empty.");
+    const heading = document.createElement("strong");
+    heading.textContent = "Nothing found";
+    status.replaceChildren(heading, what ? `No document passes ${what}.` : "The index is empty.");
   } else {
     const { encode, search: searched } = answer.took_ms;
     const parts = [
