@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import jax
@@ -159,7 +159,10 @@ class Forward:
         if chunks == 1:
             new = _rounded_up(new)
         limit = _cost(new, chunks) * (_WASTE[0] if chunks == 1 else _WASTE[1] if chunks <= 8 else 1)
-        costs = _costs(lengths, patches, self.known_shapes, 2 * chunks)
+        needed = _chunks_needed(lengths, patches, self.known_shapes)
+        costs = {
+            known: _cost(known, count) for known, count in needed.items() if count <= 2 * chunks
+        }
         best = min(costs, key=lambda shape: costs[shape], default=None)
         if best is not None and costs[best] <= limit:
             return best
@@ -167,38 +170,37 @@ class Forward:
         return new
 
 
-def cheapest_shape(items: Sequence[Item], shapes: Sequence[PackedShape]) -> PackedShape:
-    """Return the shape, out of some, that encodes some items with the least work.
+def cheapest_shape(items: Sequence[Item], costs: Mapping[PackedShape, float]) -> PackedShape:
+    """Return the shape, out of some, in which some items are encoded soonest.
 
     Args:
         items: Items to encode together, in as many chunks as they need.
-        shapes: Shapes whose programs are compiled: those without patch rows serve texts alone.
+        costs: Shapes whose programs are compiled, and what a chunk of each costs, such as seconds.
+            Texts alone take those without patch rows.
 
     Raises:
         PackingError: An item is larger than all shapes allow.
     """
     lengths, patches = _sizes(items)
-    costs = _costs(lengths, patches, shapes, len(items))
-    if not costs:
+    needed = _chunks_needed(lengths, patches, list(costs))
+    if not needed:
         raise PackingError(
             f"items of up to {lengths.max()} tokens and {patches.max()} patches fit none of "
-            f"{len(shapes)} shapes: use shapes with larger rows"
+            f"{len(costs)} shapes: use shapes with larger rows"
         )
-    return min(costs, key=lambda shape: costs[shape])
+    return min(needed, key=lambda shape: needed[shape] * costs[shape])
 
 
-def _costs(
-    lengths: ndarray, patches: ndarray, shapes: Sequence[PackedShape], most_chunks: int
+def _chunks_needed(
+    lengths: ndarray, patches: ndarray, shapes: Sequence[PackedShape]
 ) -> dict[PackedShape, int]:
-    """Return the work that items take in each shape that holds them in so many chunks."""
-    costs = {}
+    """Return how many chunks items take in each of the shapes that hold them."""
+    needed = {}
     # Texts alone have programs of their own, without a vision tower.
     for shape in (shape for shape in shapes if bool(shape.patch_rows) == bool(patches.any())):
         with contextlib.suppress(PackingError):
-            chunks = place(lengths, patches, shape).chunks
-            if chunks <= most_chunks:
-                costs[shape] = _cost(shape, chunks)
-    return costs
+            needed[shape] = place(lengths, patches, shape).chunks
+    return needed
 
 
 def _cost(shape: PackedShape, chunks: int) -> int:

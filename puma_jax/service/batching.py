@@ -24,6 +24,7 @@ from puma_jax.data.items import Item
 from puma_jax.embedder import Embedder, RawItem
 from puma_jax.errors import EvaluationError, ItemError, LongTextError
 from puma_jax.forward import Forward, cheapest_shape, check_vectors
+from puma_jax.rows import PackedShape
 from puma_jax.service.metrics import Metrics
 from puma_jax.service.request_errors import RequestError, overloaded
 from puma_jax.service.settings import ServiceConfig
@@ -31,6 +32,7 @@ from puma_jax.service.shapes import serving_shapes
 from puma_jax.typing import Float, ndarray
 
 _SIDE_OF_WARM_IMAGE = 64
+_MEASUREMENTS = 3
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Batcher:
         default = 2048 if jax.default_backend() == "cpu" else 16384
         self.tokens_per_chunk = settings.tokens_per_chunk or default
         self.shapes = serving_shapes(embedder, self.tokens_per_chunk)
+        self._seconds: dict[PackedShape, float] = {}
         self.ready = threading.Event()
         self.failure: str | None = None
         """Why the device thread has ended; None while it works."""
@@ -193,13 +196,18 @@ class Batcher:
             _deliver(batch, results)
 
     def _compile(self, forward: Forward) -> None:
-        """Compile the program of every shape, by encoding an item that fits into all of them."""
+        """Compile the program of every shape, and measure it: the fastest serve what comes."""
         text = self.embedder.preprocess("a")
         gray = np.full((_SIDE_OF_WARM_IMAGE, _SIDE_OF_WARM_IMAGE, 3), 127, np.uint8)
         image = self.embedder.preprocess({"image": gray})
         for shape in self.shapes:
             item = image if shape.patch_rows else text
-            forward.start([item], shape, self.tokens_per_chunk)[1].finish(lambda _: None)
+            seconds = []
+            for _ in range(1 + _MEASUREMENTS):
+                start = time.perf_counter()
+                forward.start([item], shape, self.tokens_per_chunk)[1].finish(lambda _: None)
+                seconds.append(time.perf_counter() - start)
+            self._seconds[shape] = min(seconds[1:])  # the first one compiles
 
     def _take(self) -> list[_Waiting]:
         """Wait for items, and return as many as one chunk may hold; none if the service stops."""
@@ -229,7 +237,7 @@ class Batcher:
 
     def _encode_batch(self, forward: Forward, items: Sequence[Item]) -> list[ndarray | Exception]:
         """Return a vector for each item, or the error of those whose vector is not finite."""
-        shape = cheapest_shape(items, self.shapes)
+        shape = cheapest_shape(items, self._seconds)
         vectors = forward.start(items, shape, self.tokens_per_chunk)[1].finish(lambda _: None)
         results: list[ndarray | Exception] = []
         for vector in vectors:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from puma_jax.service.openai import Part, joined
 from puma_jax.service.openapi import json_body
 from puma_jax.service.pictures import image_from_url
 from puma_jax.service.request_errors import RequestError
-from puma_jax.service.requests import Body
+from puma_jax.service.requests import LARGE_ANSWER, Body, in_thread_if
 from puma_jax.service.state import Service
 from puma_jax.service.vectors import EmbeddingType, quantized, shortened
 
@@ -83,7 +82,7 @@ def routes(service: Service) -> APIRouter:
 
     async def embed(body: EmbedRequest) -> JSONResponse:
         service.check_model(body.model)
-        items = await asyncio.to_thread(_items, body, service)
+        items = await in_thread_if(body.texts is None, _items, body, service)
         instruction = instructions.get(body.input_type)
         encoded = await service.batcher.encode(
             [(item, instruction) for item in items], truncate=body.truncate == "END"
@@ -111,7 +110,7 @@ def routes(service: Service) -> APIRouter:
                 answer["images"] = _about_images(items)
             return JSONResponse(answer)
 
-        return await asyncio.to_thread(render)
+        return await in_thread_if(encoded.vectors.size > LARGE_ANSWER, render)
 
     @router.post("/v2/embed", openapi_extra=json_body(EmbedRequest))
     async def embed_v2(request: Request) -> JSONResponse:

@@ -5,7 +5,6 @@ Images come in vLLM's form, as `messages` of a chat with image_url parts.
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -16,7 +15,7 @@ from puma_jax.embedder import RawItem
 from puma_jax.service.openapi import json_body
 from puma_jax.service.pictures import image_from_url
 from puma_jax.service.request_errors import RequestError
-from puma_jax.service.requests import Body
+from puma_jax.service.requests import LARGE_ANSWER, Body, in_thread_if
 from puma_jax.service.settings import ServiceConfig
 from puma_jax.service.state import Service
 from puma_jax.service.vectors import base64_of, shortened
@@ -144,7 +143,7 @@ def routes(service: Service) -> APIRouter:
 
     async def embed(body: EmbeddingsRequest) -> JSONResponse:
         service.check_model(body.model)
-        items = await asyncio.to_thread(_items, body, service)
+        items = await in_thread_if(body.messages is not None, _items, body, service)
         # As with OpenAI, a text that the model cannot read whole is an error.
         encoded = await service.batcher.encode(items, truncate=False)
 
@@ -168,7 +167,7 @@ def routes(service: Service) -> APIRouter:
                 }
             )
 
-        return await asyncio.to_thread(render)
+        return await in_thread_if(encoded.vectors.size > LARGE_ANSWER, render)
 
     @router.post("/v1/embeddings", openapi_extra=json_body(EmbeddingsRequest))
     async def embeddings(request: Request) -> JSONResponse:

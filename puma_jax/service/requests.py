@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -19,8 +19,11 @@ from puma_jax.service.settings import ServiceConfig
 Parsed = TypeVar("Parsed")
 Answer = TypeVar("Answer")
 
+LARGE_ANSWER = 8192
+"""Values of vectors that take long to write."""
+
 _MB = 1_000_000
-_PARSED_IN_PLACE = 65_536
+_LARGE_BODY = 65_536
 _ERRORS_SHOWN = 3
 _FIELDS_IN_FORM = 16
 
@@ -110,6 +113,13 @@ def _announced(request: Request) -> int:
     return int(length) if length.isdecimal() and len(length) < 19 else 0
 
 
+async def in_thread_if(large: bool, function: Callable[..., Answer], *arguments: object) -> Answer:
+    """Return what a function returns; what is large is done in a thread, beside other requests."""
+    if large:
+        return await asyncio.to_thread(function, *arguments)
+    return function(*arguments)
+
+
 async def parse(body: bytes, model: type[Body]) -> Any:
     """Return a JSON body as an instance of a model; large ones are parsed in a thread.
 
@@ -117,9 +127,7 @@ async def parse(body: bytes, model: type[Body]) -> Any:
         RequestError: It is no JSON, or holds something else than the model declares.
     """
     try:
-        if len(body) <= _PARSED_IN_PLACE:
-            return model.model_validate_json(body)
-        return await asyncio.to_thread(model.model_validate_json, body)
+        return await in_thread_if(len(body) > _LARGE_BODY, model.model_validate_json, body)
     except ValidationError as error:
         raise RequestError(400, "invalid_request", _describe(error)) from None
 

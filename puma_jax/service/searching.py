@@ -24,7 +24,7 @@ from puma_jax.service.pictures import (
     image_from_url,
 )
 from puma_jax.service.request_errors import RequestError
-from puma_jax.service.requests import Body, parse, parse_form, within
+from puma_jax.service.requests import Body, in_thread_if, parse, parse_form, within
 from puma_jax.service.state import Service
 from puma_jax.typing import Float, ndarray
 
@@ -117,7 +117,8 @@ class Searcher:
         given = settings.instruction if body.instruction is None else body.instruction
         instruction = given or None
         service.check_texts([body.text, instruction, body.filter])
-        item = await asyncio.to_thread(_item, body, file, service)
+        has_image = file is not None or body.image is not None
+        item = await in_thread_if(has_image, _item, body, file, service)
         if body.id is not None:
             if item:
                 raise RequestError(

@@ -2,74 +2,68 @@
 
 from __future__ import annotations
 
-from puma_jax.axes import TILE
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from puma_jax.data.shapes import fitting_shape
 from puma_jax.embedder import Embedder
 from puma_jax.parallel.mesh import data_shards
 from puma_jax.rows import PackedShape
 
-_SHORTEST_ROW = TILE // 2
-_FEWEST_TOKENS = 4
-_STEP = 4
+_QUERY = "a red bicycle in front of a house"
+# Up to so many items, counts of items grow by factors of two, and by factors of four beyond.
+_FINE_STEPS = 8
 
 
 def serving_shapes(embedder: Embedder, tokens_per_chunk: int) -> list[PackedShape]:
-    """Return shapes in which any item fits, and any number of items wastes little.
+    """Return shapes in which any item fits, and in which usual items waste little.
 
-    Texts alone have shapes without patch rows: one row that grows by factors of two, for requests
-    that come alone, then rows of 128 tokens and rows of the longest text, up to a full chunk.
-    Shapes with images have as many patch rows as token rows, for small images and for the largest.
+    For each of four kinds of items, there are shapes for 1, 2, 4, 8, 32 and so on of them, up to a
+    full chunk: short texts, the longest text, images of the largest area with a short text, and the
+    largest item there can be.
 
     Args:
         embedder: The model, whose config says how large items are.
-        tokens_per_chunk: Tokens, and patches, that a device reads in one forward pass at most.
+        tokens_per_chunk: Tokens, and patches, that a device reads in one forward pass at most; a
+            single item may be larger.
     """
-    longest, _ = embedder.largest_item(image=False)
-    longest_with_image, most_patches = embedder.largest_item(image=True)
-    longest, longest_with_image, most_patches = (
-        _whole_tiles(size) for size in (longest, longest_with_image, most_patches)
+    text = len(embedder.preprocess(_QUERY).tokens)
+    # Photos are larger than the models' limit, and are reduced to it.
+    side = math.isqrt(embedder.config.images.max_pixels)
+    photo = embedder.preprocess({"text": _QUERY, "image": np.zeros((side, side, 3), np.uint8)})
+    kinds = (
+        (text, 0),
+        embedder.largest_item(image=False),
+        (len(photo.tokens), len(photo.patches)),
+        embedder.largest_item(image=True),
     )
-    sizes: set[tuple[int, int, int, int]] = set()
-    length = _SHORTEST_ROW
-    while length < longest:
-        sizes.add((1, length, 0, TILE))
-        length *= 2
-    for row in {TILE, longest}:
-        sizes |= {(rows, row, 0, TILE) for rows in _ladder(tokens_per_chunk // row)}
-    patches = 2 * TILE
-    while patches < most_patches:
-        row = min(longest_with_image, 2 * TILE)
-        sizes |= {
-            (rows, row, rows, patches) for rows in _ladder(tokens_per_chunk // max(row, patches))
-        }
-        patches *= 4
-    widest = max(longest_with_image, most_patches)
-    sizes |= {
-        (rows, longest_with_image, rows, most_patches)
-        for rows in _ladder(tokens_per_chunk // widest)
+    shapes = {
+        _shape(length, patches, count, tokens_per_chunk)
+        for length, patches in kinds
+        for count in _counts(tokens_per_chunk // max(length, patches))
     }
+    # Slots cost nothing: with as many in all shapes, fewer shapes differ.
+    slots = max(shape.slots for shape in shapes)
+    shapes = {replace(shape, slots=slots) for shape in shapes}
     shards = 1 if embedder.mesh is None else data_shards(embedder.mesh)
-    return [
-        PackedShape(rows, length, patch_rows, patch_length, _slots(rows * length)).with_data_shards(
-            shards
-        )
-        for rows, length, patch_rows, patch_length in sorted(sizes)
-    ]
+    ordered = sorted(
+        shapes, key=lambda shape: (shape.patch_rows, shape.patch_length, shape.rows, shape.length)
+    )
+    return [shape.with_data_shards(shards) for shape in ordered]
 
 
-def _ladder(most: int) -> set[int]:
-    """Return 1, 4, 16 and so on up to a number, and the number itself."""
-    most = max(1, most)
-    steps, rows = {most}, 1
-    while rows < most:
-        steps.add(rows)
-        rows *= _STEP
-    return steps
+def _shape(length: int, patches: int, count: int, tokens: int) -> PackedShape:
+    """Return a shape of one chunk that some equal items fill well."""
+    return fitting_shape(
+        np.full(count, length), np.full(count, patches), max(tokens, count * length)
+    )
 
 
-def _whole_tiles(size: int) -> int:
-    return -(-size // TILE) * TILE
-
-
-def _slots(tokens: int) -> int:
-    """Return a number of items that so many tokens never exceed by much."""
-    return max(1, tokens // _FEWEST_TOKENS)
+def _counts(most: int) -> list[int]:
+    """Return 1, 2, 4, 8, 32 and so on, up to a number."""
+    counts = [1]
+    while (following := counts[-1] * (2 if counts[-1] < _FINE_STEPS else 4)) <= most:
+        counts.append(following)
+    return counts

@@ -81,7 +81,7 @@ def test_items_that_arrive_together_share_a_forward_pass(batcher):
 @pytest.mark.parametrize("tokens", [128, 256, 2048, 16384])
 def test_every_item_fits_into_a_shape_that_is_compiled(embedder, tokens):
     shapes = serving_shapes(embedder, tokens)
-    assert len(shapes) <= 14
+    assert len(shapes) <= 24
     for image in (False, True):
         length, patches = embedder.largest_item(image=image)
         assert any(
@@ -92,7 +92,7 @@ def test_every_item_fits_into_a_shape_that_is_compiled(embedder, tokens):
     for item in (long, {"image": thin}, {**long, "image": thin}):
         with pytest.warns() if "text" in item else contextlib.nullcontext():
             prepared = small(embedder).preprocess(item)
-        assert cheapest_shape([prepared], shapes) in shapes
+        assert cheapest_shape([prepared], dict.fromkeys(shapes, 1.0)) in shapes
 
 
 def small(embedder):
