@@ -19,6 +19,7 @@ import asyncio
 import base64
 import contextlib
 import io
+import json
 import os
 import socket
 import statistics
@@ -90,28 +91,39 @@ def our_body(item: dict[str, str]) -> dict[str, object]:
 
 
 async def load(
-    url: str, bodies: list[dict], clients: int
-) -> tuple[list[float], list[list[float]], float]:
-    """Return the latency of every request, its vector, and the seconds that all took."""
+    port: int, path: str, bodies: list[bytes], clients: int
+) -> tuple[list[float], list[bytes], float]:
+    """Return the seconds that every request took, its answer, and the seconds that all took.
+
+    The clients are as light as can be, because they share the machine with the services.
+    """
     left = iter(enumerate(bodies))
     seconds = [0.0] * len(bodies)
-    vectors: list[list[float]] = [[]] * len(bodies)
+    answers = [b""] * len(bodies)
 
-    async def client(http: httpx.AsyncClient) -> None:
+    async def client() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
         for number, body in left:
             start = time.perf_counter()
-            answer = (await http.post(url, json=body)).raise_for_status().json()
+            head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+            writer.write(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+            lines = (await reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")
+            length = next(line for line in lines if line.startswith(b"content-length:"))
+            answers[number] = await reader.readexactly(int(length.split(b":")[1]))
             seconds[number] = time.perf_counter() - start
-            found = answer.get("embedding") or answer["embeddings"]["float"][0]
-            vectors[number] = found
+            if b" 200 " not in lines[0]:
+                sys.exit(f"{path} answered {lines[0].decode()}: {answers[number].decode()[:300]}")
+        writer.close()
 
-    async with contextlib.AsyncExitStack() as stack:
-        https = [
-            await stack.enter_async_context(httpx.AsyncClient(timeout=120)) for _ in range(clients)
-        ]
-        start = time.perf_counter()
-        await asyncio.gather(*map(client, https))
-        return seconds, vectors, time.perf_counter() - start
+    start = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return seconds, answers, time.perf_counter() - start
+
+
+def vector_in(answer: bytes) -> list[float]:
+    """Return the vector in an answer of either service."""
+    found = json.loads(answer)
+    return found["embedding"] if "embedding" in found else found["embeddings"]["float"][0]
 
 
 def free_port() -> int:
@@ -121,8 +133,8 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running(command: list[str], port: int) -> Iterator[str]:
-    """Run a service until the block ends; yield its address once it is ready."""
+def running(command: list[str], port: int) -> Iterator[None]:
+    """Run a service until the block ends; the block begins once it is ready."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -133,7 +145,7 @@ def running(command: list[str], port: int) -> Iterator[str]:
                 if httpx.get(f"{url}/ready").status_code == 200:
                     break
             time.sleep(0.2)
-        yield url
+        yield
     finally:
         process.terminate()
         process.wait(30)
@@ -163,44 +175,49 @@ def main() -> None:
         ours = ["-m", "puma_jax.serve", "--model", arguments.model, "--dtype", "float32"]
         ours += ["--service.port", str(ports[0])]
         theirs = [os.path.abspath(__file__), "--peer", str(exported), str(ports[1])]
-        urls = {
-            "puma_jax": stack.enter_context(running([sys.executable, *ours], ports[0])),
-            "peer": stack.enter_context(running([sys.executable, *theirs], ports[1])),
+        stack.enter_context(running([sys.executable, *ours], ports[0]))
+        stack.enter_context(running([sys.executable, *theirs], ports[1]))
+        loads = {
+            "puma_jax": (ports[0], "/v2/embed", [encoded(our_body(item)) for item in items]),
+            "peer": (ports[1], "/embed", [encoded(item) for item in items]),
         }
-        compare(urls, items, arguments)
+        images = sum("image" in item for item in items)
+        compare(loads, images, arguments.clients, arguments.turns)
+
+
+def encoded(body: object) -> bytes:
+    return json.dumps(body).encode()
 
 
 def compare(
-    urls: dict[str, str], items: list[dict[str, str]], arguments: argparse.Namespace
+    loads: dict[str, tuple[int, str, list[bytes]]], images: int, clients: list[int], turns: int
 ) -> None:
     """Print latency and throughput of both services for each number of clients."""
-    loads = {
-        "puma_jax": (f"{urls['puma_jax']}/v2/embed", [our_body(item) for item in items]),
-        "peer": (f"{urls['peer']}/embed", items),
-    }
-    vectors = {name: asyncio.run(load(*given, 4))[1] for name, given in loads.items()}
-    cosines = np.einsum("nd,nd->n", *(np.array(vectors[name]) for name in loads))
+    vectors = [
+        np.array([vector_in(answer) for answer in asyncio.run(load(*given, 4))[1]])
+        for given in loads.values()
+    ]
+    cosines = np.einsum("nd,nd->n", *vectors)
     print(
-        f"{machine.describe()}: {len(items)} requests a turn, medians of {arguments.turns} turns, "
-        f"{sum('image' in item for item in items)} of them with an image; least cosine between "
-        f"the vectors of both {cosines.min():.6f}"
+        f"{machine.describe()}: {len(cosines)} requests a turn, {images} of them with an image, "
+        f"medians of {turns} turns; least cosine between the vectors of both {cosines.min():.6f}"
     )
     print("clients  service      p50 ms    p99 ms   requests/s     ratio")
-    for clients in arguments.clients:
+    for count in clients:
         found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in loads}
-        for _ in range(arguments.turns):
+        for _ in range(turns):
             for name, given in loads.items():
-                seconds, _, total = asyncio.run(load(*given, clients))
+                seconds, _, total = asyncio.run(load(*given, count))
                 p50, p99 = np.percentile(seconds, [50, 99])
                 found[name].append((1000 * p50, 1000 * p99, len(seconds) / total))
         rows = {
-            name: [statistics.median(turn[column] for turn in turns) for column in range(3)]
-            for name, turns in found.items()
+            name: [statistics.median(turn[column] for turn in measured) for column in range(3)]
+            for name, measured in found.items()
         }
         for name, (p50, p99, rate) in rows.items():
-            ratio = rate / rows["peer"][2]
             print(
-                f"{clients:7}  {name:9}  {p50:9.1f} {p99:9.1f}  {rate:11.1f}  {ratio:7.2f} ×",
+                f"{count:7}  {name:9}  {p50:9.1f} {p99:9.1f}  {rate:11.1f}  "
+                f"{rate / rows['peer'][2]:7.2f} ×",
                 flush=True,
             )
 
