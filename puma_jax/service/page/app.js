@@ -96,7 +96,8 @@ function showOptionsUsed() {
     query.instruction !== settings.instruction,
     query.k !== settings.k,
   ].filter(Boolean).length;
-  $("#more span").textContent = used ? `Options (${used})` : "Options";
+  $("#more b").textContent = used;
+  $("#more b").hidden = !used;
   $("#more").classList.toggle("used", used > 0);
 }
 
