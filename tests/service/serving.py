@@ -99,7 +99,7 @@ def serving(
     """Serve a model and an index until the block ends."""
     chosen = {"port": 0, "name": "tiny", "tokens_per_chunk": 256, "instruction": INSTRUCTION}
     config = ServiceConfig(**chosen | settings)
-    service = Service(embedder, index, "tiny", config)
+    service = Service(embedder, index, str(config.name), config)
     with bound_socket(config) as listener:
         server = uvicorn.Server(
             uvicorn.Config(create_app(service, key), log_level="error", lifespan="on")
