@@ -36,11 +36,14 @@ FLOORS = (
     ("train", "evaluate", "embed", "index", "prune"),
 )
 OPTIONAL = {
+    "datasets",
     "faiss",
     "grain",
+    "lance",
     "mteb",
     "orbax",
     "milvus_lite",
+    "pyarrow",
     "pymilvus",
     "sentence_transformers",
     "tensorboardX",
@@ -59,6 +62,7 @@ COMMANDS = (
     "puma_jax.export.__main__",
     "puma_jax.index",
     "puma_jax.prune",
+    "puma_jax.search.__main__",
     "puma_jax.train",
 )
 
