@@ -203,6 +203,20 @@ def test_a_dataset_of_several_splits_asks_for_one(tmp_path):
         open_corpus("hf:nobody/nothing")
 
 
+def test_a_dataset_on_the_hub_is_asked_for_by_name_and_split(tmp_path, monkeypatch):
+    part = datasets.Dataset.from_list([{"id": "1", "text": "a"}])
+    asked = []
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, split: asked.append((name, split)) or part
+    )
+    monkeypatch.chdir(tmp_path)
+    for source in ("hf:user/photos:test", "hf:user/photos"):
+        corpus = open_corpus(source)
+        assert corpus.address == source
+        assert corpus.read(0).item == {"text": "a"}
+    assert asked == [("user/photos", "test"), ("user/photos", None)]
+
+
 @pytest.mark.parametrize("kind", ["dataset", ".parquet"])
 def test_stored_images_are_embedded_kept_as_files_and_follow_changes(tiny, tmp_path, kind):
     embedder = Embedder.load(tiny.folder, dtype="float32")
