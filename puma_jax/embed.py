@@ -73,10 +73,8 @@ def main(
     """
     multihost.initialize(distributed)
     corpus = open_corpus(items, images, columns)
-    if corpus.passed_over:
-        print(corpus.passed_over, flush=True)
-    if fields := corpus.field_names():
-        print(f"Kept as fields, not embedded: {', '.join(fields)}", flush=True)
+    for note in corpus.notes():
+        print(note, flush=True)
     embedder = Embedder.load(
         model, dtype=dtype, ret_token=ret_token, mesh=make_mesh(mesh, jax.local_devices())
     )

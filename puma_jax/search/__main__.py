@@ -168,8 +168,8 @@ def _bring_up_to_date(
 ) -> None:
     """Embed what is new among the items, and put it into the index if there is one."""
     corpus = open_corpus(items)
-    if corpus.passed_over:
-        print(corpus.passed_over, file=sys.stderr)
+    for note in corpus.notes():
+        print(note, file=sys.stderr)
     done = embed(corpus, embedder, vectors, source=source)
     print(f"{done}, in {vectors}", file=sys.stderr)
     if uri is not None:

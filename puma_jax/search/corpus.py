@@ -77,13 +77,14 @@ class Corpus:
         """Absolute path of the source, or the name of a dataset on the hub."""
         return str(self.source) if is_on_hub(self.source) else os.path.abspath(self.source)
 
-    def field_names(self) -> list[str]:
-        """Return the names of the further fields of the first items that can be read."""
+    def notes(self) -> list[str]:
+        """Return lines on what is not embedded: what is not read, and the fields that are kept."""
         names: dict[str, None] = {}
         for number in range(min(self.items, _LOOKED_AT)):
             with contextlib.suppress(DataError):  # told when the item is read
                 names |= dict.fromkeys(self.read(number).fields)
-        return list(names)
+        lines = [self.passed_over] * bool(self.passed_over)
+        return lines + [f"Kept as fields, not embedded: {', '.join(names)}"] * bool(names)
 
 
 def open_corpus(
@@ -125,6 +126,8 @@ def open_corpus(
     def parse(line: bytes) -> CorpusItem:
         row = json_object(line)
         if "did" in row and columns.id not in row:
+            if columns != _DEFAULT:
+                raise DataError("a pool in M-BEIR layout has no columns to name")
             candidate = parse_candidate(line)
             return CorpusItem(candidate.did, _item(root, candidate.text, candidate.image))
         return _parse_item(row, root, columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -36,15 +37,22 @@ def read_fields(fields: Mapping[str, Any], missing: Sequence[str]) -> dict[str, 
             is missing.
     """
     for name, value in fields.items():
-        meant = get_close_matches(name.lower(), missing, n=1, cutoff=_SIMILAR)
-        meant = meant or [_ABBREVIATIONS.get(name.lower(), "")]
-        if meant[0] in missing and value is not None:
+        meant = _meant(name, tuple(missing))
+        if meant is not None and value is not None:
             raise DataError(
-                f"field {shown(name)} looks like {meant[0]}, which is missing: name it {meant[0]}, "
-                "or otherwise if it is another thing"
+                f"field {shown(name)} looks like {meant}, which is missing: name it {meant}, or "
+                "otherwise if it is another thing"
             )
         check_field(name, value)
     return {name: value for name, value in fields.items() if value is not None}
+
+
+@functools.lru_cache(1024)
+def _meant(name: str, missing: tuple[str, ...]) -> str | None:
+    """Return which of some missing names a field looks like; None if it looks like none."""
+    close = get_close_matches(name.lower(), missing, n=1, cutoff=_SIMILAR)
+    meant = close[0] if close else _ABBREVIATIONS.get(name.lower())
+    return meant if meant in missing else None
 
 
 def check_field(name: str, value: Any) -> None:

@@ -69,6 +69,13 @@ def test_a_rerun_sends_what_changed(server, folder):
     assert (said.added, said.replaced, said.removed) == (0, 1, 2)
 
 
+def test_messages_stay_below_the_limit_of_servers(server, folder, monkeypatch):
+    monkeypatch.setattr("puma_jax.search.indexing._BYTES_AT_ONCE", 2000)
+    index_vectors(Vectors(folder), URI, progress=False)
+    assert server.calls.count("upsert") > 5
+    assert len(server.collections["items"].rows) == COUNT
+
+
 def test_the_token_of_the_environment_logs_in(server, folder, monkeypatch):
     monkeypatch.setenv("MILVUS_TOKEN", "root:secret")
     index_vectors(Vectors(folder), URI, progress=False)

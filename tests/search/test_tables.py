@@ -94,7 +94,7 @@ def test_every_table_gives_the_same_items(shop, suffix):
     corpus = open_corpus(path, shop, COLUMNS)
     assert [tuple(item) for item in read_all(corpus)] == expected(shop)
     check_types(read_all(corpus))
-    assert corpus.field_names() == ["price", "ok", "size", "code", "note"]
+    assert corpus.notes() == ["Kept as fields, not embedded: price, ok, size, code, note"]
 
 
 def test_rows_of_csv_are_those_that_pandas_reads(tmp_path):
