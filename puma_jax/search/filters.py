@@ -118,10 +118,16 @@ class Comparison:
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        parts = {"%": ".*", "_": "."}
-        characters = str(self.value)
-        pattern = "".join(parts.get(character, re.escape(character)) for character in characters)
-        return re.compile(pattern, re.DOTALL)
+        first, *rest = (
+            "".join("." if character == "_" else re.escape(character) for character in part)
+            for part in str(self.value).split("%")
+        )
+        if not rest:
+            return re.compile(first, re.DOTALL)
+        # Each part may take the first place it finds, and never another: the time stays linear in
+        # the text for each part, where ".*" alone would try all ways to lay them out.
+        between = "".join(f"(?>.*?{part})" for part in rest[:-1])
+        return re.compile(f"{first}{between}.*{rest[-1]}", re.DOTALL)
 
 
 @dataclass(frozen=True)
