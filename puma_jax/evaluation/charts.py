@@ -86,7 +86,7 @@ def _ticks(low: float, high: float) -> list[float]:
     [0.0, 20.0, 40.0, 60.0, 80.0, 100.0]
     """
     rough = (high - low) / _TICKS
-    unit = 10 ** math.floor(math.log10(rough))
+    unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [round(number * step, 12) for number in range(first, math.floor(high / step + 1e-9) + 1)]
