@@ -82,7 +82,7 @@ def _span(values: Sequence[int | float]) -> tuple[float, float]:
 def _ticks(low: float, high: float) -> list[float]:
     """Return about five round numbers between two others.
 
-    >>> _ticks(0, 100)
+    >>> _ticks(0.0, 100.0)
     [0.0, 20.0, 40.0, 60.0, 80.0, 100.0]
     """
     rough = (high - low) / _TICKS
