@@ -60,7 +60,7 @@ $(STAMP): $(DEMO)
 $(DEMO): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "puma_jax needs Python 3.11 or newer, found " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[demo,search,serve]'
+	$(BIN)/pip install --quiet --editable '.[demo,serve]'
 	touch $@
 
 clean:

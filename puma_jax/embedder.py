@@ -27,7 +27,7 @@ from puma_jax.config import (
     PromptConfig,
     require,
 )
-from puma_jax.data.images import ImageSource, most_patches, read_patches
+from puma_jax.data.images import ImageSource, read_patches
 from puma_jax.data.items import Item
 from puma_jax.data.prompts import Processor, query_text
 from puma_jax.data.tokenizer import load_tokenizer
@@ -216,15 +216,8 @@ class Embedder:
         return self._processor.item(full, patches, grid, truncate=truncate)
 
     def largest_item(self, *, image: bool) -> tuple[int, int]:
-        """Return the most tokens and the most patches that an item has, with or without an image.
-
-        Programs whose rows hold as many are enough for every item.
-        """
-        template, config = self._processor.template, self.config
-        patches = most_patches(config.vision, config.images) if image else 0
-        suffix = len(template.suffix_both if image else template.suffix_text)
-        text = np.array([config.prompt.max_text_tokens + suffix])
-        return int(template.item_lengths(text, np.array([patches]))[0]), patches
+        """Return the most tokens and patches that an item has, with or without an image."""
+        return self._processor.largest_item(image=image)
 
     def shape_for(self, items: Sequence[Item], tokens_per_chunk: int | None = None) -> PackedShape:
         """Return the packed shape that items like these fill well; see `encode`."""

@@ -16,6 +16,7 @@ from puma_jax.errors import ConfigError, SearchError
 from puma_jax.model.attention import describe
 from puma_jax.parallel.mesh import MeshConfig, make_mesh
 from puma_jax.search.index import Index
+from puma_jax.search.model_source import check_model
 from puma_jax.search.open import open_index
 from puma_jax.service.settings import ServiceConfig
 
@@ -69,13 +70,11 @@ def open_for(embedder: Embedder, uri: str | None, collection: str = "items") -> 
     if uri is None:
         return None
     index = open_index(uri, collection=collection)
-    if index.model != embedder.fingerprint:
+    try:
+        check_model(embedder, index.model)
+    except SearchError:
         index.close()
-        raise SearchError(
-            f"{uri} holds vectors of the model {index.model[:12]}, --model is "
-            f"{embedder.fingerprint[:12]}: vectors of two models are not comparable; embed again, "
-            "or serve the other model"
-        )
+        raise
     return index
 
 

@@ -37,13 +37,16 @@ FLOORS = (
     ("__main__",),
 )
 OPTIONAL = {
+    "datasets",
     "faiss",
     "fastapi",
     "grain",
+    "lance",
     "mteb",
     "orbax",
     "prometheus_client",
     "milvus_lite",
+    "pyarrow",
     "pymilvus",
     "sentence_transformers",
     "tensorboardX",
@@ -63,6 +66,7 @@ COMMANDS = (
     "puma_jax.export.__main__",
     "puma_jax.index",
     "puma_jax.prune",
+    "puma_jax.search.__main__",
     "puma_jax.serve",
     "puma_jax.train",
 )

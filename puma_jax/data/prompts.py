@@ -14,10 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from puma_jax.artifacts import write_json
 from puma_jax.config import ModelConfig, PromptStyle
+from puma_jax.data.images import most_patches
 from puma_jax.data.items import Item, TokenizedTemplate, TokenizedText
 from puma_jax.data.texts import normalize_text
 from puma_jax.errors import CheckpointError, ItemError, LongTextError
@@ -170,6 +172,14 @@ class Processor:
             self._warn_once(len(alone), counted=counted)
             return TokenizedText((*alone[:limit], *self._encode(suffix)), limit)
         return TokenizedText(self._encode(text + suffix), len(alone))
+
+    def largest_item(self, *, image: bool) -> tuple[int, int]:
+        """Return the most tokens and patches that an item has, with or without an image."""
+        template, config = self.template, self.config
+        patches = most_patches(config.vision, config.images) if image else 0
+        suffix = template.suffix_both if image else template.suffix_text
+        text = np.array([config.prompt.max_text_tokens + len(suffix)])
+        return int(template.item_lengths(text, np.array([patches]))[0]), patches
 
     def tokenize_instruction(self, instruction: str) -> tuple[int, ...]:
         """Return the tokens of an instruction and its newline.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -21,12 +22,10 @@ from puma_jax.parallel import multihost
 from puma_jax.parallel.mesh import data_shards
 from puma_jax.progress import Progress
 from puma_jax.rows import PackedShape
-from puma_jax.search.corpus import Corpus
+from puma_jax.search.corpus import Corpus, CorpusItem
 from puma_jax.search.model_source import ModelSource
 from puma_jax.search.records import ItemRecord, is_unchanged, record_item
 from puma_jax.search.shards import (
-    EmbeddingSpec,
-    VectorDType,
     count_vectors,
     read_items,
     read_shard,
@@ -36,6 +35,8 @@ from puma_jax.search.shards import (
     write_manifest,
     write_shard,
 )
+from puma_jax.search.spec import EmbeddingSpec, VectorDType
+from puma_jax.search.stored_images import FOLDER, keep_image, remove_unused_images
 
 _SAMPLE = 1024
 _PREPROCESSED_AT_ONCE = 64
@@ -122,10 +123,10 @@ def embed(
         ThreadPoolExecutor(os.cpu_count()) as pool,
         lock(folder, f"part-{number}-of-{parts}" if parts > 1 else ""),
     ):
-        work = _Work(corpus, embedder, instruction, on_bad_record, pool)
+        work = _Work(corpus, embedder, instruction, on_bad_record, pool, folder)
         job = {
             "model": embedder.fingerprint,
-            "corpus": os.path.abspath(corpus.source),
+            "corpus": corpus.address,
             "instruction": instruction,
             "dtype": vectors_dtype,
             "width": embedder.embedding_dim,
@@ -168,8 +169,18 @@ def _finish(
         if name is None:
             return False
         names.append(name)
-    multihost.on_process_zero(lambda: write_manifest(shards.folder, shards.spec, names, source))
+    multihost.on_process_zero(lambda: _complete(shards.folder, shards.spec, names, source))
     return True
+
+
+def _complete(
+    folder: Path, spec: EmbeddingSpec, names: list[str], source: ModelSource | None
+) -> None:
+    """Write the manifest, and remove what no shard in it needs."""
+    write_manifest(folder, spec, names, source)
+    if (folder / FOLDER).is_dir():
+        records = itertools.chain.from_iterable(read_items(folder / name) for name in names)
+        remove_unused_images(folder, records)
 
 
 @dataclass(frozen=True)
@@ -181,6 +192,20 @@ class _Work:
     instruction: str | None
     on_bad_record: OnBadRecord
     pool: ThreadPoolExecutor
+    folder: Path
+    """Where images go that the corpus stores in its rows."""
+
+    def read(self, row: int) -> CorpusItem:
+        """Return the item of a row, whose image is a file.
+
+        Raises:
+            DataError: The row is bad.
+        """
+        found = self.corpus.read(row)
+        image = found.item.get("image")
+        if not isinstance(image, bytes):
+            return found
+        return found._replace(item={**found.item, "image": keep_image(self.folder, image)})
 
     def shape(self) -> PackedShape:
         """Return the shape of packed rows of one device for the corpus, from a sample of items.
@@ -192,8 +217,9 @@ class _Work:
             DataError: No item of the sample can be read.
         """
         rows = np.unique(np.linspace(0, self.corpus.items - 1, _SAMPLE).astype(int))
-        sample = _Preprocessed(self, rows.tolist())
-        items = list(sample)
+        with tempfile.TemporaryDirectory() as scratch:  # the folder is not yet claimed
+            sample = _Preprocessed(replace(self, folder=Path(scratch)), rows.tolist())
+            items = list(sample)
         if not items:
             raise DataError(
                 f"{self.corpus.source}: none of {len(rows):,} items looked at can be read; the "
@@ -222,7 +248,7 @@ class _Work:
         """Return the record of a row, and the preprocessed item or the error that prevents it."""
         record = ItemRecord("")
         try:
-            identifier, item, fields = self.corpus.read(row)
+            identifier, item, fields = self.read(row)
         except DataError as error:
             return replace(record, skipped=str(error)), error
         try:
@@ -298,7 +324,7 @@ class _Shards:
                 return False
             return self.work.preprocess(row)[0].content == record.content
         try:
-            identifier, item, fields = self.work.corpus.read(row)
+            identifier, item, fields = self.work.read(row)
             # As texts: to Python, true and 1 are equal.
             same = str(record.fields) == str(fields)
             return same and is_unchanged(record, identifier, item)
@@ -315,7 +341,7 @@ class _Shards:
         kept = {}
         for row in rows:
             try:
-                identifier, item, fields = self.work.corpus.read(row)
+                identifier, item, fields = self.work.read(row)
             except DataError:
                 continue
             found = self.known.get(identifier)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -22,27 +23,36 @@ _INTEGERS = range(-(2**63), 2**63)
 _LONGEST_NAME = 200
 
 
-def read_fields(row: Mapping[str, Any]) -> dict[str, FieldValue]:
-    """Return the further fields of an item: texts, numbers, true or false, and lists of these.
+def read_fields(fields: Mapping[str, Any], missing: Sequence[str]) -> dict[str, FieldValue]:
+    """Return further fields of an item: texts, numbers, true or false, and lists of these.
 
     Fields that are null are left out.
 
+    Args:
+        fields: What the item holds besides its id, text and image.
+        missing: Names of those three that it lacks.
+
     Raises:
-        DataError: A field holds something else, or its name looks like a misspelling of id, text
-            or image, which the item lacks.
+        DataError: A field holds something else, or its name looks like a misspelling of one that
+            is missing.
     """
-    fields = {name: value for name, value in row.items() if name not in ITEM_FIELDS}
-    missing = [name for name in ITEM_FIELDS if not row.get(name)]
     for name, value in fields.items():
-        meant = get_close_matches(name.lower(), missing, n=1, cutoff=_SIMILAR)
-        meant = meant or [_ABBREVIATIONS.get(name.lower(), "")]
-        if meant[0] in missing:
+        meant = _meant(name, tuple(missing))
+        if meant is not None and value is not None:
             raise DataError(
-                f"field {shown(name)} looks like {meant[0]}, which is missing: name it {meant[0]}, "
-                "or otherwise if it is another thing"
+                f"field {shown(name)} looks like {meant}, which is missing: name it {meant}, or "
+                "otherwise if it is another thing"
             )
         check_field(name, value)
     return {name: value for name, value in fields.items() if value is not None}
+
+
+@functools.lru_cache(1024)
+def _meant(name: str, missing: tuple[str, ...]) -> str | None:
+    """Return which of some missing names a field looks like; None if it looks like none."""
+    close = get_close_matches(name.lower(), missing, n=1, cutoff=_SIMILAR)
+    meant = close[0] if close else _ABBREVIATIONS.get(name.lower())
+    return meant if meant in missing else None
 
 
 def check_field(name: str, value: Any) -> None:

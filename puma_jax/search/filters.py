@@ -105,7 +105,8 @@ class Comparison:
             values = self.value if isinstance(self.value, tuple) else (self.value,)
             said = " or ".join(f"{path} == {_quoted(value)}" for value in values)
         elif sign == "contains":
-            said = f"json_contains({path}, {_quoted(self.value)})"
+            # With one value: Lite reads numbers below zero in lists alone.
+            said = f"json_contains_any({path}, [{_quoted(self.value)}])"
         else:
             said = f"{path} {sign} {_quoted(self.value)}"
         inverted = negated and opposite is None
@@ -245,10 +246,13 @@ class _Parser:
     def _comparison(self) -> Node:
         if self._next.text in _CONTAINS and self._take():
             self._expect("(")
+            at = self._next
             name = self._name()
             self._expect(",")
             value = self._value()
             self._expect(")")
+            if name == "id":
+                raise self._error("a field that is a list in its place, which id is not", at)
             return Comparison(name, "contains", value)
         name = self._name()
         if self._next.text == "not" and self._take():
@@ -264,14 +268,14 @@ class _Parser:
         sign = self._take().text
         if sign not in ("==", "!=") and self._next.text in ("true", "false"):
             raise self._error("a number or a text")
-        return Comparison(name, sign, self._value())
+        return Comparison(name, sign, self._value_of(name))
 
     def _member(self, name: str) -> Node:
         self._expect("in")
         self._expect("[")
-        values = [self._value()]
+        values = [self._value_of(name)]
         while self._accept(","):
-            values.append(self._value())
+            values.append(self._value_of(name))
         self._expect("]")
         return Comparison(name, "in", tuple(values))
 
@@ -287,6 +291,12 @@ class _Parser:
         if name != "id":
             self.names.add(name)
         return name
+
+    def _value_of(self, name: str) -> Scalar:
+        """Return a value to compare a field with; an id is compared with texts alone."""
+        if name == "id" and self._next.kind != "string":
+            raise self._error("a text in quotation marks, as ids are texts")
+        return self._value()
 
     def _value(self) -> Scalar:
         token = self._next

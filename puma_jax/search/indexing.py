@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -32,6 +33,8 @@ from puma_jax.search.shards import Vectors
 from puma_jax.typing import ndarray
 
 _ROWS_AT_ONCE = 1000
+_BYTES_AT_ONCE = 2**25
+"""Servers take messages of 64 MiB."""
 _SMALL = 50_000
 """A new index of no more documents is exact by default."""
 
@@ -245,9 +248,27 @@ def _insert(
                 islice(records, len(part)), stored_vectors(part, description.dtype), strict=True
             )
         ]
-        with milvus_errors(database.uri):
-            database.client.upsert(database.collection, documents)
-        bar.update(len(part))
+        for batch in _batches(documents):
+            with milvus_errors(database.uri):
+                database.client.upsert(database.collection, batch)
+            bar.update(len(batch))
+
+
+def _batches(documents: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Yield documents in messages that a server takes."""
+    batch: list[dict[str, Any]] = []
+    size = 0
+    for document in documents:
+        # Characters take at most 4 bytes in UTF-8, and in JSON 6.
+        texts = 4 * len(document["text"] + document["image"]) + 6 * len(str(document["fields"]))
+        room = document["vector"].nbytes + texts
+        if batch and size + room > _BYTES_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+        batch.append(document)
+        size += room
+    if batch:
+        yield batch
 
 
 def _row(record: ItemRecord, vector: ndarray, digest: str) -> dict[str, Any]:

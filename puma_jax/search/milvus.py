@@ -315,8 +315,8 @@ def milvus_errors(uri: str, hint: str = "") -> Iterator[None]:
     try:
         yield
     except MilvusException as error:
-        said = (error.message or str(error)).strip().splitlines()
-        raise SearchError(f"{uri}: Milvus says: {said[0] if said else error!r}{hint}") from error
+        said = str(error.message).strip().partition("\n")[0]
+        raise SearchError(f"{uri}: Milvus says: {said}{hint}") from error
 
 
 def _document(row: Mapping[str, Any]) -> Document:

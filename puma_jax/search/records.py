@@ -61,6 +61,11 @@ def record_item(
 ) -> ItemRecord:
     """Return the record of an item whose image, if it has one, is a file.
 
+    Args:
+        identifier: Id of the item.
+        item: Its text and image.
+        fields: Its further fields.
+
     Raises:
         ImageError: The file cannot be read.
     """

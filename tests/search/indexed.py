@@ -9,12 +9,11 @@ from PIL import Image
 from puma_jax.rows import PackedShape
 from puma_jax.search.records import ItemRecord, record_item
 from puma_jax.search.shards import (
-    EmbeddingSpec,
-    VectorDType,
     stored_tensors,
     write_manifest,
     write_shard,
 )
+from puma_jax.search.spec import EmbeddingSpec, VectorDType
 
 SHAPE = PackedShape(4, 64, 8, 8, 8)
 COLORS = ("red", "blue", "green")

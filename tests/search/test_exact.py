@@ -132,6 +132,13 @@ def test_threads_get_the_same_answers(index, queries):
     assert answers == [expected] * 8
 
 
+def test_an_index_of_nothing_finds_nothing(tmp_path, queries):
+    write_vectors(tmp_path / "v", np.zeros((0, 16), np.float32), [])
+    index = ExactIndex(tmp_path / "v")
+    assert index.search(queries, 3) == [[]] * 5
+    assert len(index) == 0
+
+
 def test_an_id_that_two_documents_have_is_refused(tmp_path, vectors, items):
     write_vectors(tmp_path / "v", vectors[:3], [items[0], items[1], items[0]])
     with pytest.raises(SearchError, match='holds 2 documents with the id "id/0"'):

@@ -1,6 +1,8 @@
 """Milvus Lite answers as the exact index does, and keeps what a rerun changes and nothing else."""
 
+import contextlib
 import logging
+import random
 import subprocess
 import sys
 import threading
@@ -22,7 +24,8 @@ from puma_jax.search.shards import Vectors
 from tests.search.indexed import records, unit_vectors, write_vectors
 from tests.search.test_filters import DOCUMENTS, FILTERS
 
-pytest.importorskip("milvus_lite", reason="pip install -e '.[search]'")
+# It sets up logging when it is imported, which closes handlers: not while output is captured.
+pytest.importorskip("pymilvus", reason="pip install -e '.[search]'")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 COUNT = 40
@@ -132,6 +135,44 @@ def test_filters_mean_the_same(of_filters, text):
     assert "".join(sorted(hit.document.id[-1] for hit in hits)) == FILTERS[text]
 
 
+def random_filter(chance: random.Random, depth: int = 0) -> str:
+    """Return a filter over the fields of `DOCUMENTS`, which may compare values of other types."""
+    kind = chance.random()
+    if depth < 3 and kind < 0.25:
+        word = chance.choice(["and", "or", "&&", "||"])
+        return f"({random_filter(chance, depth + 1)} {word} {random_filter(chance, depth + 1)})"
+    if depth < 3 and kind < 0.4:
+        return f"not {random_filter(chance, depth + 1)}"
+    name = chance.choice(["price", "color", "sold", "id", 'fields["unit price"]', "sizes"])
+    values = ["12", "20.5", "-3", '"red"', "'unknown'", '"hats/3"', '"blue\\n"', "true", "1", '"%"']
+    if kind < 0.55:
+        some = ", ".join(chance.choices(values, k=chance.randint(1, 3)))
+        return f"{name} {chance.choice(['in', 'not in'])} [{some}]"
+    if kind < 0.65:
+        pattern = chance.choice(["%red", "r_d", "%", "hats/_"])
+        return f'{name} like "{pattern}"'
+    if kind < 0.7:
+        return f"json_contains(sizes, {chance.choice(values)})"
+    if kind < 0.85:
+        return f"{name} {chance.choice(['==', '!='])} {chance.choice(values)}"
+    return f"{name} {chance.choice(['<', '<=', '>', '>='])} {chance.choice(values[:7])}"
+
+
+def test_random_filters_find_the_same_in_both_stores(of_filters):
+    chance, vector = random.Random(0), unit_vectors(1)
+    texts: list[str] = []
+    while len(texts) < 300:
+        text = random_filter(chance)
+        with contextlib.suppress(SearchError):  # of an id compared with a number
+            parse_filter(text)
+            texts.append(text)
+    for text in texts:
+        (hits,) = of_filters.search(vector, 9, filter=text)
+        found = parse_filter(text)
+        expected = {name for name, fields in DOCUMENTS.items() if found.matches(name, fields)}
+        assert {hit.document.id for hit in hits} == expected, f"{text} is {found.milvus()}"
+
+
 def test_a_rerun_changes_what_changed(folder, vectors, items, monkeypatch):
     build(folder)
     assert str(build(folder)) == "Nothing to do: all 40 documents are in the index (FLAT)"
@@ -162,6 +203,15 @@ def test_another_model_corpus_or_setting_is_refused_and_nothing_is_lost(
     with pytest.raises(SearchError, match=r'differs in index_type \("FLAT" there, "HNSW" here\)'):
         build(folder, index_type="HNSW")
     assert content(folder)[0] == before
+
+
+def test_an_index_of_nothing_finds_nothing(tmp_path, queries):
+    write_vectors(tmp_path / "v", np.zeros((0, 16), np.float32), [])
+    assert build(tmp_path / "v").documents == 0
+    index = opened(tmp_path / "v")
+    assert index.search(queries, 3) == [[]] * 5
+    assert len(index) == 0
+    index.close()
 
 
 def test_collections_are_apart(folder, tmp_path, vectors, items):
