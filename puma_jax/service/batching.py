@@ -171,7 +171,7 @@ class Batcher:
             return self.embedder.preprocess(raw, instruction), True
 
     def _run(self) -> None:
-        """Compile, then encode until the service stops."""
+        """Compile, then encode until the service stops; tell `failure` if that ends early."""
         try:
             forward = Forward(
                 self.embedder.params,
@@ -180,20 +180,25 @@ class Batcher:
                 self.embedder.mesh,
             )
             self._compile(forward)
-        except Exception as error:  # whatever reading or compiling the model trips over
+            self.ready.set()
+            while batch := self._take():
+                self._serve(forward, batch)
+        except Exception as error:  # whatever reading, compiling or running the model trips over
             self.failure = f"{type(error).__name__}: {error}"
             self.ready.set()
             raise
-        self.ready.set()
-        while batch := self._take():
-            start = time.perf_counter()
-            try:
-                results = self._encode_batch(forward, [waiting.item for waiting in batch])
-            except Exception as error:  # a device that has failed; the next batch may not
-                results = [error] * len(batch)
-            self.metrics.batch_items.observe(len(batch))
-            self.metrics.batch_seconds.observe(time.perf_counter() - start)
-            _deliver(batch, results)
+
+    def _serve(self, forward: Forward, batch: list[_Waiting]) -> None:
+        """Encode a batch and hand out its vectors, or what went wrong."""
+        start = time.perf_counter()
+        results: Sequence[ndarray | Exception]
+        try:
+            results = self._encode_batch(forward, [waiting.item for waiting in batch])
+        except Exception as error:  # a device that has failed; the next batch may not
+            results = [error] * len(batch)
+        self.metrics.batch_items.observe(len(batch))
+        self.metrics.batch_seconds.observe(time.perf_counter() - start)
+        _deliver(batch, results)
 
     def _compile(self, forward: Forward) -> None:
         """Compile the program of every shape, and measure it: the fastest serve what comes."""

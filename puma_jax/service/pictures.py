@@ -27,7 +27,7 @@ _SHOWN_AS = {
 }
 WIDTHS = (128, 256, 512, 1024)
 """Widths of thumbnails; another width is served as the next larger one."""
-_THUMBNAILS_KEPT = 1024
+_THUMBNAILS_KEPT = 512
 
 
 def image_from_url(url: str, settings: ServiceConfig) -> bytes:

@@ -9,6 +9,7 @@ import time
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from puma_jax.service.app import create_app
 from puma_jax.service.searching import warm_up
@@ -35,15 +36,22 @@ def serve(service: Service, key: str | None, listener: socket.socket) -> None:
             "Everyone who reaches this machine is answered: --service.api-key-file asks for a key",
             flush=True,
         )
-    config = uvicorn.Config(
-        create_app(service, key),
+    config = server_config(create_app(service, key))
+    _Server(config, service).run(sockets=[listener])
+    print("Stopped", flush=True)
+
+
+def server_config(app: FastAPI) -> uvicorn.Config:
+    """Return how an app is served."""
+    return uvicorn.Config(
+        app,
         log_level="warning",
         lifespan="on",
+        http="h11",  # bounds the headers of a request, which httptools does not
+        ws="none",
         server_header=False,
         timeout_graceful_shutdown=1,
     )
-    _Server(config, service).run(sockets=[listener])
-    print("Stopped", flush=True)
 
 
 class _Server(uvicorn.Server):

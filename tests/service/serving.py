@@ -23,6 +23,7 @@ from puma_jax.search.embedding import embed
 from puma_jax.search.index import Index
 from puma_jax.serve import bound_socket
 from puma_jax.service.app import create_app
+from puma_jax.service.server import server_config
 from puma_jax.service.settings import ServiceConfig
 from puma_jax.service.state import Service
 
@@ -101,9 +102,7 @@ def serving(
     config = ServiceConfig(**chosen | settings)
     service = Service(embedder, index, str(config.name), config)
     with bound_socket(config) as listener:
-        server = uvicorn.Server(
-            uvicorn.Config(create_app(service, key), log_level="error", lifespan="on")
-        )
+        server = uvicorn.Server(server_config(create_app(service, key)))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         port = listener.getsockname()[1]
         thread.start()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import io
 import json
 import random
 import resource
+import socket
 import struct
 import time
 import zlib
@@ -189,6 +191,21 @@ def test_long_texts_and_deep_bodies(live):
         check_declared(path, answer)
         assert answer.status_code in (400, 404)
     assert time.monotonic() - start < 60
+    assert is_alive(live)
+
+
+def test_headers_without_end_are_cut_off(live):
+    port = int(live.url.rsplit(":", 1)[1])
+    before, sent = peak_memory(), 0
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
+        with contextlib.suppress(ConnectionError):
+            for number in range(20_000):
+                line = f"X-{number}: {'x' * 1000}\r\n".encode()
+                connection.sendall(line)
+                sent += len(line)
+    assert sent < 20_000_000
+    assert peak_memory() - before < 50_000_000
     assert is_alive(live)
 
 
