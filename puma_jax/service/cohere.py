@@ -34,9 +34,11 @@ class EmbedRequest(Body):
     """"search_query" puts the service's instruction before every item, "search_document" that of
     the index; the others put none."""
     texts: list[str] | None = None
+    """Items of text."""
     images: list[str] | None = None
-    """data: URLs with base64. The service fetches nothing."""
+    """Items of images: data: URLs with base64. The service fetches nothing."""
     inputs: list[Input] | None = None
+    """Items that mix texts and images, each with a list `content` of parts."""
     embedding_types: list[EmbeddingType] | None = None
     """Types of the vectors; "float" by default."""
     output_dimension: int | None = None

@@ -67,6 +67,7 @@ class EmbeddingsRequest(Body):
     instruction: str | None = None
     """Instruction of queries, put before the text of every item. None for documents."""
     encoding_format: Literal["float", "base64"] = "float"
+    """Whether vectors are lists of numbers, or little-endian float32 bytes in base64."""
     dimensions: int | None = None
     """First values of a vector to return, scaled to length 1 again. All by default."""
     user: str | None = None

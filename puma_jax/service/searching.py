@@ -35,6 +35,7 @@ class SearchRequest(Body):
     """A query: a text, an image, both, or a document whose like is wanted."""
 
     text: str | None = None
+    """Words that describe what to find, or that go with the image."""
     image: str | None = None
     """data: URL, or base64 alone. A multipart form has the file itself."""
     id: str | None = None

@@ -199,9 +199,10 @@ def test_the_description_of_the_api_is_whole(live):
     schemas = described["components"]["schemas"]
     for name in re.findall(r'"#/components/schemas/(\w+)"', live.get("/openapi.json").text):
         assert name in schemas
-    body = described["paths"]["/search"]["post"]["requestBody"]["content"]["application/json"]
-    assert all("description" in field for name, field in body["schema"]["properties"].items()
-               if name in ("image", "id", "instruction", "k", "modality", "filter"))  # fmt: skip
+    for path in ("/v1/embeddings", "/v2/embed", "/search"):
+        body = described["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        for name, field in body["schema"]["properties"].items():
+            assert field.get("description"), f"{path}: {name}"
 
 
 def test_vectors_of_another_model_are_not_served(vectors, tiny):

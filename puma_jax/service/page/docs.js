@@ -13,6 +13,12 @@ function element(tag, text, ...children) {
   return made;
 }
 
+/** Return a text whose parts in backticks are code. */
+function prose(tag, text) {
+  const parts = text.split("`").map((part, number) => (number % 2 ? element("code", part) : part));
+  return element(tag, "", ...parts);
+}
+
 /** Return the type of a schema in words. */
 function typeOf(schema) {
   if (schema.$ref) return schema.$ref.split("/").pop();
@@ -31,7 +37,7 @@ function fields(schema) {
   for (const [name, field] of Object.entries(schema.properties)) {
     const required = schema.required?.includes(name) ? "Required. " : "";
     const row = element("tr", "", element("td", "", element("code", name)));
-    row.append(element("td", typeOf(field)), element("td", required + (field.description ?? "")));
+    row.append(element("td", typeOf(field)), prose("td", required + (field.description ?? "")));
     table.append(row);
   }
   return table;
@@ -55,7 +61,7 @@ function operation(path, verb, described, model) {
   kind.className = "verb";
   const [first, ...rest] = (described.description ?? "").split("\n\n");
   made.append(element("summary", "", kind, element("code", path), element("span", first)));
-  const inside = element("div", "", ...rest.map((text) => element("p", text)));
+  const inside = element("div", "", ...rest.map((text) => prose("p", text)));
   inside.className = "inside";
   const body = described.requestBody?.content["application/json"]?.schema;
   if (body) inside.append(fields(body));
