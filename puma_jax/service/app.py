@@ -92,15 +92,15 @@ def _operations(service: Service) -> APIRouter:
     @router.get("/health")
     async def health() -> JSONResponse:
         """Tell whether the process works: 200, or 503 if it must be started again."""
-        failure = service.batcher.failure
-        return JSONResponse({"status": failure or "ok"}, 503 if failure else 200)
+        failed = service.batcher.failed
+        return JSONResponse({"status": "failed" if failed else "ok"}, 503 if failed else 200)
 
     @router.get("/ready")
     async def ready() -> JSONResponse:
         """Tell whether requests are served: 503 while programs compile, and while it stops."""
         if service.stopping:
             status = "stopping"
-        elif service.batcher.failure is not None:
+        elif service.batcher.failed:
             status = "failed"
         else:
             status = "ready" if service.batcher.ready.is_set() else "compiling"

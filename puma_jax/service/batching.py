@@ -59,15 +59,22 @@ class Batcher:
     """Encodes items of many requests at once. Its methods are called from an event loop."""
 
     def __init__(self, embedder: Embedder, settings: ServiceConfig, metrics: Metrics):
-        """Make a batcher, which `start` sets to work."""
+        """Read the weights; `start` sets the batcher to work.
+
+        Raises:
+            CheckpointError: The weights cannot be read.
+        """
         self.embedder, self.settings, self.metrics = embedder, settings, metrics
+        self._forward = Forward(
+            embedder.params, embedder.config.vision, embedder.compute, embedder.mesh
+        )
         default = 2048 if jax.default_backend() == "cpu" else 16384
         self.tokens_per_chunk = settings.tokens_per_chunk or default
         self.shapes = serving_shapes(embedder, self.tokens_per_chunk)
         self._seconds: dict[PackedShape, float] = {}
         self.ready = threading.Event()
-        self.failure: str | None = None
-        """Why the device thread has ended; None while it works."""
+        self.failed = False
+        """Whether the device thread has ended early; the log says why."""
         self._pool = ThreadPoolExecutor(os.cpu_count(), "preprocess")
         self._queue: deque[_Waiting] = deque()
         self._changed = threading.Condition()
@@ -104,8 +111,8 @@ class Batcher:
             RequestError: The queue has no room for the items, or the service cannot encode.
             ItemError: An item cannot be read; the message names it by its number.
         """
-        if self.failure is not None:
-            raise RequestError(503, "failed", f"the service cannot encode: {self.failure}")
+        if self.failed:
+            raise RequestError(503, "failed", "the service cannot encode; its log says why")
         if not self.ready.is_set():
             raise RequestError(
                 503, "compiling", "programs are being compiled: try again", {"Retry-After": "5"}
@@ -171,46 +178,42 @@ class Batcher:
             return self.embedder.preprocess(raw, instruction), True
 
     def _run(self) -> None:
-        """Compile, then encode until the service stops; tell `failure` if that ends early."""
+        """Compile, then encode until the service stops; tell `failed` if that ends early."""
         try:
-            forward = Forward(
-                self.embedder.params,
-                self.embedder.config.vision,
-                self.embedder.compute,
-                self.embedder.mesh,
-            )
-            self._compile(forward)
+            self._compile()
             self.ready.set()
             while batch := self._take():
-                self._serve(forward, batch)
-        except Exception as error:  # whatever reading, compiling or running the model trips over
-            self.failure = f"{type(error).__name__}: {error}"
+                self._serve(batch)
+        except BaseException:  # whatever compiling or running the model trips over
+            self.failed = True
             self.ready.set()
             raise
 
-    def _serve(self, forward: Forward, batch: list[_Waiting]) -> None:
+    def _serve(self, batch: list[_Waiting]) -> None:
         """Encode a batch and hand out its vectors, or what went wrong."""
         start = time.perf_counter()
         results: Sequence[ndarray | Exception]
         try:
-            results = self._encode_batch(forward, [waiting.item for waiting in batch])
+            results = self._encode_batch([waiting.item for waiting in batch])
         except Exception as error:  # a device that has failed; the next batch may not
             results = [error] * len(batch)
         self.metrics.batch_items.observe(len(batch))
         self.metrics.batch_seconds.observe(time.perf_counter() - start)
         _deliver(batch, results)
 
-    def _compile(self, forward: Forward) -> None:
+    def _compile(self) -> None:
         """Compile the program of every shape, and measure it: the fastest serve what comes."""
         text = self.embedder.preprocess("a")
         gray = np.full((_SIDE_OF_WARM_IMAGE, _SIDE_OF_WARM_IMAGE, 3), 127, np.uint8)
         image = self.embedder.preprocess({"image": gray})
         for shape in self.shapes:
             item = image if shape.patch_rows else text
+            if self._stopped:
+                return
             seconds = []
             for _ in range(1 + _MEASUREMENTS):
                 start = time.perf_counter()
-                forward.start([item], shape, self.tokens_per_chunk)[1].finish(lambda _: None)
+                self._forward.start([item], shape, self.tokens_per_chunk)[1].finish(lambda _: None)
                 seconds.append(time.perf_counter() - start)
             self._seconds[shape] = min(seconds[1:])  # the first one compiles
 
@@ -240,10 +243,10 @@ class Batcher:
         sizes = itertools.accumulate(_size(waiting.item) for waiting in self._queue)
         return any(size >= self.tokens_per_chunk for size in sizes)
 
-    def _encode_batch(self, forward: Forward, items: Sequence[Item]) -> list[ndarray | Exception]:
+    def _encode_batch(self, items: Sequence[Item]) -> list[ndarray | Exception]:
         """Return a vector for each item, or the error of those whose vector is not finite."""
         shape = cheapest_shape(items, self._seconds)
-        vectors = forward.start(items, shape, self.tokens_per_chunk)[1].finish(lambda _: None)
+        vectors = self._forward.start(items, shape, self.tokens_per_chunk)[1].finish(lambda _: None)
         results: list[ndarray | Exception] = []
         for vector in vectors:
             try:

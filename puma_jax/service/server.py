@@ -85,5 +85,5 @@ class _Server(uvicorn.Server):
     async def _say_ready(self) -> None:
         batcher = self._service.batcher
         await asyncio.to_thread(batcher.ready.wait)
-        if batcher.failure is None:
+        if not batcher.failed:
             print(f"Ready: {len(batcher.shapes)} programs are compiled", flush=True)

@@ -110,7 +110,7 @@ def serving(
             while not service.batcher.ready.is_set():
                 time.sleep(0.01)
                 assert thread.is_alive()
-            assert service.batcher.failure is None
+            assert not service.batcher.failed
             while not server.started:
                 time.sleep(0.01)
             yield Live(f"http://127.0.0.1:{port}", service, server)

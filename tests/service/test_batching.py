@@ -190,9 +190,9 @@ def test_a_client_that_leaves_takes_its_items_along(live, monkeypatch):
     held = threading.Event()
     original = live.service.batcher._encode_batch
 
-    def slow(forward, items):
+    def slow(items):
         held.wait(10)
-        return original(forward, items)
+        return original(items)
 
     monkeypatch.setattr(live.service.batcher, "_encode_batch", slow)
     with pytest.raises(httpx.ReadTimeout):

@@ -151,6 +151,24 @@ def test_a_fault_of_the_service_is_told_without_its_insides(strict, monkeypatch,
     assert strict.post("/v1/embeddings", {"input": "a"}, headers=KEY).status_code == 200
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_service_whose_device_thread_ends_says_so(embedder, monkeypatch, capsys):
+    with serving(embedder, None) as live:
+
+        def fail():
+            raise RuntimeError("the insides")
+
+        monkeypatch.setattr(live.service.batcher, "_take", fail)
+        live.post("/v1/embeddings", {"input": "a"})  # ends the wait that has begun
+        live.service.batcher._thread.join(10)
+        answer = live.get("/health")
+        assert (answer.status_code, answer.json()) == (503, {"status": "failed"})
+        assert live.get("/ready").status_code == 503
+        answer = live.post("/v1/embeddings", {"input": "a"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "failed")
+        assert "insides" not in answer.text
+
+
 def test_probes_and_metrics_say_how_it_is(live, embedder):
     assert live.get("/health").json() == {"status": "ok"}
     assert live.get("/ready").json() == {"status": "ready"}
