@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from puma_jax.config import ModelConfig
-from puma_jax.errors import CheckpointError, ConfigError
+from puma_jax.errors import CheckpointError, ConfigError, LayerSelectionError
 from puma_jax.files import read_json, read_object
 from puma_jax.model.families import family_of
 from puma_jax.model.hub_schemas import TokenizerFields, WeightIndex
@@ -96,7 +96,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, HubConfigs]:
     try:
         from_json(TokenizerFields, source.tokenizer, "tokenizer_config.json", unknown="ignore")
         return family.read_config(source.model, source.preprocessor), source
-    except ConfigError as error:
+    except (ConfigError, LayerSelectionError) as error:
         raise CheckpointError(f"{folder}: {error}") from None
 
 

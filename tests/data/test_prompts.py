@@ -20,7 +20,8 @@ from puma_jax.data.prompts import (
 from puma_jax.data.tokenizer import load_tokenizer
 from puma_jax.data.vocabulary import _WORDS, SPECIAL_TOKENS
 from puma_jax.errors import CheckpointError, ConfigError, ItemError
-from puma_jax.model.qwen2_vl import CONFIG_KEY, read_config, write_config
+from puma_jax.model.hub_config import CONFIG_KEY
+from puma_jax.model.qwen2_vl import read_config, write_config
 from tests.reference import byte_tokenizer, qwen2_vl_config, random_image
 
 START = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
