@@ -52,7 +52,25 @@ def wide(tmp_path_factory):
     return reference.pair(config, tmp_path_factory.mktemp("wide") / "model")
 
 
-@pytest.fixture(scope="session", params=["tiny", "wide"])
+@pytest.fixture(scope="session")
+def windowed(tmp_path_factory):
+    """A random Qwen2.5-VL of four small layers."""
+    return reference.pair(reference.qwen2_5_vl_config(), tmp_path_factory.mktemp("2_5") / "model")
+
+
+@pytest.fixture(scope="session")
+def deepstack(tmp_path_factory):
+    """A random Qwen3-VL of four small layers."""
+    return reference.pair(reference.qwen3_vl_config(), tmp_path_factory.mktemp("3") / "model")
+
+
+@pytest.fixture(scope="session", params=["tiny", "wide", "windowed", "deepstack"])
 def either(request):
-    """Both random models in turn."""
+    """All random models in turn."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session", params=["tiny", "windowed", "deepstack"])
+def family(request):
+    """The small random model of each family in turn."""
     return request.getfixturevalue(request.param)

@@ -131,6 +131,7 @@ class Decoder(nnx.Module):
         compute: ComputeConfig,
         dropout_keys: TokenKeys | None = None,
         layers: DecoderLayer | None = None,
+        features: Float[Array, "features rows length width"] | None = None,
     ) -> Float[Array, "rows length width"]:
         """Return the states after the last layer, **before** the final norm.
 
@@ -143,6 +144,7 @@ class Decoder(nnx.Module):
             compute: How to run.
             dropout_keys: Keys of LoRA dropout, one for each token; None drops nothing.
             layers: A stack to run in place of this decoder's own layers.
+            features: Features to add after the first layers of the stack, one after each.
         """
         layers = self.layers if layers is None else layers
         angles = mrope_angles(
@@ -153,9 +155,16 @@ class Decoder(nnx.Module):
             weights, number = scanned
             keys = None if dropout_keys is None else fold_in(dropout_keys, number)
             x = weights(constrain_batch_sharding(x), angles, segment_ids, compute.attention, keys)
+            if features is not None:
+                x = x + _at(features, number).astype(x.dtype)
             return constrain_batch_sharding(x), None
 
         numbers = jnp.arange(layers.attention_norm.scale.shape[0])
         x = x.astype(jnp.dtype(compute.dtype))
         x, _ = jax.lax.scan(rematerialize(layer, compute.remat), x, (layers, numbers))
         return x
+
+
+def _at(features: Float[Array, "features *rest"], number: Int[Array, ""]) -> Float[Array, "*rest"]:
+    """Return the features for after a layer of this number, zero for layers that have none."""
+    return jnp.take(features, number, axis=0, mode="fill", fill_value=0)

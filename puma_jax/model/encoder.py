@@ -63,25 +63,40 @@ def encode(
     # "float32" has to mean it on accelerators too, whose default product rounds to fewer bits.
     precision = "highest" if compute.dtype == "float32" else None
     with jax.default_matmul_precision(precision):
-        x = input_embeddings(params, rows, compute, data_shards=data_shards)
+        x, features = input_embeddings(params, rows, compute, data_shards=data_shards)
         for layers in stacks or [params.decoder.layers]:
-            x = params.decoder(x, rows.segment_ids, rows.positions, compute, dropout_keys, layers)
+            x = params.decoder(
+                x, rows.segment_ids, rows.positions, compute, dropout_keys, layers, features
+            )
+            depth = layers.attention_norm.scale.shape[0]
+            if features is not None:
+                features = features[depth:] if depth < len(features) else None
         pooled = _take(x, rows.pool_index, data_shards)
         return params.decoder.norm(pooled.astype(jnp.float32))
 
 
 def input_embeddings(
     params: Encoder, rows: PackedBatch, compute: ComputeConfig, *, data_shards: int = 1
-) -> Float[Array, "rows length width"]:
-    """Return the decoder's inputs: token embeddings, with visual tokens at their placeholders."""
+) -> tuple[Float[Array, "rows length width"], Float[Array, "features rows length width"] | None]:
+    """Return the decoder's inputs, and what it adds after its first layers (None if nothing).
+
+    The inputs are token embeddings, with visual tokens at their placeholders. The features that a
+    tower has for later layers (DeepStack, arXiv 2406.04334) are zero everywhere else.
+    """
     x = params.decoder.embedding.table[...][rows.tokens].astype(compute.dtype)
     if rows.patches.size == 0:
-        return x
+        return x, None
     visual = params.vision(rows.patches, rows.patch_segment_ids, rows.patch_positions, compute)
-    placed = _take(visual, jnp.maximum(rows.image_token_index, 0).reshape(-1), data_shards).reshape(
-        x.shape
+    index = jnp.maximum(rows.image_token_index, 0).reshape(-1)
+    inputs, *features = (
+        jnp.where(
+            rows.image_token_index[..., None] >= 0,
+            _take(values, index, data_shards).reshape(x.shape),
+            elsewhere,
+        )
+        for values, elsewhere in zip(visual, [x] + [0] * (len(visual) - 1), strict=True)
     )
-    return jnp.where(rows.image_token_index[..., None] >= 0, placed, x)
+    return inputs, jnp.stack(features) if features else None
 
 
 def l2_normalize(states: Float[Array, "n width"]) -> Float[Array, "n width"]:

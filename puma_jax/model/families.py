@@ -17,7 +17,11 @@ from puma_jax.errors import UnknownModelError
 from puma_jax.schema import shown
 
 # model_type of a Hugging Face config → module that defines FAMILY
-FAMILIES = {"qwen2_vl": "puma_jax.model.qwen2_vl"}
+FAMILIES = {
+    "qwen2_vl": "puma_jax.model.qwen2_vl",
+    "qwen2_5_vl": "puma_jax.model.qwen2_5_vl",
+    "qwen3_vl": "puma_jax.model.qwen3_vl",
+}
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,9 @@ class Family:
     """How models of a family are read, run and written."""
 
     tower: Callable[..., Any]
-    """The vision tower: `tower(config.vision, rngs)`, called with packed patch rows."""
+    """The vision tower, `tower(config.vision, rngs)`. Called with packed patch rows, it returns the
+    visual tokens and after them, if there are any, the features that the decoder adds to the
+    visual tokens after each of its first layers."""
     read_config: Callable[[Mapping[str, Any], Mapping[str, Any]], ModelConfig]
     """Contents of config.json and settings of the image processor → config, or ConfigError."""
     write_config: Callable[[ModelConfig, Mapping[str, Any]], dict[str, Any]]

@@ -222,8 +222,8 @@ def write_checkpoint(
 
 
 def stacked(name: str) -> bool:
-    """Return whether a leaf has a leading axis of layers."""
-    return name.startswith(("decoder.layers.", "vision.blocks."))
+    """Return whether a leaf has a leading axis of layers, or of what else is many and alike."""
+    return name.startswith(("decoder.layers.", "vision.blocks.", "vision.deepstack."))
 
 
 def _is_kernel(name: str) -> bool:
@@ -278,7 +278,11 @@ def _tensor_names(config: ModelConfig, name: str, decoder_layers: Sequence[int])
     pattern = family_of(config.family).weights[name]
     if not stacked(name):
         return [pattern]
-    layers = decoder_layers if name.startswith("decoder.") else range(config.vision.layers)
+    layers = decoder_layers
+    if name.startswith("vision.blocks."):
+        layers = range(config.vision.layers)
+    elif name.startswith("vision.deepstack."):
+        layers = range(len(config.vision.deepstack_blocks))
     return [pattern.format(layer) for layer in layers]
 
 
