@@ -59,8 +59,8 @@ class _WithOptions:
 class VisionConfig(_WithOptions):
     """The vision tower: a transformer over image patches, then the merger of patches."""
 
-    layers: Layers
-    """Transformer blocks."""
+    layers: Annotated[int, Range(0, 1024)]
+    """Transformer blocks; 0 means that there is no tower, and that the model reads texts only."""
     width: Width
     """Hidden size."""
     heads: Width
@@ -128,6 +128,11 @@ class VisionConfig(_WithOptions):
     def merged(self) -> int:
         """Patches in one visual token."""
         return self.merge_size**2
+
+    @classmethod
+    def none(cls, out_width: int) -> VisionConfig:
+        """Return the config of no tower, for a decoder of this width."""
+        return cls(layers=0, width=4, heads=1, mlp_width=1, out_width=out_width)
 
 
 @dataclass(frozen=True, repr=False)

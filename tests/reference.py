@@ -14,14 +14,20 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
@@ -113,6 +119,18 @@ def qwen3_vl_config(
     )
 
 
+TEXT_CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
+
+
+def text_config(model_type: str, *, width=64, layers=4, tie=True, **fields) -> PreTrainedConfig:
+    """The same of a family of texts only; heads of Qwen3 need not divide the width."""
+    fields = _text(width, 4, 2, 96, layers, ()) | fields
+    fields["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e5}
+    if model_type == "qwen3":
+        fields["head_dim"] = 24
+    return TEXT_CONFIGS[model_type](**fields, tie_word_embeddings=tie)
+
+
 def _text(width, heads, kv_heads, mlp_width, layers, sections) -> dict:
     return {
         "vocab_size": 272,
@@ -155,6 +173,9 @@ MODELS = {
     "qwen2_vl": Qwen2VLForConditionalGeneration,
     "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
     "qwen3_vl": Qwen3VLForConditionalGeneration,
+    "qwen2": Qwen2ForCausalLM,
+    "qwen3": Qwen3ForCausalLM,
+    "llama": LlamaForCausalLM,
 }
 
 
@@ -253,17 +274,17 @@ class Pair:
         """The reference's last hidden state of one item, alone and unpadded."""
         ids = torch.tensor(item.tokens[None].astype(np.int64))
         inputs = {}
+        if self.config.vision.layers:
+            kinds = torch.tensor(item.image_token_mask[None].astype(np.int64))
+            inputs["mm_token_type_ids"] = kinds
         if len(item.patches):
-            inputs = {
-                "pixel_values": pixel_values(item.patches, self.config.vision),
-                "image_grid_thw": grid_thw(item),
-            }
+            inputs["pixel_values"] = pixel_values(item.patches, self.config.vision)
+            inputs["image_grid_thw"] = grid_thw(item)
         with torch.no_grad():
             output = (model or self.torch).model(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 use_cache=False,
-                mm_token_type_ids=torch.tensor(item.image_token_mask[None].astype(np.int64)),
                 **inputs,
             )
         return output.last_hidden_state[0, -1].numpy()

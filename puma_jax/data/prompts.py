@@ -258,6 +258,8 @@ def _name_free_token(tokenizer: PreTrainedTokenizerFast, config: ModelConfig) ->
 
 
 def _image_tokens(config: ModelConfig) -> tuple[int, ...]:
+    if not config.vision.layers:
+        return ()
     return config.image_token_id, config.vision_start_token_id, config.vision_end_token_id
 
 

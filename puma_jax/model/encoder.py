@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,16 @@ _MOST_LAYERS = 1024
 
 
 class Encoder(nnx.Module):
-    """A vision tower and a decoder. The module is a pytree: its leaves are the parameters."""
+    """A vision tower, if the model reads images, and a decoder.
+
+    The module is a pytree: its leaves are the parameters.
+    """
+
+    vision: Any
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.vision = family_of(config.family).tower(config.vision, rngs)
+        tower = family_of(config.family).tower
+        self.vision = tower(config.vision, rngs) if tower else None
         self.decoder = Decoder(config.decoder, rngs)
 
 
@@ -84,7 +91,7 @@ def input_embeddings(
     tower has for later layers (DeepStack, arXiv 2406.04334) are zero everywhere else.
     """
     x = params.decoder.embedding.table[...][rows.tokens].astype(compute.dtype)
-    if rows.patches.size == 0:
+    if params.vision is None or rows.patches.size == 0:
         return x, None
     visual = params.vision(rows.patches, rows.patch_segment_ids, rows.patch_positions, compute)
     index = jnp.maximum(rows.image_token_index, 0).reshape(-1)

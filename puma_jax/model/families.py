@@ -1,4 +1,4 @@
-"""Families of base models: a tower, a reading of its config, and a table of weight names.
+"""Families of base models: a tower, if any, a reading of its config, a table of weight names.
 
 To add one, write a module like `qwen2_vl.py` and name it in `FAMILIES`. Nothing else asks which
 family a model belongs to.
@@ -21,6 +21,9 @@ FAMILIES = {
     "qwen2_vl": "puma_jax.model.qwen2_vl",
     "qwen2_5_vl": "puma_jax.model.qwen2_5_vl",
     "qwen3_vl": "puma_jax.model.qwen3_vl",
+    "qwen2": "puma_jax.model.qwen2",
+    "qwen3": "puma_jax.model.qwen3",
+    "llama": "puma_jax.model.llama",
 }
 
 
@@ -28,10 +31,10 @@ FAMILIES = {
 class Family:
     """How models of a family are read, run and written."""
 
-    tower: Callable[..., Any]
+    tower: Callable[..., Any] | None
     """The vision tower, `tower(config.vision, rngs)`. Called with packed patch rows, it returns the
     visual tokens and after them, if there are any, the features that the decoder adds to the
-    visual tokens after each of its first layers."""
+    visual tokens after each of its first layers. None for models of texts only."""
     read_config: Callable[[Mapping[str, Any], Mapping[str, Any]], ModelConfig]
     """Contents of config.json and settings of the image processor → config, or ConfigError."""
     write_config: Callable[[ModelConfig, Mapping[str, Any]], dict[str, Any]]
@@ -50,6 +53,8 @@ class Family:
     """Class in transformers of the model without a head."""
     ignored: tuple[str, ...]
     """Keys that a checkpoint may hold and an embedder does not need."""
+    published: Mapping[str, ModelConfig]
+    """Hub id → config of a published model, for work that needs shapes and no weights."""
 
 
 @functools.cache
@@ -63,3 +68,12 @@ def family_of(model_type: str) -> Family:
         known = ", ".join(FAMILIES)
         raise UnknownModelError(f"model_type {shown(model_type)} is not one of {known}")
     return importlib.import_module(FAMILIES[model_type]).FAMILY
+
+
+def published() -> dict[str, ModelConfig]:
+    """Return the published models of all families by hub id, see `Family.published`."""
+    return {
+        name: config
+        for model_type in FAMILIES
+        for name, config in family_of(model_type).published.items()
+    }

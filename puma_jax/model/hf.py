@@ -187,10 +187,9 @@ def write_checkpoint(
     if backbone:
         described["architectures"] = [family.backbone_architecture]
     write_json(folder / "config.json", described)
-    write_json(
-        folder / "preprocessor_config.json",
-        family.write_preprocessor(config, source.preprocessor),
-    )
+    if config.vision.layers:
+        preprocessor = family.write_preprocessor(config, source.preprocessor)
+        write_json(folder / "preprocessor_config.json", preprocessor)
 
     shards: list[list[tuple[str, str, int | None]]] = [[]]
     room, total = max_shard_bytes, 0

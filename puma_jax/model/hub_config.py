@@ -47,8 +47,8 @@ _FLAT_TEXT = (
     "use_sliding_window",
     "vocab_size",
 )
-# What earlier versions of transformers wrote, and fields of the layers that may be gone.
-_OUTDATED_TEXT = ("rope_scaling", "rope_theta", "layer_types", "tie_word_embeddings")
+# Fields that earlier versions of transformers wrote, and that number layers that may be gone.
+OUTDATED_TEXT = ("rope_scaling", "rope_theta", "layer_types", "tie_word_embeddings")
 
 
 def decoder_weights(prefix: str) -> dict[str, str]:
@@ -146,13 +146,14 @@ class HubFields:
         """
         _check_processor(self.processor, vision)
         saved = self.model.puma_jax or SavedFields()
+        image, start, end = (151655, 151652, 151653) if vision.layers else (0, 0, 0)
         return ModelConfig(
             family=family,
             vision=vision,
             decoder=decoder,
-            image_token_id=or_default(self.model.image_token_id, 151655),
-            vision_start_token_id=or_default(self.model.vision_start_token_id, 151652),
-            vision_end_token_id=or_default(self.model.vision_end_token_id, 151653),
+            image_token_id=or_default(self.model.image_token_id, image),
+            vision_start_token_id=or_default(self.model.vision_start_token_id, start),
+            vision_end_token_id=or_default(self.model.vision_end_token_id, end),
             images=saved.images or images or ImageConfig(),
             prompt=saved.prompt,
             kept_layers=saved.kept_layers,
@@ -304,7 +305,7 @@ def written(
     dropped = (*_FLAT_TEXT, "torch_dtype")
     hf = {key: value for key, value in copy.deepcopy(dict(source)).items() if key not in dropped}
     kept = hf.get("text_config") or {key: source[key] for key in _FLAT_TEXT if key in source}
-    for outdated in _OUTDATED_TEXT:
+    for outdated in OUTDATED_TEXT:
         kept.pop(outdated, None)
     return hf | {
         "model_type": model_type,

@@ -266,4 +266,5 @@ FAMILY = Family(
     backbone_key=backbone_key,
     backbone_architecture="Qwen2_5_VLModel",
     ignored=("lm_head.weight",),
+    published=PUBLISHED,
 )

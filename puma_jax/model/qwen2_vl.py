@@ -162,4 +162,5 @@ FAMILY = Family(
     backbone_key=backbone_key,
     backbone_architecture="Qwen2VLModel",
     ignored=("lm_head.weight",),
+    published=PUBLISHED,
 )

@@ -328,4 +328,5 @@ FAMILY = Family(
     backbone_key=renamed({"model.": ""}),
     backbone_architecture="Qwen3VLModel",
     ignored=("lm_head.weight",),
+    published=PUBLISHED,
 )

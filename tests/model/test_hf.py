@@ -53,7 +53,7 @@ def test_a_flat_config_as_on_the_hub_is_read(tiny, tmp_path):
     assert_same_leaves(open_checkpoint(folder).read(dtype="float32"), tiny.params)
 
 
-@pytest.mark.parametrize("family", reference.MODELS)
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_an_untied_head_is_left_where_it_is(family, tmp_path):
     model = reference.random_model(getattr(reference, f"{family}_config")(tie=False))
     folder = reference.save_folder(model, tmp_path / "untied")

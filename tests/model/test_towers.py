@@ -84,7 +84,7 @@ def test_learned_positions_are_interpolated_between_the_corners_of_the_table(dee
         theirs = torch.nn.functional.interpolate(
             square, (rows, columns), mode="bilinear", align_corners=True
         )[0]
-        at = np.asarray(positions)[0, start:end]
+        at = torch.tensor(np.array(positions)[0, start:end])
         np.testing.assert_allclose(
             ours[start:end], theirs[:, at[:, 0], at[:, 1]].T, rtol=0, atol=2e-5
         )
