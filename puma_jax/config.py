@@ -12,7 +12,8 @@ from puma_jax.schema import Count, CountOrZero, Positive, Range, check, shown
 DType = Literal["float32", "bfloat16"]
 Positions = Literal["mrope", "1d"]
 Remat = Literal["none", "dots", "full"]
-PromptStyle = Literal["chat", "bare"]
+PromptStyle = Literal["chat", "bare", "instruct"]
+Pooling = Literal["ret", "last", "mean"]
 LoraTarget = Literal["query", "key", "value", "out", "gate", "up", "down"]
 
 # What no model exceeds: a wrong number in a config.json is refused before anything is sized by it.
@@ -200,12 +201,12 @@ class ImageConfig:
         )
 
 
-@dataclass(frozen=True)
-class PromptConfig:
-    """How an item becomes a sequence of tokens that ends at [RET]."""
+@dataclass(frozen=True, repr=False)
+class PromptConfig(_WithOptions):
+    """How an item becomes a sequence of tokens, and which of their states is its embedding."""
 
     ret_token: str = "[RET]"
-    """Special token that ends every item; its last hidden state is the item's embedding."""
+    """Special token that ends every item with pooling "ret"; other poolings have none."""
     max_text_tokens: Annotated[int, Range(1, 2**20)] = 450
     """Tokens of text to keep; longer texts are truncated. The prompt's own tokens do not count."""
     positions: Positions = "mrope"
@@ -213,7 +214,12 @@ class PromptConfig:
     dimension, as the released PUMA code trained with."""
     template: PromptStyle = "chat"
     """Prompt around an item: "chat" asks for a summary in one word in the chat turns that the base
-    model was tuned on; "bare" adds nothing, for small models trained from scratch."""
+    model was tuned on; "bare" adds nothing, for small models trained from scratch; "instruct" is
+    that of Qwen3-VL-Embedding, a system turn that is the instruction and a user turn that is the
+    item as it came."""
+    pooling: Pooling = option("ret")
+    """State that is the embedding: "ret", that of `ret_token` at the end; "last", that of the
+    prompt's last token; "mean", the mean over all tokens of the item and its prompt."""
 
     def __post_init__(self) -> None:
         """Check the fields."""

@@ -36,9 +36,7 @@ def render_results(
         step = max(1, len(printable) // _QUERIES)
         for number in printable[step // 2 :: step][:_QUERIES]:
             query = query_set.items[number]
-            # The first line holds the instruction, which many queries share.
-            text = query.get("text", "").partition("\n")[2]
-            cells = [thumbnail(query.get("image"), text, f"task {query_set.task}")]
+            cells = [thumbnail(query.get("image"), query.get("text"), f"task {query_set.task}")]
             for row in found[query_set.qids[number]][:_DOCUMENTS]:
                 if row < 0:  # beyond the end of a small pool
                     continue

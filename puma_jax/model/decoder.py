@@ -135,7 +135,7 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "rows length width"]:
         """Return the states after the last layer, **before** the final norm.
 
-        The caller applies the norm, at the [RET] positions only.
+        The caller applies the norm, only where it needs the states.
 
         Args:
             x: Token and visual embeddings.

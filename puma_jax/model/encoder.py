@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +35,7 @@ class Encoder(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         tower = family_of(config.family).tower
         self.vision = tower(config.vision, rngs) if tower else None
+        self.mean_pooling = config.prompt.pooling == "mean"
         self.decoder = Decoder(config.decoder, rngs)
 
 
@@ -57,7 +59,9 @@ def encode(
     dropout_keys: TokenKeys | None = None,
     stacks: Sequence[DecoderLayer] | None = None,
 ) -> Float[Array, "slots width"]:
-    """Return the state at each item's [RET] after the final norm, float32 and not normalized.
+    """Return the state of each item after the final norm, float32 and not normalized.
+
+    It is that of the item's last token, or the mean over the item's tokens in models that pool so.
 
     Args:
         params: The model.
@@ -78,6 +82,8 @@ def encode(
             depth = layers.attention_norm.scale.shape[0]
             if features is not None:
                 features = features[depth:] if depth < len(features) else None
+        if params.mean_pooling:
+            return _means(params.decoder.norm(x.astype(jnp.float32)), rows, data_shards)
         pooled = _take(x, rows.pool_index, data_shards)
         return params.decoder.norm(pooled.astype(jnp.float32))
 
@@ -104,6 +110,29 @@ def input_embeddings(
         for values, elsewhere in zip(visual, [x] + [0] * (len(visual) - 1), strict=True)
     )
     return inputs, jnp.stack(features) if features else None
+
+
+def _means(
+    states: Float[Array, "rows length width"], rows: PackedBatch, data_shards: int
+) -> Float[Array, "slots width"]:
+    """Return the mean state of each item. Its tokens need not lie side by side in the row."""
+
+    def of_shard(states: Array, segment_ids: Array, pool_index: Array) -> Array:
+        # Ids are unique within a row and at most its length.
+        count, length = segment_ids.shape
+        numbers = (jnp.arange(count)[:, None] * (length + 1) + segment_ids).reshape(-1)
+        add = functools.partial(
+            jax.ops.segment_sum, segment_ids=numbers, num_segments=count * (length + 1)
+        )
+        item = numbers[pool_index]
+        tokens = add(jnp.ones(numbers.shape))[item]
+        return add(states.reshape(count * length, -1))[item] / tokens[:, None]
+
+    split = (
+        values.reshape(data_shards, -1, *values.shape[1:])
+        for values in (states, rows.segment_ids, rows.pool_index)
+    )
+    return jax.vmap(of_shard)(*split).reshape(len(rows.pool_index), -1)
 
 
 def l2_normalize(states: Float[Array, "n width"]) -> Float[Array, "n width"]:

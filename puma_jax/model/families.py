@@ -27,6 +27,20 @@ FAMILIES = {
 }
 
 
+# Key in a saved config.json for what transformers has no field for.
+CONFIG_KEY = "puma_jax"
+
+
+@dataclass(frozen=True)
+class PublishedEmbedder:
+    """An embedder that is published in the format of a base model."""
+
+    name: str
+    """What its folder or hub id is called, in part."""
+    configure: Callable[[ModelConfig], ModelConfig]
+    """Config of a base model → the same with the embedder's prompt, pooling and image sizes."""
+
+
 @dataclass(frozen=True)
 class Family:
     """How models of a family are read, run and written."""
@@ -55,6 +69,8 @@ class Family:
     """Keys that a checkpoint may hold and an embedder does not need."""
     published: Mapping[str, ModelConfig]
     """Hub id → config of a published model, for work that needs shapes and no weights."""
+    embedder: PublishedEmbedder | None = None
+    """The published embedder of this family, see `hub_folder.read_config`."""
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from puma_jax.config import DecoderConfig, ImageConfig, ModelConfig, VisionConfig, require
 from puma_jax.errors import ConfigError
+from puma_jax.model.families import CONFIG_KEY
 from puma_jax.model.hub_schemas import (
     DecoderFields,
     ImageProcessorFields,
@@ -20,9 +21,6 @@ from puma_jax.model.hub_schemas import (
 from puma_jax.schema import from_json
 
 Value = TypeVar("Value")
-
-# Key in a saved config.json for what transformers has no field for.
-CONFIG_KEY = "puma_jax"
 
 # Fields of the decoder that hub files of Qwen2-VL and Qwen2.5-VL keep at the top of config.json.
 _FLAT_TEXT = (

@@ -7,6 +7,7 @@ each image. Features of some of its blocks go past the merger to the decoder's f
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -24,12 +25,13 @@ from puma_jax.config import (
     DecoderConfig,
     ImageConfig,
     ModelConfig,
+    PromptConfig,
     VisionConfig,
     Width,
     require,
 )
 from puma_jax.model.attention import constrain_batch_sharding
-from puma_jax.model.families import Family
+from puma_jax.model.families import Family, PublishedEmbedder
 from puma_jax.model.hub_config import (
     decoder_fields,
     decoder_weights,
@@ -227,13 +229,23 @@ def read_config(hf: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Model
         position_table_side=math.isqrt(entries),
         deepstack_blocks=blocks,
     )
-    return fields.model_config("qwen3_vl", vision, decoder, _limits(vision))
+    # 300 visual tokens at most, as PUMA has them for smaller patches.
+    return fields.model_config("qwen3_vl", vision, decoder, _limits(vision, 300))
 
 
-def _limits(vision: VisionConfig) -> ImageConfig:
-    """Return limits of 4 to 300 visual tokens, as PUMA has them for smaller patches."""
+def _limits(vision: VisionConfig, most: int) -> ImageConfig:
+    """Return limits of 4 to so many visual tokens."""
     pixels = (vision.patch_size * vision.merge_size) ** 2
-    return ImageConfig(4 * pixels, 300 * pixels)
+    return ImageConfig(4 * pixels, most * pixels)
+
+
+def _as_embedder(config: ModelConfig) -> ModelConfig:
+    """Return the config of Qwen3-VL-Embedding: prompt, pooling and limits of its published code.
+
+    Its limit of 8,192 tokens holds for text and image together, ours for the text.
+    """
+    prompt = PromptConfig(template="instruct", pooling="last", max_text_tokens=8192)
+    return dataclasses.replace(config, prompt=prompt, images=_limits(config.vision, 1800))
 
 
 def write_config(config: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
@@ -301,7 +313,7 @@ def _published(
         image_token_id=151655,
         vision_start_token_id=151652,
         vision_end_token_id=151653,
-        images=_limits(vision),
+        images=_limits(vision, 300),
     )
 
 
@@ -329,4 +341,5 @@ FAMILY = Family(
     backbone_architecture="Qwen3VLModel",
     ignored=("lm_head.weight",),
     published=PUBLISHED,
+    embedder=PublishedEmbedder("Qwen3-VL-Embedding", _as_embedder),
 )

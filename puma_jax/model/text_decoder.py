@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from puma_jax.config import ModelConfig, VisionConfig
-from puma_jax.model.families import Family
+from puma_jax.model.families import CONFIG_KEY, Family
 from puma_jax.model.hub_config import (
-    CONFIG_KEY,
     OUTDATED_TEXT,
     decoder_fields,
     decoder_weights,
