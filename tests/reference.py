@@ -271,7 +271,11 @@ class Pair:
         return np.asarray(encode(self.params, rows, FLOAT32))[packing.slot]
 
     def expected(self, item: Item, model=None) -> np.ndarray:
-        """The reference's last hidden state of one item, alone and unpadded."""
+        """The reference's state at the last token of one item, alone and unpadded."""
+        return self.all_states(item, model)[-1]
+
+    def all_states(self, item: Item, model=None) -> np.ndarray:
+        """The reference's states at all tokens of one item, alone and unpadded."""
         ids = torch.tensor(item.tokens[None].astype(np.int64))
         inputs = {}
         if self.config.vision.layers:
@@ -287,7 +291,7 @@ class Pair:
                 use_cache=False,
                 **inputs,
             )
-        return output.last_hidden_state[0, -1].numpy()
+        return output.last_hidden_state[0].numpy()
 
 
 def pair(config: PreTrainedConfig, folder: Path) -> Pair:

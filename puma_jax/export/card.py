@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from puma_jax.config import PromptConfig
 from puma_jax.embedder import Embedder
 from puma_jax.errors import ConfigError, DataError
 from puma_jax.evaluation.report import Evaluation, markdown
@@ -226,9 +227,18 @@ def _what_it_is(embedder: Embedder) -> str:
         f"**Layers.** Decoder layers kept from the base model, counted from 0: {kept}.\n\n"
         f"**Limits.** Texts of up to {config.prompt.max_text_tokens} tokens, images of "
         f"{config.images.min_pixels:,} to {config.images.max_pixels:,} pixels after resizing. "
-        f"Positions: {config.prompt.positions}. Prompt: {config.prompt.template}, pooled at "
-        f"`{config.prompt.ret_token}`."
+        f"Positions: {config.prompt.positions}. Prompt: {config.prompt.template}, "
+        f"{_pooling(config.prompt)}."
     )
+
+
+def _pooling(prompt: PromptConfig) -> str:
+    """Return which states of an item are its vector."""
+    return {
+        "ret": f"pooled at `{prompt.ret_token}`",
+        "last": "pooled at its last token",
+        "mean": "pooled by the mean over all tokens",
+    }[prompt.pooling]
 
 
 def _training(training: Training) -> str:
