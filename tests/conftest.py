@@ -32,13 +32,14 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def no_videos():
     """Do without the processor of videos where torchvision is missing: it fits not every torch."""
-    from transformers import Qwen2VLProcessor
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLProcessor, Qwen3VLProcessor
     from transformers.utils import is_torchvision_available
 
     with pytest.MonkeyPatch.context() as patch:
         if not is_torchvision_available():
             parts = classmethod(lambda cls: ["image_processor", "tokenizer"])
-            patch.setattr(Qwen2VLProcessor, "get_attributes", parts)
+            for processor in (Qwen2VLProcessor, Qwen2_5_VLProcessor, Qwen3VLProcessor):
+                patch.setattr(processor, "get_attributes", parts)
         yield
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -120,19 +119,18 @@ def _means(
     def of_shard(states: Array, segment_ids: Array, pool_index: Array) -> Array:
         # Ids are unique within a row and at most its length.
         count, length = segment_ids.shape
-        numbers = (jnp.arange(count)[:, None] * (length + 1) + segment_ids).reshape(-1)
-        add = functools.partial(
-            jax.ops.segment_sum, segment_ids=numbers, num_segments=count * (length + 1)
-        )
-        item = numbers[pool_index]
-        tokens = add(jnp.ones(numbers.shape))[item]
-        return add(states.reshape(count * length, -1))[item] / tokens[:, None]
+        number = (jnp.arange(count)[:, None] * (length + 1) + segment_ids).reshape(-1)
+        item = number[pool_index]
+        states = states.reshape(-1, states.shape[-1])
+        sums = jnp.zeros((count * (length + 1), states.shape[-1])).at[number].add(states)
+        tokens = jnp.zeros(count * (length + 1)).at[number].add(1)
+        return sums[item] / tokens[item][:, None]
 
     split = (
         values.reshape(data_shards, -1, *values.shape[1:])
         for values in (states, rows.segment_ids, rows.pool_index)
     )
-    return jax.vmap(of_shard)(*split).reshape(len(rows.pool_index), -1)
+    return jax.vmap(of_shard)(*split).reshape(-1, states.shape[-1])
 
 
 def l2_normalize(states: Float[Array, "n width"]) -> Float[Array, "n width"]:

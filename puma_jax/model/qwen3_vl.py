@@ -126,7 +126,7 @@ def grid_sizes(
 
     def of_row(ids: Array, positions: Array) -> Array:
         # Ids are at most the length of the row.
-        last = jax.ops.segment_max(positions, ids, num_segments=len(ids) + 1)
+        last = jnp.zeros((ids.shape[0] + 1, 2), positions.dtype).at[ids].max(positions)
         return last[ids] + 1
 
     return jax.vmap(of_row)(segment_ids, positions)
