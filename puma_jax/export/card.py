@@ -11,6 +11,7 @@ from puma_jax.embedder import Embedder
 from puma_jax.errors import ConfigError, DataError
 from puma_jax.evaluation.report import Evaluation, markdown
 from puma_jax.files import read_json, read_object
+from puma_jax.model.families import family_of
 from puma_jax.model.tree import named_leaves
 
 _PAPER = "https://arxiv.org/abs/2507.08064"
@@ -196,8 +197,10 @@ def model_card(
     if evaluation is None and training is not None:
         evaluation = training.evaluation
     base = training.base if training else None
+    composed = family_of(embedder.config.family).backbone_architecture is None
+    huggingface = "puma_jax" if composed else "transformers"
     header = {
-        "library_name": {"huggingface": "transformers", "stablehlo": "jax"}.get(kind, kind),
+        "library_name": {"huggingface": huggingface, "stablehlo": "jax"}.get(kind, kind),
         "pipeline_tag": "feature-extraction",
         "license": license_name.lower() if license_name else "other",
         **({"base_model": base} if base else {}),

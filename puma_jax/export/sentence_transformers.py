@@ -40,6 +40,7 @@ from puma_jax.config import require
 from puma_jax.data.prompts import PROMPT_TEMPLATES
 from puma_jax.embedder import Embedder
 from puma_jax.files import as_json, read_json
+from puma_jax.model.composed import check_in_transformers
 
 _STATES = {"method": "forward", "method_output_name": "last_hidden_state"}
 _TRANSFORMER = {
@@ -114,6 +115,7 @@ def write(embedder: Embedder, folder: Path) -> None:
         CheckpointError: The folder cannot be written.
     """
     prompt = embedder.config.prompt
+    check_in_transformers(embedder.config, "Sentence Transformers")
     require(
         prompt.template != "instruct",
         f'prompt.template "{prompt.template}" ends instructions by rules that a chat template '

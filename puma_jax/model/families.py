@@ -26,6 +26,8 @@ FAMILIES = {
     "llama": "puma_jax.model.llama",
 }
 
+# module of the families that are composed of two of these
+COMPOSED = "puma_jax.model.composed"
 
 # Key in a saved config.json for what transformers has no field for.
 CONFIG_KEY = "puma_jax"
@@ -63,8 +65,8 @@ class Family:
     """Name as any generation of transformers wrote it → the Hugging Face key used in `weights`."""
     backbone_key: Callable[[str], str]
     """Key used in `weights` → the key in the model without a head, which AutoModel opens."""
-    backbone_architecture: str
-    """Class in transformers of the model without a head."""
+    backbone_architecture: str | None
+    """Class in transformers of the model without a head; None for what transformers lacks."""
     ignored: tuple[str, ...]
     """Keys that a checkpoint may hold and an embedder does not need."""
     published: Mapping[str, ModelConfig]
@@ -75,11 +77,13 @@ class Family:
 
 @functools.cache
 def family_of(model_type: str) -> Family:
-    """Return the family of a `model_type`.
+    """Return the family of a `model_type`, see `FAMILIES` and `composed.composed_family`.
 
     Raises:
         UnknownModelError: No family of that name.
     """
+    if "+" in model_type:
+        return importlib.import_module(COMPOSED).composed_family(model_type)
     if model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise UnknownModelError(f"model_type {shown(model_type)} is not one of {known}")
