@@ -86,5 +86,9 @@ class EvaluationError(PumaError):
     """Vectors that cannot be evaluated: not finite, or not one for each item."""
 
 
+class SearchError(PumaError):
+    """A search that cannot be answered: its filter, its model, or the index does not fit."""
+
+
 class VectorsError(PumaError):
     """A folder of vectors that is unfinished, damaged, or of another model or corpus."""

@@ -14,7 +14,7 @@ import jax
 import tyro
 
 from puma_jax import Embedder, cli
-from puma_jax.artifacts import atomic_folder, check_output, write_json
+from puma_jax.artifacts import atomic_folder, check_output, write_json, write_text
 from puma_jax.config import DType
 from puma_jax.data import mbeir
 from puma_jax.data.lines import OnBadRecord
@@ -23,6 +23,7 @@ from puma_jax.errors import ConfigError, DataError
 from puma_jax.evaluation import published
 from puma_jax.evaluation.encoding import ItemEncoder
 from puma_jax.evaluation.evaluation import Evaluation, Subset, evaluate_selection
+from puma_jax.evaluation.report_page import evaluation_sections, page
 from puma_jax.evaluation.results import compare, differing, read_evaluations
 from puma_jax.evaluation.selection import Selection, select
 from puma_jax.evaluation.vector_folder import VectorFolder, vector_folder
@@ -51,7 +52,7 @@ def main(
     mesh: MeshConfig = _ALL_DEVICES,
     distributed: DistributedConfig = _ALONE,
 ) -> None:
-    """Evaluate a model: print a table, write results.json and a TREC run for each set and pool.
+    """Evaluate a model: print a table, write results.json, a page with pictures, and TREC runs.
 
     Args:
         model: Hugging Face folder or hub id of the model.
@@ -108,8 +109,9 @@ def main(
         # What was measured is told before anything can fail, and vectors are kept until it is safe.
         _print(evaluation, vectors, {**others, str(out): evaluation}, whole=subset is None)
         results = {"model": model, "benchmark": str(data_root), **evaluation.to_json()}
-        multihost.on_process_zero(lambda: _write(out, results, evaluation))
+        multihost.on_process_zero(lambda: _write(out, results, selection, evaluation))
     print(f"Numbers are in {out / 'results.json'}, ranked documents in {out / 'runs'}")
+    print(f"To see what was found, open {out / 'report.html'} in a browser")
 
 
 def _others(paths: tuple[Path, ...]) -> dict[str, Evaluation]:
@@ -158,11 +160,15 @@ def _print(
     print(end="", flush=True)
 
 
-def _write(out: Path, results: dict[str, Any], evaluation: Evaluation) -> None:
-    """Write the numbers and the ranked documents; the folder appears whole, or not at all."""
+def _write(
+    out: Path, results: dict[str, Any], selection: Selection, evaluation: Evaluation
+) -> None:
+    """Write numbers, ranked documents and page; the folder appears whole, or not at all."""
     with atomic_folder(out) as folder:
         write_json(folder / "results.json", results)
         evaluation.write_runs(folder / "runs")
+        title = f"{results['model']} on {selection.split} of {results['benchmark']}"
+        write_text(folder / "report.html", page(title, evaluation_sections(selection, evaluation)))
 
 
 def only(benchmark: Benchmark, names: tuple[str, ...]) -> Benchmark:

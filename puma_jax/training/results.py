@@ -1,4 +1,4 @@
-"""Results of the finished stages of a run: numbers, run files and a picture of each, and tables."""
+"""Results of the finished stages of a run: numbers, run files and a page of each, and tables."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from puma_jax.artifacts import atomic_file, write_json, writing
+from puma_jax.artifacts import write_json, write_text, writing
 from puma_jax.data.mbeir import discover
 from puma_jax.embedder import Embedder
 from puma_jax.evaluation.encoding import ItemEncoder
 from puma_jax.evaluation.evaluation import Evaluation, evaluate_selection
-from puma_jax.evaluation.picture import render_results
 from puma_jax.evaluation.report import markdown
+from puma_jax.evaluation.report_page import evaluation_sections, page, table
 from puma_jax.evaluation.results import compare
 from puma_jax.evaluation.selection import Selection, select
 from puma_jax.files import read_object
@@ -25,10 +25,12 @@ from puma_jax.parallel import multihost
 from puma_jax.parallel.mesh import MeshConfig, make_mesh
 from puma_jax.schema import Count, CountOrZero, NotNegative
 from puma_jax.training.config import TrainConfig
+from puma_jax.training.curves import curves
 from puma_jax.training.workdir import finished_model
 
 _TIMED_ITEMS = 1024
 """Number of candidates that are embedded to measure the speed of a model."""
+_REPORT = "report.html"
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,37 @@ def stage_result(name: str, config: TrainConfig, workdir: Path) -> dict[str, Any
 
 def summary(results: dict[str, Any]) -> str:
     """Return the tables of results.json in markdown: hit rates of the models, and their costs."""
+    return "\n\n".join(_tables(results))
+
+
+def write_report(workdir: Path, results: dict[str, Any]) -> Path:
+    """Write the page of a run and return its path: tables, learning curves, links to its stages.
+
+    Args:
+        workdir: Folder of the run.
+        results: Content of its results.json.
+
+    Raises:
+        ArtifactError: The page cannot be written.
+    """
+    path = workdir / "report.html"
+    links = [
+        f'<li><a href="results/{name}/{_REPORT}">What the model of stage {name} finds</a></li>'
+        for name in results["stages"]
+        if (workdir / "results" / name / _REPORT).exists()
+    ]
+    sections = [
+        "<h2>Models</h2>\n",
+        *map(table, _tables(results)),
+        f"<ul>{''.join(links)}</ul>\n",
+        *curves(workdir / "metrics.jsonl"),
+    ]
+    write_text(path, page(f"Run {workdir.absolute().name}", sections))
+    return path
+
+
+def _tables(results: dict[str, Any]) -> list[str]:
+    """Return the tables of hit rates, if there are any, and of costs."""
     found = {
         name: Evaluation.from_json(result["evaluation"])
         for name, result in results["stages"].items()
@@ -123,16 +156,16 @@ def summary(results: dict[str, Any]) -> str:
         for name, result in results["stages"].items()
     ]
     costs = markdown(["model", "layers", "parameters", "of its layers", "items/s"], rows)
-    return "\n\n".join([compare(found), costs] if found else [costs])
+    return [compare(found), costs] if found else [costs]
 
 
 def _write_found(folder: Path, selection: Selection, evaluation: Evaluation) -> None:
-    """Write the ranked candidates: as TREC run files, and as a picture."""
+    """Write the ranked candidates: as TREC run files, and as a page with pictures."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         evaluation.write_runs(folder)
-        with atomic_file(folder / "retrieved.png") as partial:
-            render_results(selection, evaluation).save(partial, format="PNG")
+    sections = evaluation_sections(selection, evaluation)
+    write_text(folder / _REPORT, page(f"Stage {folder.name} on {selection.split}", sections))
 
 
 def _items_per_second(embedder: Embedder, selection: Selection) -> float:

@@ -9,8 +9,9 @@ workdir/
   checkpoints/{stage}/   Orbax checkpoints, deleted when the stage is finished
   teacher/{stage}/       cached states of the teacher, deleted likewise
   {stage}/               model of the stage: a Hugging Face folder, adapters merged
-  results/{stage}/       results on the benchmark: numbers, TREC run files, a picture
+  results/{stage}/       results on the benchmark: numbers, TREC run files, a page with pictures
   metrics.jsonl          metrics of steps and evaluations; with tensorboard/ beside it
+  report.html            tables, learning curves, and links to the pages of the stages
   profile/{stage}/       profile of some steps, if requested
   results.json           results of all stages
 ```
@@ -47,7 +48,7 @@ from puma_jax.training.checks import base_configs, check_run
 from puma_jax.training.config import TrainConfig
 from puma_jax.training.loop import Measure, run_stage
 from puma_jax.training.metric_writer import MetricWriter
-from puma_jax.training.results import stage_result, summary
+from puma_jax.training.results import stage_result, summary, write_report
 from puma_jax.training.scratch import write_base
 from puma_jax.training.stages import (
     Stage,
@@ -113,8 +114,10 @@ def run(config: TrainConfig, workdir: Path, reuse: Path | None = None) -> dict[s
             },
         }
         multihost.on_process_zero(lambda: write_json(workdir / "results.json", content))
+        multihost.on_process_zero(lambda: write_report(workdir, content))
     print(summary(content))
     print(f"The model is in {folder}, its results in {workdir / 'results.json'}")
+    print(f"To see what it finds, open {workdir / 'report.html'} in a browser")
     return content
 
 
