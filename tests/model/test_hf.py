@@ -46,11 +46,31 @@ def test_a_saved_base_model_is_read(family, tmp_path):
     assert_same_leaves(open_checkpoint(tmp_path / "base").read(dtype="float32"), family.params)
 
 
-def test_a_flat_config_as_on_the_hub_is_read(tiny, tmp_path):
-    folder = folder_of(tiny, tmp_path)
+@pytest.mark.parametrize("base", ["tiny", "windowed"])
+def test_a_flat_config_as_on_the_hub_is_read(base, tmp_path, request):
+    pair = request.getfixturevalue(base)
+    folder = folder_of(pair, tmp_path)
     reference.hub_config(folder)
-    assert open_checkpoint(folder).config == tiny.config
-    assert_same_leaves(open_checkpoint(folder).read(dtype="float32"), tiny.params)
+    assert open_checkpoint(folder).config == pair.config
+    assert_same_leaves(open_checkpoint(folder).read(dtype="float32"), pair.params)
+    Embedder.load(folder, dtype="float32").save(tmp_path / "saved")
+    _, info = AutoModel.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(info.values()), info
+
+
+def test_a_config_of_qwen3_vl_as_on_the_hub_is_read(deepstack, tmp_path):
+    folder = folder_of(deepstack, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    rope = config["text_config"].pop("rope_parameters")
+    config["text_config"] |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    config["vision_config"].pop("rope_parameters", None)
+    config["vision_config"]["model_type"] = "qwen3_vl"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert open_checkpoint(folder).config == deepstack.config
+    Embedder.load(folder, dtype="float32").keep_layers(3).save(tmp_path / "saved")
+    model, info = AutoModel.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(info.values()), info
+    assert model.config.text_config.rope_parameters["rope_theta"] == 1e6
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
