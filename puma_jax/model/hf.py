@@ -138,7 +138,7 @@ def open_checkpoint(location: str | os.PathLike[str]) -> Checkpoint:
         UnknownModelError: No family has its model_type.
     """
     folder = local_folder(location)
-    config, source = read_config(folder, str(location))
+    config, source = read_config(folder, Path(location).name)
     family = family_of(config.family)
     found: dict[str, Tensor] = {}
     for path in weight_files(folder):

@@ -93,7 +93,7 @@ def read_config(folder: Path, name: str = "") -> tuple[ModelConfig, HubConfigs]:
 
     Args:
         folder: The folder.
-        name: What the user called it, a hub id or a path; the folder's own name by default.
+        name: Last part of its hub id or path as the user gave it; the folder's name by default.
 
     Raises:
         CheckpointError: config.json is missing, or a file is broken.

@@ -209,12 +209,12 @@ def test_rematerialisation_changes_no_gradient(family, remat):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(a).max()) + 1e-9)
 
 
-def test_bfloat16_stays_near_float32(tiny):
-    items = [tiny.item("A red bicycle."), tiny.item("Blue.", random_image(90, 90))]
-    rows, packing = pack(items, PackedShape(2, 256, 1, 64, 2))
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny.params)
-    exact = encoder.l2_normalize(encode(tiny.params, rows, FLOAT32))
-    for params in (half, tiny.params):
+def test_bfloat16_stays_near_float32(family):
+    items = [family.item("A red bicycle."), family.item("Blue.", random_image(90, 90))]
+    rows, packing = pack(items, PackedShape(2, 256, 1, 64, 2), family.config.vision)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), family.params)
+    exact = encoder.l2_normalize(encode(family.params, rows, FLOAT32))
+    for params in (half, family.params):
         state = encode(params, rows, ComputeConfig(dtype="bfloat16"))
         assert state.dtype == jnp.float32
         cosine = jnp.sum(encoder.l2_normalize(state) * exact, -1)[packing.slot]

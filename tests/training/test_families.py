@@ -9,6 +9,7 @@ import pytest
 
 from puma_jax import Embedder
 from puma_jax.config import ImageConfig, LoraConfig
+from puma_jax.data import text_pairs
 from puma_jax.errors import LayerSelectionError
 from puma_jax.model import lora
 from puma_jax.model.encoder import keep_layers
@@ -17,8 +18,10 @@ from puma_jax.parallel.mesh import MeshConfig, make_mesh
 from puma_jax.parallel.rules import shardings
 from puma_jax.rows import PackedShape
 from puma_jax.train import load_config
+from puma_jax.training import results
 from puma_jax.training.run import run
 from puma_jax.training.teacher import make_teacher, split_teacher
+from tests import reference
 from tests.data.fake_mbeir import write_union
 from tests.reference import FLOAT32, encode, pack, random_image
 from tests.training.batches import batch_of
@@ -68,6 +71,11 @@ def test_states_of_every_family_do_not_depend_on_the_mesh(family, sizes):
     np.testing.assert_allclose(embedder.encode(items), alone, rtol=0, atol=1e-5)
 
 
+@pytest.fixture(autouse=True)
+def little_is_timed(monkeypatch):
+    monkeypatch.setattr(results, "_TIMED_ITEMS", 8)
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     return write_union(tmp_path_factory.mktemp("mbeir"))
@@ -112,3 +120,17 @@ def test_a_selection_that_deepstack_forbids_is_refused_before_the_data_are_built
     with pytest.raises(LayerSelectionError, match="do not begin with 0, 1, 2"):
         run(config, tmp_path / "run")
     assert not list((tmp_path / "run").rglob("*.array_record"))
+
+
+def test_a_text_decoder_trains_on_texts(tmp_path):
+    model = reference.random_model(reference.text_config("llama", layers=2))
+    folder = reference.save_folder(model, tmp_path / "llama")
+    table = tmp_path / "pairs.csv"
+    table.write_text("sent0,sent1\n" + "".join(f"a text {n},it is {n}\n" for n in range(24)))
+    text_pairs.main(table=table, out=tmp_path / "pairs")
+    config = config_of(folder, tmp_path / "pairs", "1", 28)
+    run(config, tmp_path / "run")
+    trained = Embedder.load(tmp_path / "run/cut", dtype="float32")
+    assert trained.config.kept_layers == (0,)
+    base = Embedder.load(folder, dtype="float32").keep_layers(1)
+    assert np.abs(trained.encode(["A text."]) - base.encode(["A text."])).max() > 1e-4
