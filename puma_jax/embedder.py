@@ -116,7 +116,7 @@ class Embedder:
                 of the weights, by `parallel.rules`. None uses the first device.
 
         Raises:
-            ConfigError: `dtype` is not one of those that are supported.
+            ConfigError: `dtype` is not supported, or the model pools without a `ret_token`.
             CheckpointError: The folder does not hold a whole model; see `hf.open_checkpoint`.
             UnknownModelError: No family supports its model_type.
         """
@@ -128,6 +128,11 @@ class Embedder:
         checkpoint = hf.open_checkpoint(source)
         prompt = prompt or checkpoint.config.prompt
         if ret_token is not None:
+            require(
+                prompt.pooling == "ret",
+                f"ret_token {shown(ret_token)} has no place in this model: its pooling is "
+                f'"{prompt.pooling}"',
+            )
             prompt = dataclasses.replace(prompt, ret_token=ret_token)
         config = dataclasses.replace(
             checkpoint.config, images=images or checkpoint.config.images, prompt=prompt

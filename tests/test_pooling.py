@@ -187,3 +187,10 @@ def test_formats_that_cannot_carry_a_prompt_refuse_it_in_one_line(published, tmp
     for export in (stablehlo, sentence_transformers):
         with pytest.raises(ConfigError, match=r'^prompt.template "instruct" .*: export as hugg'):
             export.write(embedder, tmp_path)
+
+
+def test_a_ret_token_for_a_model_without_one_is_refused(published):
+    with pytest.raises(
+        ConfigError, match=r'^ret_token "x" has no place .*: its pooling is "last"$'
+    ):
+        Embedder.load(published, ret_token="x")

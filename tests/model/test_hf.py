@@ -58,21 +58,6 @@ def test_a_flat_config_as_on_the_hub_is_read(base, tmp_path, request):
     assert not any(info.values()), info
 
 
-def test_a_config_of_qwen3_vl_as_on_the_hub_is_read(deepstack, tmp_path):
-    folder = folder_of(deepstack, tmp_path)
-    config = json.loads((folder / "config.json").read_text())
-    rope = config["text_config"].pop("rope_parameters")
-    config["text_config"] |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
-    config["vision_config"].pop("rope_parameters", None)
-    config["vision_config"]["model_type"] = "qwen3_vl"
-    (folder / "config.json").write_text(json.dumps(config))
-    assert open_checkpoint(folder).config == deepstack.config
-    Embedder.load(folder, dtype="float32").keep_layers(3).save(tmp_path / "saved")
-    model, info = AutoModel.from_pretrained(tmp_path / "saved", output_loading_info=True)
-    assert not any(info.values()), info
-    assert model.config.text_config.rope_parameters["rope_theta"] == 1e6
-
-
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_an_untied_head_is_left_where_it_is(family, tmp_path):
     model = reference.random_model(getattr(reference, f"{family}_config")(tie=False))

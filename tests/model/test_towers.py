@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModel
 from transformers.vision_utils import get_vision_window_index
 
 from puma_jax.data.positions import patch_positions
 from puma_jax.embedder import Embedder
 from puma_jax.errors import CheckpointError
 from puma_jax.model import rope
+from puma_jax.model.hf import open_checkpoint
 from puma_jax.model.qwen2_5_vl import window_order
 from puma_jax.model.qwen3_vl import grid_sizes, interpolated
 from puma_jax.rows import PackedShape
@@ -159,3 +161,18 @@ def test_a_config_we_cannot_run_is_refused(request, tmp_path, base, part, change
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=message):
         Embedder.load(tmp_path)
+
+
+def test_a_config_of_qwen3_vl_as_on_the_hub_is_read(deepstack, tmp_path):
+    folder = reference.save_folder(deepstack.torch, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    rope = config["text_config"].pop("rope_parameters")
+    config["text_config"] |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    config["vision_config"].pop("rope_parameters", None)
+    config["vision_config"]["model_type"] = "qwen3_vl"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert open_checkpoint(folder).config == deepstack.config
+    Embedder.load(folder, dtype="float32").keep_layers(3).save(tmp_path / "saved")
+    model, info = AutoModel.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(info.values()), info
+    assert model.config.text_config.rope_parameters["rope_theta"] == 1e6
