@@ -57,7 +57,8 @@ def test_patch_embedding(either):
         assert processed["image_grid_thw"].tolist() == [[1, rows, columns]]
         embedding = either.params.vision.patch_embedding
         theirs = either.torch.model.visual.patch_embed(processed["pixel_values"])
-        assert_close(embedding(jnp.array(patches[None]), "float32")[0], theirs)
+        # A sum of some thousand products, which another CPU adds in another order.
+        assert_close(embedding(jnp.array(patches[None]), "float32")[0], theirs, 3e-5)
 
 
 def test_pixels_are_normalized_as_the_published_processor_does(family):
