@@ -22,7 +22,7 @@ DECODER |= {"mlp_width": 96, "mrope_section": [2, 3, 3]}
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
-        (VisionConfig, VISION | {"layers": 0}, "layers 0 must be in"),
+        (VisionConfig, VISION | {"layers": -1}, "layers -1 must be in"),
         (VisionConfig, VISION | {"layers": 10**9}, "layers 1000000000 must be in"),
         (VisionConfig, VISION | {"heads": 3}, "vision.width 32 must be a multiple of 4"),
         (VisionConfig, VISION | {"window_size": 7}, "window_size 7 must be a multiple of"),
