@@ -33,7 +33,7 @@ FLOORS = (
     ("search",),
     ("evaluation",),
     ("training", "export"),
-    ("train", "evaluate", "embed", "prune"),
+    ("train", "evaluate", "embed", "prune", "compose"),
 )
 OPTIONAL = {
     "faiss",
@@ -51,6 +51,7 @@ COMMANDS = (
     "puma_jax.data.builder.__main__",
     "puma_jax.data.mbeir.__main__",
     "puma_jax.data.openmoji.__main__",
+    "puma_jax.compose",
     "puma_jax.data.text_pairs",
     "puma_jax.embed",
     "puma_jax.evaluate",
