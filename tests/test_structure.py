@@ -24,7 +24,7 @@ FLOORS = (
     ("errors", "typing", "axes"),
     ("schema",),
     ("files",),
-    ("artifacts", "progress"),
+    ("artifacts", "progress", "compilation_cache"),
     ("config", "rows", "cli"),
     ("model", "losses"),
     ("data", "parallel"),

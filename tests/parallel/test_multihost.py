@@ -1,7 +1,6 @@
 """Several real processes do what one does: train, stop, resume, evaluate, embed."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -17,6 +16,7 @@ from puma_jax.errors import ConfigError
 from puma_jax.parallel.multihost import DistributedConfig
 from puma_jax.search.shards import Vectors
 from tests.data.fake_mbeir import write_test_sets, write_union
+from tests.processes import environment
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIG = REPOSITORY / "tests/training/tiny_run.py"
@@ -30,8 +30,6 @@ class Processes:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        flags_of_xla = f"--xla_force_host_platform_device_count={devices}"
-        environment = {**os.environ, "XLA_FLAGS": flags_of_xla, "JAX_PLATFORMS": "cpu"}
         self.running = [
             subprocess.Popen(
                 [
@@ -41,7 +39,7 @@ class Processes:
                     *("--distributed.process", str(number)),
                 ],
                 cwd=REPOSITORY,
-                env=environment,
+                env=environment(devices),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,

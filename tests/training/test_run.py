@@ -1,7 +1,6 @@
 """A run as users start it: it survives a kill, stops when asked, and says what is wrong."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from safetensors.numpy import load_file
 
 from puma_jax.artifacts import lock
 from tests.data.fake_mbeir import write_test_sets, write_union
+from tests.processes import environment
 
 CONFIG = Path(__file__).with_name("tiny_run.py")
 REPOSITORY = CONFIG.parents[2]
@@ -25,11 +25,6 @@ def command(workdir: Path, root: Path, *flags: str, config: Path = CONFIG) -> li
         *(sys.executable, "-m", "puma_jax.train", "--config", str(config)),
         *("--workdir", str(workdir), "--data.root", str(root), *flags),
     ]
-
-
-def environment(devices: int = 1) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
 def run(
@@ -90,9 +85,12 @@ def test_a_run_leaves_models_metrics_and_results(whole):
     assert results["stages"]["cut"]["layers"] == 1
     assert len(results["stages"]["cut"]["evaluation"]["sets"]) == 16
     assert results["versions"]["jax"]
-    last = output.strip().splitlines()[-1]
-    assert str(workdir / "cut") in last
-    assert "results.json" in last
+    *_, model, page = output.strip().splitlines()
+    assert str(workdir / "cut") in model
+    assert "results.json" in model
+    assert str(workdir / "report.html") in page
+    assert 'href="results/cut/report.html"' in (workdir / "report.html").read_text()
+    assert "What queries found" in (workdir / "results/cut/report.html").read_text()
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["stage"] == "cut" and "loss" in line]
     assert len(losses) == 8
