@@ -33,13 +33,18 @@ FLOORS = (
     ("search",),
     ("evaluation",),
     ("training", "export"),
-    ("train", "evaluate", "embed", "prune", "compose"),
+    ("train", "evaluate", "embed", "index", "prune", "compose"),
 )
 OPTIONAL = {
+    "datasets",
     "faiss",
     "grain",
+    "lance",
     "mteb",
     "orbax",
+    "milvus_lite",
+    "pyarrow",
+    "pymilvus",
     "sentence_transformers",
     "tensorboardX",
     "tensorflow",
@@ -56,7 +61,9 @@ COMMANDS = (
     "puma_jax.embed",
     "puma_jax.evaluate",
     "puma_jax.export.__main__",
+    "puma_jax.index",
     "puma_jax.prune",
+    "puma_jax.search.__main__",
     "puma_jax.train",
 )
 
