@@ -11,6 +11,7 @@ from puma_jax.errors import ConfigError
 COMMANDS = {
     "train": ("puma_jax.train", "Train a model from a recipe; resumes after a stop"),
     "prune": ("puma_jax.prune", "Keep some decoder layers of a model"),
+    "compose": ("puma_jax.compose", "Join a text decoder and a vision tower into one model"),
     "evaluate": ("puma_jax.evaluate", "Evaluate a model on a benchmark in M-BEIR layout"),
     "embed": ("puma_jax.embed", "Embed a corpus into a folder of vectors; resumes after a stop"),
     "index": ("puma_jax.index", "Put a folder of vectors into a Milvus index"),

@@ -33,7 +33,7 @@ FLOORS = (
     ("search",),
     ("evaluation", "service"),
     ("training", "export"),
-    ("train", "evaluate", "embed", "index", "prune", "serve"),
+    ("train", "evaluate", "embed", "index", "prune", "compose", "serve"),
     ("__main__",),
 )
 OPTIONAL = {
@@ -60,6 +60,7 @@ COMMANDS = (
     "puma_jax.data.builder.__main__",
     "puma_jax.data.mbeir.__main__",
     "puma_jax.data.openmoji.__main__",
+    "puma_jax.compose",
     "puma_jax.data.text_pairs",
     "puma_jax.embed",
     "puma_jax.evaluate",

@@ -79,8 +79,14 @@ def resized_sizes(
     the proportions change as little as that allows.
 
     Raises:
-        ImageError: One side of an image is more than 200 times the other.
+        ImageError: One side of an image is more than 200 times the other, or the model has no
+            vision tower.
     """
+    if not vision.layers and len(heights):
+        raise ImageError(
+            f"image of {widths[0]} × {heights[0]} pixels: the model has no vision tower and reads "
+            "texts only, give it one with puma_jax.compose"
+        )
     long, short = np.maximum(heights, widths), np.minimum(heights, widths)
     if (long > MOST_ELONGATED * short).any():
         worst = int(np.argmax(long / short))

@@ -30,7 +30,7 @@ from puma_jax.search.index import Hit
 from puma_jax.search.indexing import index_vectors
 from puma_jax.search.milvus import MilvusIndex
 from puma_jax.search.model_source import ModelSource, check_model
-from puma_jax.search.open import open_index
+from puma_jax.search.open import is_milvus, open_index
 from puma_jax.search.page import results_page
 from puma_jax.search.shards import Vectors
 
@@ -90,9 +90,14 @@ def main(
     if items is not None:
         if model is None:
             raise ConfigError("--items needs --model, which embeds them")
+        if uri is not None and not is_milvus(uri):
+            raise ConfigError(
+                f"{uri} is no database, expected a file that ends in .db or the address of a "
+                "Milvus server: for a folder of vectors give --vectors"
+            )
         source = ModelSource.of(model, dtype, ret_token)
         embedder = source.load()
-        vectors = vectors or Path("runs", f"{items.name}-vectors")
+        vectors = vectors or Path("runs", f"{items.absolute().name}-vectors")
         _bring_up_to_date(items, vectors, uri, collection, source, embedder)
     index = open_index(uri if uri is not None else str(vectors), collection=collection)
     try:

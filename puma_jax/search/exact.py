@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -54,6 +55,8 @@ class ExactIndex:
         self._names = {name for document in self._documents for name in document.fields}
         held = 4 * len(self) * self.width <= _HELD_BYTES
         self._held = self._read() if held else None
+        # A product of matrices takes all cores: several at once only slow each other down.
+        self._alone = threading.Lock()
         self._matching = lru_cache(_FILTERS_HELD)(self._match)
 
     def __len__(self) -> int:
@@ -71,7 +74,8 @@ class ExactIndex:
         check_queries(vectors, k, self.width)
         mask = self._matching(modality, filter)
         rows = None if mask.all() else np.flatnonzero(mask)
-        scores, places = top_k(vectors, self._pool(rows), k)
+        with self._alone:
+            scores, places = top_k(vectors, self._pool(rows), k)
         return [
             [
                 Hit(self._documents[place if rows is None else rows[place]], float(score))

@@ -96,10 +96,13 @@ class Database:
         # Milvus Lite that of every call that it does not know, which the client then does without.
         for name in ("pymilvus", "grpc._server"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+        options: dict[str, Any] = {"token": os.environ.get("MILVUS_TOKEN", "")}
         if is_file(uri):
             Path(uri).parent.mkdir(parents=True, exist_ok=True)
+            # Milvus Lite hangs up on a client that asks every 10 s whether it is still there.
+            options = {"grpc_options": {"grpc.keepalive_time_ms": 2**31 - 1}}
         with milvus_errors(uri, "; another process may have it open" if is_file(uri) else ""):
-            return cls(uri, collection, MilvusClient(uri, token=os.environ.get("MILVUS_TOKEN", "")))
+            return cls(uri, collection, MilvusClient(uri, **options))
 
     def describe(self) -> Description | None:
         """Return what the collection holds; None if there is none.

@@ -71,6 +71,7 @@ class Batcher:
         default = 2048 if jax.default_backend() == "cpu" else 16384
         self.tokens_per_chunk = settings.tokens_per_chunk or default
         self.shapes = serving_shapes(embedder, self.tokens_per_chunk)
+        self._longest = [embedder.largest_item(image=image)[0] for image in (False, True)]
         self._seconds: dict[PackedShape, float] = {}
         self.ready = threading.Event()
         self.failed = False
@@ -170,12 +171,20 @@ class Batcher:
     def _preprocess(
         self, raw: RawItem, instruction: str | None, truncate: bool
     ) -> tuple[Item, bool]:
+        truncated = False
         try:
-            return self.embedder.preprocess(raw, instruction, truncate=False), False
+            item = self.embedder.preprocess(raw, instruction, truncate=False)
         except LongTextError:
             if not truncate:
                 raise
-            return self.embedder.preprocess(raw, instruction), True
+            item, truncated = self.embedder.preprocess(raw, instruction), True
+        longest = self._longest[len(item.patches) > 0]
+        if len(item.tokens) > longest:
+            raise LongTextError(
+                f"an item has {len(item.tokens):,} tokens with its instruction, more than the "
+                f"{longest:,} that are read: shorten the instruction"
+            )
+        return item, truncated
 
     def _run(self) -> None:
         """Compile, then encode until the service stops; tell `failed` if that ends early."""

@@ -105,7 +105,7 @@ def build_stage(
 
     kept = kept_layers(stage, base_config.decoder.layers)
     model = base_config.with_layers(tuple(base_config.kept_layers[index] for index in kept))
-    base = checkpoint.read(
+    base = dataclasses.replace(checkpoint, config=base_config).read(
         # Without a teacher, removed layers are never read.
         None if stage.distill.on else kept,
         dtype=param_dtype(stage, config.compute),

@@ -146,6 +146,7 @@ def test_a_model_that_is_gone_is_named(shop, tiny, tmp_path):
         ({"text": "a"}, "give --uri for an index, or --vectors"),
         ({"text": "a", "uri": "a.db", "vectors": "v"}, "give --uri for an index, or --vectors"),
         ({"text": "a", "items": "photos"}, "--items needs --model"),
+        ({"text": "a", "items": "p", "model": "m", "uri": "v"}, "v is no database, expected"),
         ({"image": "nothing.png", "uri": "a.db"}, "nothing.png is not a file"),
     ],
 )

@@ -1,12 +1,14 @@
 """A Milvus server: what is sent fits its client's contract and its limits, in every dtype."""
 
+import sys
+
 import numpy as np
 import pytest
 
 # It sets up logging when it is imported, which closes handlers: not while output is captured.
 pytest.importorskip("pymilvus", reason="pip install -e '.[search]'")
 
-from puma_jax.errors import SearchError
+from puma_jax.errors import ConfigError, SearchError
 from puma_jax.search.exact import ExactIndex
 from puma_jax.search.indexing import index_vectors
 from puma_jax.search.milvus import MAX_TEXT_BYTES, MilvusIndex
@@ -93,6 +95,12 @@ def test_a_server_that_does_not_answer_is_named_in_one_line():
     with pytest.raises(SearchError, match=r"http://127\.0\.0\.1:1: Milvus says: Fail") as error:
         open_index("http://127.0.0.1:1")
     assert "\n" not in str(error.value)
+
+
+def test_a_client_that_is_missing_is_named_with_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pymilvus", None)
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[search\]'"):
+        open_index(URI)
 
 
 def test_int8_is_compared_by_its_angle(server, folder):

@@ -5,18 +5,21 @@ import decimal
 import io
 import json
 import shutil
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from puma_jax import Embedder
-from puma_jax.errors import DataError
+from puma_jax.errors import ConfigError, DataError
 from puma_jax.search import arrow
 from puma_jax.search.corpus import Columns, open_corpus
 from puma_jax.search.embedding import embed
 from puma_jax.search.shards import Vectors
+from puma_jax.search.tables import open_table
 from tests.reference import random_image
 
 pyarrow = pytest.importorskip("pyarrow", reason="pip install -e '.[tables]'")
@@ -201,6 +204,15 @@ def test_a_dataset_of_several_splits_asks_for_one(tmp_path):
     assert open_corpus(tmp_path / "data" / "test").read(0).id == "1"
     with pytest.raises(DataError, match="nobody/nothing cannot be read"):
         open_corpus("hf:nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("a.parquet", "pyarrow.parquet"), ("hf:a/b", "datasets")]
+)
+def test_a_package_that_is_missing_is_named_with_what_to_install(name, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=r"cannot be imported .* pip install -e '\.\[tables\]'"):
+        open_table(Path(name), ())
 
 
 def test_a_dataset_on_the_hub_is_asked_for_by_name_and_split(tmp_path, monkeypatch):
