@@ -21,7 +21,7 @@ demo: $(DEMO)
 # The page on what the demo has trained, at http://127.0.0.1:8000
 serve: $(DEMO)
 	$(EMBED_DEMO)
-	$(BIN)/python -m puma_jax.serve --model runs/demo-$(PRESET)/mac --uri $(VECTORS) \
+	$(BIN)/python -m puma_jax.serve --uri $(VECTORS) \
 		--service.instruction "Find the drawing with this name."
 
 VECTORS    = runs/vectors-$(PRESET)

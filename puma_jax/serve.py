@@ -1,6 +1,6 @@
 """Serve a model and an index over HTTP, with a page to search.
 
-`python -m puma_jax.serve --model FOLDER --uri runs/vectors`
+`python -m puma_jax.serve --uri runs/vectors`
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from pathlib import Path
 
 import jax
 
-from puma_jax import Embedder, cli
+from puma_jax import cli
 from puma_jax.config import DType
-from puma_jax.errors import ConfigError, SearchError
+from puma_jax.errors import ConfigError
 from puma_jax.model.attention import describe
 from puma_jax.parallel.mesh import MeshConfig, make_mesh
-from puma_jax.search.index import Index
-from puma_jax.search.model_source import check_model
+from puma_jax.search.model_source import check_model, source_for
 from puma_jax.search.open import open_index
 from puma_jax.service.settings import ServiceConfig
 
@@ -25,7 +24,7 @@ _ALL_DEVICES = MeshConfig()
 
 
 def main(
-    model: str,
+    model: str | None = None,
     uri: str | None = None,
     collection: str = "items",
     dtype: DType | None = None,
@@ -36,46 +35,33 @@ def main(
     """Serve embeddings in OpenAI's and Cohere's shape, search, and a page, until it is stopped.
 
     Args:
-        model: Hugging Face folder or hub id of the model.
+        model: Hugging Face folder or hub id of the model. By default the one that embedded the
+            documents of the index, where it was then.
         uri: Index to search: a folder of vectors, a file that ends with .db, or the address of a
             Milvus server. Without it, the service only embeds.
         collection: Collection of a Milvus database.
-        dtype: Dtype of weights and activations. The dtype of the model's files by default.
+        dtype: Dtype of weights and activations. By default the one of the documents.
         ret_token: Token that ends every item, such as "<|video_pad|>"; for models without a spare
-            row for [RET]. The one saved with the model, or [RET], by default.
+            row for [RET]. By default the one of the documents.
         mesh: How the local devices share the work.
         service: Settings of the service.
     """
+    if model is None and uri is None:
+        raise ConfigError("there is nothing to serve: give --uri for an index, or --model")
     key = read_key(service.api_key_file)
     _check_extra()
     from puma_jax.service.server import serve
     from puma_jax.service.state import Service
 
     with bound_socket(service) as listener:
-        embedder = Embedder.load(
-            model, dtype=dtype, ret_token=ret_token, mesh=make_mesh(mesh, jax.local_devices())
-        )
+        index = None if uri is None else open_index(uri, collection=collection)
+        source = source_for(index.source if index else None, model, dtype, ret_token)
+        embedder = source.load(make_mesh(mesh, jax.local_devices()))
         print(describe(embedder.compute), flush=True)
-        index = open_for(embedder, uri, collection)
-        name = service.name or Path(model).name
+        if index is not None:
+            check_model(embedder, index.model)
+        name = service.name or Path(source.model).name
         serve(Service(embedder, index, name, service), key, listener)
-
-
-def open_for(embedder: Embedder, uri: str | None, collection: str = "items") -> Index | None:
-    """Return the index at a URI, whose vectors a model has made; None without a URI.
-
-    Raises:
-        SearchError: The vectors are another model's, or there is no such index.
-    """
-    if uri is None:
-        return None
-    index = open_index(uri, collection=collection)
-    try:
-        check_model(embedder, index.model)
-    except SearchError:
-        index.close()
-        raise
-    return index
 
 
 def read_key(path: Path | None) -> str | None:

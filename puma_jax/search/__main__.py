@@ -22,14 +22,12 @@ from puma_jax import Embedder, cli
 from puma_jax.artifacts import write_text
 from puma_jax.config import DType
 from puma_jax.data.mbeir import Modality
-from puma_jax.errors import ConfigError, SearchError, one_line
+from puma_jax.errors import ConfigError, one_line
 from puma_jax.search.corpus import open_corpus
 from puma_jax.search.embedding import embed
-from puma_jax.search.exact import ExactIndex
 from puma_jax.search.index import Hit
 from puma_jax.search.indexing import index_vectors
-from puma_jax.search.milvus import MilvusIndex
-from puma_jax.search.model_source import ModelSource, check_model
+from puma_jax.search.model_source import ModelSource, check_model, source_for
 from puma_jax.search.open import is_milvus, open_index
 from puma_jax.search.page import results_page
 from puma_jax.search.shards import Vectors
@@ -101,7 +99,7 @@ def main(
         _bring_up_to_date(items, vectors, uri, collection, source, embedder)
     index = open_index(uri if uri is not None else str(vectors), collection=collection)
     try:
-        embedder = embedder or _model_of(index, model, dtype, ret_token)
+        embedder = embedder or source_for(index.source, model, dtype, ret_token).load()
         check_model(embedder, index.model)
         started = time.monotonic()
         query = {"text": text or None, "image": image}
@@ -180,31 +178,6 @@ def _bring_up_to_date(
     if uri is not None:
         indexed = index_vectors(Vectors(vectors), uri, collection=collection)
         print(f"{indexed}, in {uri}", file=sys.stderr)
-
-
-def _model_of(
-    index: ExactIndex | MilvusIndex,
-    model: str | None,
-    dtype: DType | None,
-    ret_token: str | None,
-) -> Embedder:
-    """Return the model of an index, from where it was loaded then or from where one says.
-
-    Raises:
-        SearchError: The index does not know where its model was, or it is no longer there.
-    """
-    known = index.source
-    if model is None:
-        if known is None:
-            raise SearchError("the index does not say where its model is: give it with --model")
-        if known.model.startswith("/") and not Path(known.model).is_dir():
-            raise SearchError(
-                f"the model of the index was {known.model}, which is gone: give it with --model"
-            )
-        model = known.model
-    if known is not None:
-        dtype, ret_token = dtype or known.dtype, ret_token or known.ret_token
-    return ModelSource.of(model, dtype, ret_token).load()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from jax.sharding import Mesh
+
 from puma_jax.config import DType
 from puma_jax.embedder import Embedder
 from puma_jax.errors import SearchError
@@ -26,9 +28,39 @@ class ModelSource:
         folder = os.path.abspath(model) if Path(model).is_dir() else model
         return cls(folder, dtype, ret_token)
 
-    def load(self) -> Embedder:
-        """Return the model; its weights are read when they are needed."""
-        return Embedder.load(self.model, dtype=self.dtype, ret_token=self.ret_token)
+    def load(self, mesh: Mesh | None = None) -> Embedder:
+        """Return the model, on a mesh if there is one; weights are read when they are needed."""
+        return Embedder.load(self.model, dtype=self.dtype, ret_token=self.ret_token, mesh=mesh)
+
+
+def source_for(
+    known: ModelSource | None,
+    model: str | None = None,
+    dtype: DType | None = None,
+    ret_token: str | None = None,
+) -> ModelSource:
+    """Return where to load the model of an index from: where one says, or where it was then.
+
+    Args:
+        known: What the index knows of its model, if anything.
+        model: Folder or hub id that comes first, as do the other arguments.
+        dtype: Dtype of weights and activations.
+        ret_token: Token that ends every item.
+
+    Raises:
+        SearchError: No model is given, and the index does not know its own, or it is gone.
+    """
+    if known is not None:
+        dtype, ret_token = dtype or known.dtype, ret_token or known.ret_token
+    if model is not None:
+        return ModelSource.of(model, dtype, ret_token)
+    if known is None:
+        raise SearchError("the index does not say where its model is: give it with --model")
+    if known.model.startswith("/") and not Path(known.model).is_dir():
+        raise SearchError(
+            f"the model of the index was {known.model}, which is gone: give it with --model"
+        )
+    return ModelSource(known.model, dtype, ret_token)
 
 
 def check_model(embedder: Embedder, fingerprint: str) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from puma_jax.errors import ConfigError, SearchError
 from puma_jax.search.open import open_index
-from puma_jax.serve import bound_socket, open_for, read_key
+from puma_jax.serve import bound_socket, main, read_key
 from puma_jax.service.settings import ServiceConfig
 from tests.service.serving import data_url, picture, serving, small_embedder
 
@@ -223,9 +223,15 @@ def test_the_description_of_the_api_is_whole(live):
             assert field.get("description"), f"{path}: {name}"
 
 
-def test_vectors_of_another_model_are_not_served(vectors, tiny):
+def test_vectors_of_another_model_are_not_served(vectors, tiny, tmp_path):
+    small_embedder(tiny.folder).keep_layers(2).save(tmp_path / "cut")
     with pytest.raises(SearchError, match="the index was made by another model"):
-        open_for(small_embedder(tiny.folder).keep_layers(2), str(vectors))
+        main(model=str(tmp_path / "cut"), uri=str(vectors), service=ServiceConfig(port=0))
+
+
+def test_without_an_index_a_model_must_be_given():
+    with pytest.raises(ConfigError, match="nothing to serve: give --uri for an index, or --model"):
+        main()
 
 
 def test_settings_that_cannot_be_are_refused(tmp_path):
