@@ -257,7 +257,7 @@ class PlanConfig:
     """The pairs that make up the batch of each step."""
 
     seed: CountOrZero = 0
-    """Seed of the order of pairs, and of the choice of positives and instructions."""
+    """Seed of the order of pairs, and of the choice of positives, negatives and instructions."""
     batch_size: Count = 600
     """Pairs in the global batch (arXiv 2507.08064: 600 in stage 2)."""
     mixture_weights: tuple[tuple[str, Positive], ...] = ()
@@ -266,6 +266,9 @@ class PlanConfig:
     """Fill each batch from one set, in place of a mixture of all sets."""
     instructions: bool = True
     """Put an instruction for the query's task before each query."""
+    hard_negatives: Annotated[int, Range(0, 1024)] = 0
+    """Hard negatives drawn for each query from its neg_cand_list; they are negatives of all queries
+    of the batch. A query that has fewer takes those it has."""
     balance_window: Count = 32
     """Steps over which long and short items are spread, so that all batches are of similar size."""
 

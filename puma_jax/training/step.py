@@ -67,6 +67,8 @@ class PairStates:
 
     query: Float[AnyArray, "pairs width"]
     candidate: Float[AnyArray, "pairs width"]
+    negative: Float[AnyArray, "negatives width"] | None = None
+    """Of the student alone: distillation is over pairs. Those of one pair come together."""
 
 
 Loss = Callable[[Leaves, Array, FrozenParams, Batch, PairStates | None], tuple[Array, Metrics]]
@@ -190,16 +192,19 @@ def _pair_states(
             lambda _, chunk: (None, recomputed(*chunk)), None, (batch.rows, items)
         )
 
-    def gather(states: Array) -> PairStates:
-        states = states.reshape(-1, states.shape[-1])
-        return PairStates(
-            *(
-                _shard_pairs(jnp.take(states, slots, axis=0, mode="clip"), mesh)
-                for slots in (batch.query_slot, batch.candidate_slot)
-            )
-        )
+    pair_slots = batch.query_slot, batch.candidate_slot
+    slots: tuple[Array, ...] = pair_slots
+    if batch.negatives is not None:
+        slots = (*pair_slots, batch.negatives.slot.reshape(-1))
 
-    return gather(states), None if teacher_states is None else gather(teacher_states)
+    def gather(states: Array, slots: tuple[Array, ...]) -> PairStates:
+        states = states.reshape(-1, states.shape[-1])
+        taken = (jnp.take(states, places, axis=0, mode="clip") for places in slots)
+        return PairStates(*(_shard_pairs(vectors, mesh) for vectors in taken))
+
+    return gather(states, slots), (
+        None if teacher_states is None else gather(teacher_states, pair_slots)
+    )
 
 
 def _items_of_slots(batch: Batch) -> Int[Array, "chunks slots"]:
@@ -210,6 +215,11 @@ def _items_of_slots(batch: Batch) -> Int[Array, "chunks slots"]:
     # The slots of padding pairs are out of range.
     items = items.at[batch.query_slot].set(2 * pairs, mode="drop")
     items = items.at[batch.candidate_slot].set(2 * pairs + 1, mode="drop")
+    if batch.negatives is not None:
+        # Counted down from the largest number, because padding changes the number of pairs.
+        slot = batch.negatives.slot.reshape(-1)
+        numbers = jnp.iinfo(jnp.int32).max - jnp.arange(len(slot), dtype=jnp.int32)
+        items = items.at[slot].set(numbers, mode="drop")
     return items.reshape(chunks, slots)
 
 
@@ -256,6 +266,7 @@ def _contrastive(
     shared: dict[str, Any] = {
         "valid": batch.valid,
         "document": batch.document if config.mask_same_document else None,
+        "negatives": _negatives(config, states, batch),
         "layout": layout,
     }
     if config.kind == "info_nce":
@@ -276,6 +287,22 @@ def _contrastive(
         **shared,
     )
     return loss, hard
+
+
+def _negatives(config: LossConfig, states: PairStates, batch: Batch) -> losses.Negatives | None:
+    """Return the hard negatives of a batch, each a negative of all of its queries."""
+    if states.negative is None or batch.negatives is None:
+        return None
+    modality, document, valid = (
+        column.reshape(-1)
+        for column in (batch.negatives.modality, batch.negatives.document, batch.negatives.valid)
+    )
+    return losses.Negatives(
+        l2_normalize(states.negative),
+        modality,
+        document if config.mask_same_document else None,
+        valid,
+    )
 
 
 def _layout(config: LossConfig, mesh: jax.sharding.Mesh) -> losses.Layout:

@@ -50,7 +50,7 @@ def get_config(steps: int = 8) -> TrainConfig:
             "cut": StageConfig(
                 steps=steps,
                 keep_layers="1",
-                plan=PlanConfig(batch_size=12),
+                plan=PlanConfig(batch_size=12, hard_negatives=1),
                 grad_cache_chunks=2,
                 loss=LossConfig(kind="mac", temperature=0.1),
                 distill=DistillConfig(weight=(0.5, 0.1), scale=1.0),
