@@ -33,7 +33,7 @@ FLOORS = (
     ("search",),
     ("evaluation",),
     ("training", "export"),
-    ("train", "evaluate", "embed", "prune"),
+    ("train", "evaluate", "embed", "prune", "mine"),
 )
 OPTIONAL = {
     "faiss",
@@ -55,6 +55,7 @@ COMMANDS = (
     "puma_jax.embed",
     "puma_jax.evaluate",
     "puma_jax.export.__main__",
+    "puma_jax.mine",
     "puma_jax.prune",
     "puma_jax.train",
 )

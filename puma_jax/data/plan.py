@@ -88,7 +88,7 @@ class Plan:
         if config.hard_negatives and not self.negatives().any():
             raise ConfigError(
                 f"plan.hard_negatives is {config.hard_negatives}, but neg_cand_list is empty in "
-                "all training queries: set it to 0"
+                "all training queries: mine some with python -m puma_jax.mine, or set it to 0"
             )
         # The latest window. Steps come in order, so earlier windows need not be kept.
         self._latest: tuple[Any, tuple[ndarray, ...]] = (None, ())
