@@ -33,6 +33,14 @@ def require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def require_ascending(widths: tuple[int, ...], name: str) -> None:
+    """Raise a ConfigError unless each width is larger than the one before it."""
+    require(
+        sorted(set(widths)) == list(widths),
+        f"{name} {list(widths)} must be different widths, the smallest first",
+    )
+
+
 @dataclass(frozen=True)
 class VisionConfig:
     """The vision tower: a transformer over image patches, then the merger of patches."""
@@ -187,6 +195,9 @@ class ModelConfig:
     prompt: PromptConfig = PromptConfig()
     kept_layers: tuple[CountOrZero, ...] = ()
     """Indices, in the base model, of the decoder layers kept; empty means all of them."""
+    # Not in the text that identifies a model: its vectors do not depend on it.
+    widths: tuple[Count, ...] = dataclasses.field(default=(), repr=False)
+    """Widths, besides the whole one, that the model was trained for; ascending."""
 
     def __post_init__(self) -> None:
         """Fill in `kept_layers` if it is empty, and check that the parts fit together."""
@@ -201,6 +212,11 @@ class ModelConfig:
         require(
             vision.out_width == decoder.width,
             f"vision.out_width {vision.out_width} is not decoder.width {decoder.width}",
+        )
+        require_ascending(self.widths, "widths")
+        require(
+            max(self.widths, default=0) < decoder.width,
+            f"widths {list(self.widths)} must be below the {decoder.width} values of a vector",
         )
         for name in ("image_token_id", "vision_start_token_id", "vision_end_token_id"):
             require(

@@ -123,6 +123,7 @@ def read_config(hf: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Model
         images=saved.images,
         prompt=saved.prompt,
         kept_layers=saved.kept_layers,
+        widths=saved.widths,
     )
 
 
@@ -253,6 +254,7 @@ def write_config(config: ModelConfig, source: Mapping[str, Any]) -> dict[str, An
             "kept_layers": list(config.kept_layers),
             "images": vars(config.images).copy(),
             "prompt": vars(config.prompt).copy(),
+            **({"widths": list(config.widths)} if config.widths else {}),
         },
     }
 

@@ -106,6 +106,8 @@ def build_stage(
 
     kept = kept_layers(stage, base_config.decoder.layers)
     model = base_config.with_layers(tuple(base_config.kept_layers[index] for index in kept))
+    if stage.trains:
+        model = dataclasses.replace(model, widths=stage.loss.widths)
     base = checkpoint.read(
         # Without a teacher, removed layers are never read.
         None if stage.distill.on else kept,

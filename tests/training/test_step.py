@@ -28,12 +28,18 @@ from tests.training.batches import batch_of
 PAIRS = 24
 STEPS = 10
 # Everything at once: adapters with dropout, distillation, MAC-Loss, a trained temperature, hard
-# negatives.
+# negatives, three widths.
 ALL = StageConfig(
     steps=STEPS,
     keep_layers="2",
     plan=PlanConfig(hard_negatives=2),
-    loss=LossConfig(kind="mac", temperature=0.5, learn_temperature=True, mask_same_document=True),
+    loss=LossConfig(
+        kind="mac",
+        temperature=0.5,
+        learn_temperature=True,
+        mask_same_document=True,
+        widths=(8, 24),
+    ),
     distill=DistillConfig(weight=(0.1, 0.5), scale=1.0),
     trainable="lora",
     lora=LoraConfig(rank=4, alpha=8.0, dropout=0.1),
@@ -146,26 +152,36 @@ def three_steps(pair, config, mesh):
 def test_a_step_has_the_loss_of_the_formula_over_its_pairs_and_hard_negatives(tiny):
     """Vectors, modalities, documents and which of them count: each comes to its place."""
     for kind, mask in (("info_nce", False), ("mac", True), ("mamcl", True)):
-        loss_config = LossConfig(kind=kind, temperature=0.5, mask_same_document=mask)
+        loss_config = LossConfig(
+            kind=kind, temperature=0.5, mask_same_document=mask, widths=(8,) if mask else ()
+        )
         config = dataclasses.replace(
             ALL, loss=loss_config, lora=LoraConfig(rank=4, alpha=8.0), distill=DistillConfig()
         )
         state, frozen_params, loss = prepared(tiny, config, one_device())
         batch = sharded_batch(tiny, config, one_device(), 1)
         _, metrics = jax.jit(loss)(state.trained, np.int32(STEPS), frozen_params, batch, None)
-        expected = formula(tiny, config, state, frozen_params, batch)
+        states = states_of(tiny, config, state, frozen_params, batch)
+        narrow = [formula(states[:, :width], config, batch) for width in config.loss.widths]
+        expected = formula(states, config, batch) + sum(narrow)
         np.testing.assert_allclose(metrics["contrastive"], expected, rtol=1e-5)
+        for width, value in zip(config.loss.widths, narrow, strict=True):
+            np.testing.assert_allclose(metrics[f"contrastive_{width}"], value, rtol=1e-5)
 
 
-def formula(pair, config, state, frozen_params, batch):
-    """The loss at the end of training, from the vectors of all slots."""
+def states_of(pair, config, state, frozen_params, batch):
+    """The student's states of all slots."""
     structure = lora.add_lora(
         encoder.keep_layers(pair.config, pair.params, KEPT)[1], config.lora, jax.random.key(1)
     )
     params = assemble(structure, {**frozen_params.student, **state.trained})
     states = encoder.encode(params, jax.tree.map(lambda leaf: leaf[0], batch.rows), FLOAT32)
-    vectors = np.asarray(states, np.float64)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(states, np.float64)
+
+
+def formula(states, config, batch):
+    """The loss at the end of training."""
+    vectors = states / np.linalg.norm(states, axis=1, keepdims=True)
     there = np.asarray(batch.negatives.valid)
     slot, modality, document = (
         np.asarray(column)[there]
@@ -186,7 +202,7 @@ def formula(pair, config, state, frozen_params, batch):
 
 
 def test_memory_does_not_grow_with_the_batch(tiny):
-    config = dataclasses.replace(ALL, loss=LossConfig(kind="mac", chunk_size=64))
+    config = dataclasses.replace(ALL, loss=LossConfig(kind="mac", chunk_size=64, widths=(8, 24)))
     peak = {pairs: temporary_bytes(tiny, config, pairs, pairs // 64) for pairs in (128, 2048)}
     assert peak[2048] <= 1.15 * peak[128]
 
