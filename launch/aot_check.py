@@ -30,12 +30,12 @@ from jax.sharding import Mesh
 
 from puma_jax import cli
 from puma_jax.axes import TENSOR_AXIS
-from puma_jax.config import ModelConfig
+from puma_jax.config import ModelConfig, VisionConfig
 from puma_jax.data.pipeline import Batch, HardNegatives
 from puma_jax.data.shapes import batch_shape
 from puma_jax.errors import ConfigError
 from puma_jax.model import encoder, hf, lora
-from puma_jax.model.qwen2_vl import PUBLISHED
+from puma_jax.model.families import published
 from puma_jax.model.tree import named_leaves
 from puma_jax.parallel import rules
 from puma_jax.parallel.mesh import batch_sharding, data_shards, make_mesh, replicated
@@ -180,10 +180,11 @@ def base_model(config: TrainConfig, stage: str) -> ModelConfig:
     for name, of_stage in config.stages.items():
         if of_stage.model is not None:
             folder = Path(of_stage.model)
-            if of_stage.model not in PUBLISHED and not folder.is_dir():
-                known = ", ".join(PUBLISHED)
+            shapes = published()
+            if of_stage.model not in shapes and not folder.is_dir():
+                known = ", ".join(shapes)
                 raise ConfigError(f"{of_stage.model} is neither a folder nor one of {known}")
-            model = PUBLISHED.get(of_stage.model) or hf.read_config(folder)[0]
+            model = shapes.get(of_stage.model) or hf.read_config(folder)[0]
         if model is None:
             raise ConfigError(f"stage {name} starts from scratch, whose shapes the data decide")
         if name == stage:
@@ -327,15 +328,34 @@ def report_work(
     )
 
 
-def _parameters(model: ModelConfig) -> tuple[int, int]:
-    """Return the matmul weights of one decoder layer, and of the tower with its merger."""
-    decoder, vision = model.decoder, model.vision
-    inner, kv = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
-    layer = decoder.width * (2 * inner + 2 * kv + 3 * decoder.mlp_width)
-    block = vision.width * (4 * vision.width + 2 * vision.mlp_width)
-    joined = vision.width * vision.merged
-    merger = joined * (joined + vision.out_width) // vision.merged
-    return layer, vision.layers * block + merger + vision.patch_values * vision.width
+def _parameters(model: ModelConfig) -> tuple[float, float]:
+    """Return the matmul weights of a decoder layer, and of the tower for each patch.
+
+    A weight of a merger counts for the patches that it reads at once, and a weight of the patch
+    embedding once for all frames, which show the same.
+    """
+    vision = model.vision
+    kernels = {
+        name: leaf.size
+        for name, leaf in named_leaves(encoder.abstract(model)).items()
+        if name.endswith(".kernel")
+    }
+
+    def size(prefix: str) -> float:
+        return sum(count for name, count in kernels.items() if name.startswith(prefix))
+
+    tower = size("vision.blocks.") + size("vision.patch_embedding.") / vision.temporal_patch_size
+    mergers = size("vision.merger.") + size("vision.deepstack.")
+    return size("decoder.layers.") / model.decoder.layers, tower + mergers / vision.merged
+
+
+def _patches_seen(vision: VisionConfig, patches: int) -> int:
+    """Return how many patches of an image a patch attends to, in all blocks together."""
+    if not vision.window_size:
+        return vision.layers * patches
+    whole = len(vision.full_attention_blocks)
+    window = min(vision.window_size**2, patches)
+    return whole * patches + (vision.layers - whole) * window
 
 
 def model_flops(settings: Settings, stage: StageConfig, lowered: Lowered) -> float:
@@ -360,7 +380,7 @@ def model_flops(settings: Settings, stage: StageConfig, lowered: Lowered) -> flo
     if stage.distill.on and not stage.distill.cached:
         token += lowered.base.decoder.layers * (2 * layer + attention)
     patch = (3 if stage.train_vision else 1) * (
-        2 * tower + 4 * patches * vision.layers * vision.width
+        2 * tower + 4 * _patches_seen(vision, patches) * vision.width
     )
     return items * (length * token + patches * patch)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import tyro
 
+from puma_jax import compilation_cache
 from puma_jax.errors import PumaError, one_line, printable
 
 # What a user, and not a fault in the program, makes of a disk, a folder, or a limit of the system.
@@ -32,6 +33,7 @@ def run(main: Callable[..., None]) -> None:
     # What tyro prints has escape sequences of its own, what `main` prints may have none.
     @functools.wraps(main)
     def printing(*arguments: object, **named: object) -> None:
+        compilation_cache.enable()
         with printable_output():
             main(*arguments, **named)
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from puma_jax.errors import ConfigError
+from puma_jax.errors import ConfigError, LayerSelectionError
 from puma_jax.schema import Count, CountOrZero, Positive, Range, check, shown
 
 DType = Literal["float32", "bfloat16"]
 Positions = Literal["mrope", "1d"]
 Remat = Literal["none", "dots", "full"]
-PromptStyle = Literal["chat", "bare"]
+PromptStyle = Literal["chat", "bare", "instruct"]
+Pooling = Literal["ret", "last", "mean"]
 LoraTarget = Literal["query", "key", "value", "out", "gate", "up", "down"]
 
 # What no model exceeds: a wrong number in a config.json is refused before anything is sized by it.
@@ -41,12 +42,34 @@ def require_ascending(widths: tuple[int, ...], name: str) -> None:
     )
 
 
-@dataclass(frozen=True)
-class VisionConfig:
+def option(default: Any) -> Any:
+    """Return a field that `repr` shows only where it differs from its default.
+
+    Fingerprints of models are made of `repr`: they outlive the options that new families bring.
+    """
+    return dataclasses.field(default=default, metadata={"option": True})
+
+
+class _WithOptions:
+    """A dataclass whose `repr` leaves out options at their defaults."""
+
+    def __repr__(self) -> str:
+        """Return the fields as `dataclass` shows them, without options at their defaults."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        shown_fields = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields
+            if not (field.metadata.get("option") and getattr(self, field.name) == field.default)
+        ]
+        return f"{type(self).__name__}({', '.join(shown_fields)})"
+
+
+@dataclass(frozen=True, repr=False)
+class VisionConfig(_WithOptions):
     """The vision tower: a transformer over image patches, then the merger of patches."""
 
-    layers: Layers
-    """Transformer blocks."""
+    layers: Annotated[int, Range(0, 1024)]
+    """Transformer blocks; 0 means that there is no tower, and that the model reads texts only."""
     width: Width
     """Hidden size."""
     heads: Width
@@ -71,14 +94,34 @@ class VisionConfig:
     """Mean of each channel, subtracted from pixels in [0, 1]."""
     image_std: tuple[Positive, Positive, Positive] = CLIP_STD
     """Standard deviation of each channel, which divides them."""
+    window_size: CountOrZero = option(0)
+    """Side, in patches, of the windows that attention stays in; 0 means the whole image."""
+    full_attention_blocks: tuple[CountOrZero, ...] = option(())
+    """Blocks that attend to the whole image all the same."""
+    position_table_side: Annotated[int, Range(0, 1024)] = option(0)
+    """Side of the square table of learned positions; 0 means no table."""
+    deepstack_blocks: tuple[CountOrZero, ...] = option(())
+    """Blocks after which DeepStack takes features for the first layers of the decoder, in order."""
 
     def __post_init__(self) -> None:
-        """Check the fields, and that heads and the two halves of rotary angles come out even."""
+        """Check the fields, and that heads, rotary angles, windows and blocks come out even."""
         check(self, "vision")
         require(
             self.width % (4 * self.heads) == 0,
             f"vision.width {self.width} must be a multiple of 4 × vision.heads {self.heads}",
         )
+        require(
+            self.window_size % self.merge_size == 0,
+            f"vision.window_size {self.window_size} must be a multiple of merge_size "
+            f"{self.merge_size}",
+        )
+        for name in ("full_attention_blocks", "deepstack_blocks"):
+            blocks = getattr(self, name)
+            require(
+                all(block < self.layers for block in blocks) and len({*blocks}) == len(blocks),
+                f"vision.{name} {blocks} must name blocks below vision.layers {self.layers}, each "
+                "once",
+            )
 
     @property
     def head_dim(self) -> int:
@@ -95,9 +138,14 @@ class VisionConfig:
         """Patches in one visual token."""
         return self.merge_size**2
 
+    @classmethod
+    def none(cls, out_width: int) -> VisionConfig:
+        """Return the config of no tower, for a decoder of this width."""
+        return cls(layers=0, width=4, heads=1, mlp_width=1, out_width=out_width)
 
-@dataclass(frozen=True)
-class DecoderConfig:
+
+@dataclass(frozen=True, repr=False)
+class DecoderConfig(_WithOptions):
     """The language model."""
 
     vocab_size: VocabSize
@@ -119,7 +167,15 @@ class DecoderConfig:
     rope_base: Positive = 1_000_000.0
     """Base of the rotary frequencies."""
     mrope_section: tuple[CountOrZero, CountOrZero, CountOrZero] = (16, 24, 24)
-    """Split of the `head_dim / 2` rotary frequencies into those of time, height and width."""
+    """Split of the `head_dim / 2` rotary frequencies into those of time, height and width. All of
+    them in time is plain RoPE of one dimension."""
+    mrope_interleaved: bool = option(False)
+    """Whether time, height and width take turns along the frequencies, as in Qwen3-VL; otherwise
+    each has a section of its own."""
+    qkv_bias: bool = option(True)
+    """Whether the query, key and value projections have a bias."""
+    qk_norm: bool = option(False)
+    """Whether each head of queries and keys is RMS-normalized before it is rotated."""
 
     def __post_init__(self) -> None:
         """Check the fields, and what the arithmetic relies on."""
@@ -153,12 +209,12 @@ class ImageConfig:
         )
 
 
-@dataclass(frozen=True)
-class PromptConfig:
-    """How an item becomes a sequence of tokens that ends at [RET]."""
+@dataclass(frozen=True, repr=False)
+class PromptConfig(_WithOptions):
+    """How an item becomes a sequence of tokens, and which of their states is its embedding."""
 
     ret_token: str = "[RET]"
-    """Special token that ends every item; its last hidden state is the item's embedding."""
+    """Special token that ends every item with pooling "ret"; other poolings have none."""
     max_text_tokens: Annotated[int, Range(1, 2**20)] = 450
     """Tokens of text to keep; longer texts are truncated. The prompt's own tokens do not count."""
     positions: Positions = "mrope"
@@ -166,7 +222,12 @@ class PromptConfig:
     dimension, as the released PUMA code trained with."""
     template: PromptStyle = "chat"
     """Prompt around an item: "chat" asks for a summary in one word in the chat turns that the base
-    model was tuned on; "bare" adds nothing, for small models trained from scratch."""
+    model was tuned on; "bare" adds nothing, for small models trained from scratch; "instruct" is
+    that of Qwen3-VL-Embedding, a system turn that is the instruction and a user turn that is the
+    item as it came."""
+    pooling: Pooling = option("ret")
+    """State that is the embedding: "ret", that of `ret_token` at the end; "last", that of the
+    prompt's last token; "mean", the mean over all tokens of the item and its prompt."""
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -224,9 +285,27 @@ class ModelConfig:
                 f"{name} {getattr(self, name)} is beyond the {decoder.vocab_size} rows of the "
                 "token table",
             )
+        self._check_deepstack()
+
+    def _check_deepstack(self) -> None:
+        """Check that each layer that DeepStack feeds, if it is kept, is where it was.
+
+        transformers adds the features after the layers at the first places, whichever they are.
+        """
+        fed = tuple(range(len(self.vision.deepstack_blocks)))[: len(self.kept_layers)]
+        if self.kept_layers[: len(fed)] != fed:
+            raise LayerSelectionError(
+                f"layers {', '.join(map(str, self.kept_layers))} of the base model do not begin "
+                f"with {', '.join(map(str, fed))}, after which this model adds features of images "
+                "(DeepStack): keep these first, in order"
+            )
 
     def with_layers(self, kept: tuple[int, ...]) -> ModelConfig:
-        """Return the config of the same model with only these base layers."""
+        """Return the config of the same model with only these base layers.
+
+        Raises:
+            LayerSelectionError: DeepStack adds features after layers that are not kept in place.
+        """
         decoder = dataclasses.replace(self.decoder, layers=len(kept))
         return dataclasses.replace(self, decoder=decoder, kept_layers=kept)
 

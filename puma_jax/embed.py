@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Annotated
 
 import jax
+import tyro
 
 from puma_jax import Embedder, cli
 from puma_jax.config import DType
@@ -18,11 +20,13 @@ from puma_jax.model.attention import describe
 from puma_jax.parallel import multihost
 from puma_jax.parallel.mesh import MeshConfig, make_mesh
 from puma_jax.parallel.multihost import DistributedConfig
-from puma_jax.search.corpus import open_corpus
+from puma_jax.search.corpus import Columns, open_corpus
 from puma_jax.search.embedding import embed
-from puma_jax.search.shards import VectorDType
+from puma_jax.search.model_source import ModelSource
+from puma_jax.search.spec import VectorDType
 
 _ALL_DEVICES = MeshConfig()
+_COLUMNS = Columns()
 _ALONE = DistributedConfig()
 
 
@@ -39,13 +43,16 @@ def main(
     ret_token: str | None = None,
     mesh: MeshConfig = _ALL_DEVICES,
     part: str | None = None,
+    columns: Annotated[Columns, tyro.conf.arg(name="")] = _COLUMNS,
     distributed: DistributedConfig = _ALONE,
 ) -> None:
     """Embed a corpus over all local devices. Rerun the same command to resume after a stop.
 
     Args:
         model: Hugging Face folder or hub id of the model.
-        items: A pool in M-BEIR layout, JSON lines {"id", "text", "image"}, or a folder of images.
+        items: A folder of images; JSON lines {"id", "text", "image"}; a table that ends in .csv,
+            .tsv or .parquet; a dataset of Hugging Face, as a folder or as hf:NAME:SPLIT; or a pool
+            in M-BEIR layout.
         out: Folder to write the vectors to. A rerun embeds only what is new or has changed.
         images: Folder that holds the images of a file: relative paths start from it, and a path
             that leads out of it is an error. By default the benchmark's root for a pool, and the
@@ -61,12 +68,13 @@ def main(
         mesh: How the local devices share the work.
         part: Share of the shards to embed: "2/8" takes every eighth shard from number 2 on, for
             several machines that write one folder. The share of this process by default.
+        columns: Names of the columns that make up an item; all others are kept as fields.
         distributed: How processes that share the work find each other.
     """
     multihost.initialize(distributed)
-    corpus = open_corpus(items, images)
-    if corpus.passed_over:
-        print(corpus.passed_over, flush=True)
+    corpus = open_corpus(items, images, columns)
+    for note in corpus.notes():
+        print(note, flush=True)
     embedder = Embedder.load(
         model, dtype=dtype, ret_token=ret_token, mesh=make_mesh(mesh, jax.local_devices())
     )
@@ -81,6 +89,7 @@ def main(
         items_per_shard=items_per_shard,
         on_bad_record=on_bad_record,
         part=(number, parts),
+        source=ModelSource.of(model, dtype, ret_token),
     )
     print(f"Part {number}/{parts}: {done}" if parts > 1 else done)
     if done.complete:

@@ -29,7 +29,7 @@ from puma_jax.config import (
 )
 from puma_jax.data.images import ImageSource, read_patches
 from puma_jax.data.items import Item
-from puma_jax.data.prompts import Processor, query_text
+from puma_jax.data.prompts import Processor
 from puma_jax.data.tokenizer import load_tokenizer
 from puma_jax.errors import ImageError, ItemError
 from puma_jax.forward import Forward, Running, check_vectors, first_values, shape_for
@@ -44,7 +44,10 @@ from puma_jax.schema import shown
 from puma_jax.typing import Float, ndarray
 
 RawItem = Mapping[str, Any]
-"""An item: {"text": str}, {"image": path, bytes, PIL image or uint8 array}, or both."""
+"""An item: {"text": str}, {"image": path, bytes, PIL image or uint8 array}, or both.
+
+{"instruction": str} beside them is the instruction of this item alone.
+"""
 
 # Items are packed this many chunks at a time: more chunks leave less padding.
 _CHUNKS_IN_WINDOW = 8
@@ -70,7 +73,7 @@ class Embedder:
         Args:
             config: Config of the model.
             params: Weights of the model, read or not yet read.
-            tokenizer: Fast tokenizer of the model; [RET] is added to it.
+            tokenizer: Fast tokenizer of the model; [RET] is added to it if the model pools there.
             compute: How to run; bfloat16 by default.
             mesh: Devices that hold the weights and share the work; None for a single device.
             source: Configs that came with the model; `save` keeps their other fields.
@@ -97,21 +100,23 @@ class Embedder:
     ) -> Embedder:
         """Open a model; its weights are read when they are first needed.
 
-        Thus `Embedder.load(...).keep_layers(12)` never reads the removed layers.
+        Thus `Embedder.load(...).keep_layers(12)` never reads the removed layers. A folder says
+        itself how its model is prompted and pooled, and a published embedder is recognized; see
+        `hub_folder.read_config`.
 
         Args:
             source: Hugging Face folder or hub id.
             dtype: Dtype of weights and activations; None keeps the dtype of the files.
             compute: How to run; the default takes its dtype from `dtype`.
-            images: Limits on image sizes; None takes those saved with the model, or PUMA's.
-            prompt: Prompt of the model; None takes the one saved with the model, or PUMA's.
+            images: Limits on image sizes; None takes those of the model, or PUMA's.
+            prompt: Prompt of the model; None takes the model's own, or PUMA's.
             ret_token: Token that ends every item, in place of the prompt's; for tokenizers whose
                 token table has no row for a new token.
             mesh: Devices that share the work, from `parallel.mesh.make_mesh`; each reads its part
                 of the weights, by `parallel.rules`. None uses the first device.
 
         Raises:
-            ConfigError: `dtype` is not one of those that are supported.
+            ConfigError: `dtype` is not supported, or the model pools without a `ret_token`.
             CheckpointError: The folder does not hold a whole model; see `hf.open_checkpoint`.
             UnknownModelError: No family supports its model_type.
         """
@@ -123,6 +128,11 @@ class Embedder:
         checkpoint = hf.open_checkpoint(source)
         prompt = prompt or checkpoint.config.prompt
         if ret_token is not None:
+            require(
+                prompt.pooling == "ret",
+                f"ret_token {shown(ret_token)} has no place in this model: its pooling is "
+                f'"{prompt.pooling}"',
+            )
             prompt = dataclasses.replace(prompt, ret_token=ret_token)
         config = dataclasses.replace(
             checkpoint.config, images=images or checkpoint.config.images, prompt=prompt
@@ -131,7 +141,7 @@ class Embedder:
         layers = tuple(range(config.decoder.layers))
         return cls(
             config,
-            LazyParams(checkpoint, layers, dtype, mesh),
+            LazyParams(dataclasses.replace(checkpoint, config=config), layers, dtype, mesh),
             load_tokenizer(checkpoint.folder),
             compute=compute or ComputeConfig(dtype=dtype),
             mesh=mesh,
@@ -151,7 +161,7 @@ class Embedder:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer, with [RET]."""
+        """The tokenizer, with [RET] if the model pools there."""
         return self._processor.tokenizer
 
     @property
@@ -192,24 +202,35 @@ class Embedder:
             source=self._source,
         )
 
-    def preprocess(self, item: RawItem | str, instruction: str | None = None) -> Item:
+    def preprocess(
+        self, item: RawItem | str, instruction: str | None = None, *, truncate: bool = True
+    ) -> Item:
         """Return the tokens of an item and the patches of its image.
 
         Args:
             item: Text, image or both.
             instruction: Instruction of a query; see `encode`.
+            truncate: Whether to truncate a text of too many tokens, with a warning for the first.
 
         Raises:
             ItemError: The item has neither text nor image, or a field of the wrong kind.
             ImageError: The image cannot be read.
+            LongTextError: Instruction and text have too many tokens, and are not to be truncated.
         """
+        text, image, own = _checked(item)
+        if own is not None and instruction is not None:
+            raise ItemError("an instruction is given with the item, and another one for all")
+        instruction = own if instruction is None else instruction
         _check_text("instruction", instruction)
-        text, image = _checked(item)
-        full = query_text(instruction, text)
+        full = self._processor.read(text, instruction)
         if image is None:
-            return self._processor.item(full)
+            return self._processor.item(full, instruction=instruction, truncate=truncate)
         patches, grid = read_patches(image, self.config.vision, self.config.images)
-        return self._processor.item(full, patches, grid)
+        return self._processor.item(full, patches, grid, instruction, truncate=truncate)
+
+    def largest_item(self, *, image: bool) -> tuple[int, int]:
+        """Return the most tokens and patches that an item has, with or without an image."""
+        return self._processor.largest_item(image=image)
 
     def shape_for(self, items: Sequence[Item], tokens_per_chunk: int | None = None) -> PackedShape:
         """Return the packed shape that items like these fill well; see `encode`."""
@@ -370,26 +391,26 @@ def _default_tokens() -> int:
     return 2048 if jax.default_backend() == "cpu" else 16384
 
 
-def _checked(item: RawItem | str) -> tuple[str | None, ImageSource | None]:
-    """Return the text and the image of an item, once their types are checked."""
+def _checked(item: RawItem | str) -> tuple[str | None, ImageSource | None, str | None]:
+    """Return text, image and instruction of an item, once the types of the first two are right."""
     if isinstance(item, str):
         item = {"text": item}
     if not isinstance(item, Mapping):
         raise ItemError(
             f'an item is a {type(item).__name__}, expected a text or {{"text": ..., "image": ...}}'
         )
-    unknown = set(item) - {"text", "image"}
+    unknown = set(item) - {"text", "image", "instruction"}
     if unknown:
-        raise ItemError(f"unknown fields {sorted(unknown)}, expected text and image")
-    text, image = item.get("text"), item.get("image")
-    if text is None and image is None:
+        raise ItemError(f"unknown fields {sorted(unknown)}, expected text, image and instruction")
+    text, image, instruction = (item.get(name) for name in ("text", "image", "instruction"))
+    if text is None and image is None and instruction is None:
         raise ItemError("neither text nor image")
     _check_text("text", text)
     if not isinstance(image, ImageSource | None):
         raise ImageError(
             f"image is a {type(image).__name__}, expected a path, bytes, a PIL image or an array"
         )
-    return text, image
+    return text, image, instruction
 
 
 def _check_text(name: str, text: object) -> None:

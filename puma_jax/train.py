@@ -17,7 +17,7 @@ from typing import Annotated
 
 import tyro
 
-from puma_jax import cli
+from puma_jax import cli, compilation_cache
 from puma_jax.errors import ConfigError, PumaError
 from puma_jax.parallel.multihost import initialize
 from puma_jax.training.config import TrainConfig
@@ -41,6 +41,7 @@ class _Run:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse flags and run."""
     config, workdir, reuse = parse(list(sys.argv[1:] if arguments is None else arguments))
+    compilation_cache.enable()
     initialize(config.distributed)
     try:
         with cli.printable_output():

@@ -32,13 +32,14 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def no_videos():
     """Do without the processor of videos where torchvision is missing: it fits not every torch."""
-    from transformers import Qwen2VLProcessor
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLProcessor, Qwen3VLProcessor
     from transformers.utils import is_torchvision_available
 
     with pytest.MonkeyPatch.context() as patch:
         if not is_torchvision_available():
             parts = classmethod(lambda cls: ["image_processor", "tokenizer"])
-            patch.setattr(Qwen2VLProcessor, "get_attributes", parts)
+            for processor in (Qwen2VLProcessor, Qwen2_5_VLProcessor, Qwen3VLProcessor):
+                patch.setattr(processor, "get_attributes", parts)
         yield
 
 
@@ -52,7 +53,25 @@ def wide(tmp_path_factory):
     return reference.pair(config, tmp_path_factory.mktemp("wide") / "model")
 
 
-@pytest.fixture(scope="session", params=["tiny", "wide"])
+@pytest.fixture(scope="session")
+def windowed(tmp_path_factory):
+    """A random Qwen2.5-VL of four small layers."""
+    return reference.pair(reference.qwen2_5_vl_config(), tmp_path_factory.mktemp("2_5") / "model")
+
+
+@pytest.fixture(scope="session")
+def deepstack(tmp_path_factory):
+    """A random Qwen3-VL of four small layers."""
+    return reference.pair(reference.qwen3_vl_config(), tmp_path_factory.mktemp("3") / "model")
+
+
+@pytest.fixture(scope="session", params=["tiny", "wide", "windowed", "deepstack"])
 def either(request):
-    """Both random models in turn."""
+    """All random models in turn."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session", params=["tiny", "windowed", "deepstack"])
+def family(request):
+    """The small random model of each family in turn."""
     return request.getfixturevalue(request.param)

@@ -1,4 +1,4 @@
-"""Random Qwen2-VL models of transformers, folders of them, and a tokenizer that needs no hub."""
+"""Random models of transformers, folders of them, and a tokenizer that needs no hub."""
 
 from __future__ import annotations
 
@@ -14,10 +14,22 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 from puma_jax.config import ComputeConfig, ImageConfig, ModelConfig, VisionConfig
@@ -60,22 +72,7 @@ def qwen2_vl_config(
 ) -> Qwen2VLConfig:  # fmt: skip
     """A transformers config with the byte tokenizer's vocabulary and some spare rows."""
     return Qwen2VLConfig(
-        text_config={
-            "vocab_size": 272,
-            "hidden_size": width,
-            "intermediate_size": mlp_width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": list(sections),
-            },
-            "bos_token_id": None,
-            "eos_token_id": None,
-        },
+        text_config=_text(width, heads, kv_heads, mlp_width, layers, sections),
         vision_config={
             "depth": vision_layers,
             "embed_dim": vision_width,
@@ -83,18 +80,109 @@ def qwen2_vl_config(
             "num_heads": vision_heads,
             "mlp_ratio": mlp_ratio,
         },
-        image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"),
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
         tie_word_embeddings=tie,
+        **_special_ids(),
     )
 
 
-def random_model(config: Qwen2VLConfig, seed: int = 0) -> Qwen2VLForConditionalGeneration:
+def qwen2_5_vl_config(
+    *, width=64, heads=4, kv_heads=2, mlp_width=96, layers=4, sections=(2, 3, 3), tie=True,
+    vision_width=32, vision_heads=2, vision_layers=3, vision_mlp_width=72, full=(1,), window=112,
+) -> Qwen2_5_VLConfig:  # fmt: skip
+    """The same of Qwen2.5-VL; the blocks named by `full` attend to whole images."""
+    return Qwen2_5_VLConfig(
+        text_config=_text(width, heads, kv_heads, mlp_width, layers, sections),
+        vision_config=_tower(width, vision_width, vision_heads, vision_layers, vision_mlp_width)
+        | {"fullatt_block_indexes": list(full), "window_size": window},
+        tie_word_embeddings=tie,
+        **_special_ids(),
+    )
+
+
+def qwen3_vl_config(
+    *, width=64, heads=4, kv_heads=2, head_dim=24, mlp_width=96, layers=4, sections=(6, 3, 3),
+    tie=True, vision_width=32, vision_heads=2, vision_layers=4, vision_mlp_width=72,
+    deepstack=(0, 1, 3), table_side=6,
+) -> Qwen3VLConfig:  # fmt: skip
+    """The same of Qwen3-VL; the blocks named by `deepstack` have features of their own."""
+    text = _text(width, heads, kv_heads, mlp_width, layers, sections) | {"head_dim": head_dim}
+    text["rope_parameters"]["mrope_interleaved"] = True
+    return Qwen3VLConfig(
+        text_config=text,
+        vision_config=_tower(width, vision_width, vision_heads, vision_layers, vision_mlp_width)
+        | {
+            "deepstack_visual_indexes": list(deepstack),
+            "num_position_embeddings": table_side**2,
+        },
+        tie_word_embeddings=tie,
+        **_special_ids(),
+    )
+
+
+TEXT_CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
+
+
+def text_config(model_type: str, *, width=64, layers=4, tie=True, **fields) -> PreTrainedConfig:
+    """The same of a family of texts only; heads of Qwen3 need not divide the width."""
+    fields = _text(width, 4, 2, 96, layers, ()) | fields
+    fields["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e5}
+    if model_type == "qwen3":
+        fields["head_dim"] = 24
+    return TEXT_CONFIGS[model_type](**fields, tie_word_embeddings=tie)
+
+
+def _text(width, heads, kv_heads, mlp_width, layers, sections) -> dict:
+    return {
+        "vocab_size": 272,
+        "hidden_size": width,
+        "intermediate_size": mlp_width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": list(sections),
+        },
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+
+
+def _tower(out_width, width, heads, layers, mlp_width) -> dict:
+    return {
+        "depth": layers,
+        "hidden_size": width,
+        "num_heads": heads,
+        "intermediate_size": mlp_width,
+        "out_hidden_size": out_width,
+    }
+
+
+def _special_ids() -> dict:
+    names = ("image", "video")
+    ids = {f"{name}_token_id": token_id(f"<|{name}_pad|>") for name in names}
+    return ids | {
+        "vision_start_token_id": token_id("<|vision_start|>"),
+        "vision_end_token_id": token_id("<|vision_end|>"),
+    }
+
+
+MODELS = {
+    "qwen2_vl": Qwen2VLForConditionalGeneration,
+    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+    "qwen3_vl": Qwen3VLForConditionalGeneration,
+    "qwen2": Qwen2ForCausalLM,
+    "qwen3": Qwen3ForCausalLM,
+    "llama": LlamaForCausalLM,
+}
+
+
+def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A model none of whose parameters are zero or one: a missing bias shows."""
     torch.manual_seed(seed)
-    model = Qwen2VLForConditionalGeneration(config).eval()
+    model = MODELS[config.model_type](config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -102,7 +190,7 @@ def random_model(config: Qwen2VLConfig, seed: int = 0) -> Qwen2VLForConditionalG
                 parameter.copy_(centre + 0.2 * torch.randn_like(parameter))
                 if name.endswith("bias"):
                     parameter.copy_(0.2 * torch.randn_like(parameter))
-            elif "embed_tokens" in name or "lm_head" in name:
+            elif "embed_tokens" in name or "lm_head" in name or "pos_embed" in name:
                 parameter.copy_(torch.randn_like(parameter))
             else:
                 fan_in = parameter[0].numel()
@@ -162,7 +250,7 @@ class Pair:
     """The same weights twice: in transformers and in ours, float32."""
 
     folder: Path
-    torch: Qwen2VLForConditionalGeneration
+    torch: PreTrainedModel
     config: ModelConfig
     params: encoder.Encoder
 
@@ -179,30 +267,34 @@ class Pair:
 
     def states(self, items: list[Item], shape: PackedShape) -> np.ndarray:
         """Our state at each item's [RET]."""
-        rows, packing = pack(items, shape)
+        rows, packing = pack(items, shape, self.config.vision)
         return np.asarray(encode(self.params, rows, FLOAT32))[packing.slot]
 
     def expected(self, item: Item, model=None) -> np.ndarray:
-        """The reference's last hidden state of one item, alone and unpadded."""
+        """The reference's state at the last token of one item, alone and unpadded."""
+        return self.all_states(item, model)[-1]
+
+    def all_states(self, item: Item, model=None) -> np.ndarray:
+        """The reference's states at all tokens of one item, alone and unpadded."""
         ids = torch.tensor(item.tokens[None].astype(np.int64))
         inputs = {}
+        if self.config.vision.layers:
+            kinds = torch.tensor(item.image_token_mask[None].astype(np.int64))
+            inputs["mm_token_type_ids"] = kinds
         if len(item.patches):
-            inputs = {
-                "pixel_values": pixel_values(item.patches, self.config.vision),
-                "image_grid_thw": grid_thw(item),
-            }
+            inputs["pixel_values"] = pixel_values(item.patches, self.config.vision)
+            inputs["image_grid_thw"] = grid_thw(item)
         with torch.no_grad():
             output = (model or self.torch).model(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 use_cache=False,
-                mm_token_type_ids=torch.tensor(item.image_token_mask[None].astype(np.int64)),
                 **inputs,
             )
-        return output.last_hidden_state[0, -1].numpy()
+        return output.last_hidden_state[0].numpy()
 
 
-def pair(config: Qwen2VLConfig, folder: Path) -> Pair:
+def pair(config: PreTrainedConfig, folder: Path) -> Pair:
     """Make a random model and read it with ours."""
     model = random_model(config)
     save_folder(model, folder)
@@ -233,12 +325,14 @@ def many_images(item: Item, images: list[Image.Image], config: ModelConfig) -> I
     )
 
 
-def pack(items: list[Item], shape: PackedShape) -> tuple[PackedBatch, object]:
+def pack(
+    items: list[Item], shape: PackedShape, vision: VisionConfig = VISION
+) -> tuple[PackedBatch, object]:
     """Items in the one chunk they fit into."""
     lengths = np.array([len(item.tokens) for item in items])
     patches = np.array([len(item.patches) for item in items])
     packing = place(lengths, patches, shape, 1)
-    rows = fill(items, packing, shape, VISION)
+    rows = fill(items, packing, shape, vision)
     return jax.tree.map(lambda a: jax.numpy.asarray(a[0]), rows), packing
 
 
@@ -257,7 +351,13 @@ def grid_thw(item: Item) -> torch.Tensor:
     return torch.tensor(np.array([[1, *size] for size in sizes]))
 
 
-def image_processor(limits: ImageConfig) -> Qwen2VLImageProcessorPil:
+def image_processor(limits: ImageConfig, vision: VisionConfig = VISION) -> Qwen2VLImageProcessorPil:
     """Transformers' processor with our limits."""
-    size = {"shortest_edge": limits.min_pixels, "longest_edge": limits.max_pixels}
-    return Qwen2VLImageProcessorPil(size=size)
+    return Qwen2VLImageProcessorPil(
+        size={"shortest_edge": limits.min_pixels, "longest_edge": limits.max_pixels},
+        patch_size=vision.patch_size,
+        merge_size=vision.merge_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        image_mean=list(vision.image_mean),
+        image_std=list(vision.image_std),
+    )

@@ -22,9 +22,11 @@ DECODER |= {"mlp_width": 96, "mrope_section": [2, 3, 3]}
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
-        (VisionConfig, VISION | {"layers": 0}, "layers 0 must be in"),
+        (VisionConfig, VISION | {"layers": -1}, "layers -1 must be in"),
         (VisionConfig, VISION | {"layers": 10**9}, "layers 1000000000 must be in"),
         (VisionConfig, VISION | {"heads": 3}, "vision.width 32 must be a multiple of 4"),
+        (VisionConfig, VISION | {"window_size": 7}, "window_size 7 must be a multiple of"),
+        (VisionConfig, VISION | {"deepstack_blocks": [1]}, "must name blocks below vision.layers"),
         (VisionConfig, VISION | {"channels": 1}, "channels 1 is not one of 3"),
         (VisionConfig, VISION | {"image_std": [1, 1, 0]}, "image_std[2] 0.0 must be above 0"),
         (DecoderConfig, DECODER | {"vocab_size": 10**9}, "vocab_size 1000000000 must be in"),
@@ -60,3 +62,14 @@ def test_a_setting_out_of_range_cannot_be_made(kind, fields, message):
     with pytest.raises(ConfigError) as error:
         from_json(kind, fields)
     assert message in str(error.value)
+
+
+def test_a_fingerprint_outlives_options_that_a_model_does_not_use():
+    plain = from_json(DecoderConfig, DECODER)
+    assert repr(plain) == (
+        "DecoderConfig(vocab_size=9, width=64, layers=1, heads=4, kv_heads=2, head_dim=16, "
+        "mlp_width=96, norm_eps=1e-06, rope_base=1000000.0, mrope_section=(2, 3, 3))"
+    )
+    assert "qk_norm=True" in repr(from_json(DecoderConfig, DECODER | {"qk_norm": True}))
+    assert "window" not in repr(from_json(VisionConfig, VISION))
+    assert "window_size=8" in repr(from_json(VisionConfig, VISION | {"window_size": 8}))

@@ -7,9 +7,11 @@ so that the same data gives the same bytes. It is also fifty times as fast.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +20,7 @@ from puma_jax.typing import Int, ndarray
 _TEXTS = ("id", "image_path")
 _NUMBERS = ("modality", "height", "width", "text_length")
 _NO_TOKENS = np.zeros(0, np.int32)
+_IMPORTING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,7 @@ class Record:
 
 def to_example(record: Record) -> bytes:
     """Return the bytes of a record; equal records give equal bytes."""
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    example = tf_example_pb2.Example()
+    example = _example_type()()
     feature = example.features.feature
     inline = record.image if isinstance(record.image, bytes) else b""
     path = record.image if isinstance(record.image, str) else ""
@@ -62,9 +63,7 @@ def to_example(record: Record) -> bytes:
 
 def from_example(content: bytes) -> Record:
     """Return the record that `to_example` wrote."""
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    feature = tf_example_pb2.Example.FromString(content).features.feature
+    feature = _example_type().FromString(content).features.feature
     name, image, path = (
         feature[name].bytes_list.value[0] for name in ("id", "image", "image_path")
     )
@@ -77,6 +76,18 @@ def from_example(content: bytes) -> Record:
         else _NO_TOKENS,
         **{name: feature[name].int64_list.value[0] for name in _NUMBERS},
     )
+
+
+def _example_type() -> Any:
+    """Return the class `tf.train.Example`.
+
+    TFDS imports its parts when they are first used, under locks of its own. Two threads that come
+    to them at the same time, one in the middle of the import, would wait for each other forever.
+    """
+    with _IMPORTING:
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        return tf_example_pb2.Example
 
 
 def write_tfds_metadata(folder: Path, lengths: Sequence[int], *, plain: bool) -> None:

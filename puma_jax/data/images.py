@@ -6,6 +6,7 @@ The arithmetic of sizes and the order of patches are those of transformers' `Qwe
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,8 +79,14 @@ def resized_sizes(
     the proportions change as little as that allows.
 
     Raises:
-        ImageError: One side of an image is more than 200 times the other.
+        ImageError: One side of an image is more than 200 times the other, or the model has no
+            vision tower.
     """
+    if not vision.layers and len(heights):
+        raise ImageError(
+            f"image of {widths[0]} × {heights[0]} pixels: the model has no vision tower and reads "
+            "texts only, give it one with puma_jax.compose"
+        )
     long, short = np.maximum(heights, widths), np.minimum(heights, widths)
     if (long > MOST_ELONGATED * short).any():
         worst = int(np.argmax(long / short))
@@ -117,6 +124,19 @@ def patch_counts(
     rows, columns = resized_sizes(heights[there], widths[there], vision, limits)
     counts[there] = rows * columns // vision.patch_size**2
     return counts
+
+
+def most_patches(vision: VisionConfig, limits: ImageConfig) -> int:
+    """Return a number of patches that no image exceeds.
+
+    It is the area of `max_pixels` for nearly all images. Those whose short side would be less than
+    one visual token, or which are enlarged to `min_pixels`, may come out larger.
+    """
+    unit = (vision.patch_size * vision.merge_size) ** 2
+    most, least = limits.max_pixels / unit, limits.min_pixels / unit
+    thin = math.sqrt(MOST_ELONGATED * most)
+    enlarged = least + math.sqrt(MOST_ELONGATED * least) + math.sqrt(least) + 1
+    return math.ceil(max(most, thin, enlarged)) * vision.merged
 
 
 def patchify(

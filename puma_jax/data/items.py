@@ -14,7 +14,7 @@ from puma_jax.typing import Bool, Int, UInt8, ndarray
 
 @dataclass(frozen=True)
 class Item:
-    """The arrays that one item adds to packed rows. Its last token is [RET]."""
+    """The arrays that one item adds to packed rows."""
 
     tokens: Int[ndarray, "length"]
     positions: Int[ndarray, "length 3"]
@@ -45,11 +45,17 @@ class TokenizedTemplate:
     config: ModelConfig
     start: tuple[int, ...]
     end: tuple[int, ...]
-    """The tokens after the prompt suffix; the last one is [RET]."""
+    """The tokens after the prompt suffix; the last one is pooled, unless the mean is."""
     suffix_text: tuple[int, ...]
     """The prompt suffix of an item with text only."""
     suffix_both: tuple[int, ...]
     """The prompt suffix of an item with image and text."""
+    instruction: tuple[int, ...] = ()
+    """The instruction of items that come without one, where it has a turn of its own."""
+    after_instruction: tuple[int, ...] | None = None
+    """The tokens between that turn and the item; None where an instruction is part of the text."""
+    before_image: tuple[int, ...] = ()
+    """The tokens before an image that come with the text in items without one."""
 
     def join(
         self, instruction: Sequence[int], text: TokenizedText, *, image: bool
@@ -57,7 +63,10 @@ class TokenizedTemplate:
         """Return the tokens of an instruction followed by the text of a query.
 
         Instruction and text together are truncated to `max_text_tokens`; the prompt suffix is kept.
+        An instruction in a turn of its own is not truncated.
         """
+        if self.after_instruction is not None:
+            return (*instruction, *text.tokens)
         limit = self.config.prompt.max_text_tokens
         if len(instruction) + text.text_length <= limit:
             return (*instruction, *text.tokens)
@@ -71,7 +80,12 @@ class TokenizedTemplate:
         text_length: Int[ndarray, "n"],
         image: Bool[ndarray, "n"],
     ) -> Int[ndarray, "n"]:
-        """Return the lengths of the results of `join`, from the lengths of its arguments."""
+        """Return how many tokens the results of `join` add to an item, given their lengths.
+
+        An instruction in a turn of its own takes the place of the default one.
+        """
+        if self.after_instruction is not None:
+            return instruction + tokens - len(self.instruction)
         limit = self.config.prompt.max_text_tokens
         suffix = np.where(image, len(self.suffix_both), len(self.suffix_text))
         return np.where(instruction + text_length <= limit, instruction + tokens, limit + suffix)
@@ -80,14 +94,18 @@ class TokenizedTemplate:
         self, tokens: Int[ndarray, "n"], patches: Int[ndarray, "n"]
     ) -> Int[ndarray, "n"]:
         """Return the lengths of items, given the tokens inside the template and the patches."""
-        around = len(self.start) + len(self.end)
-        return around + tokens + np.where(patches > 0, 2 + patches // self.config.vision.merged, 0)
+        around = len(self.start) + len(self.instruction) + len(self.after_instruction or ())
+        marks = len(self.before_image) + 2
+        image = np.where(patches > 0, marks + patches // self.config.vision.merged, 0)
+        return around + len(self.end) + tokens + image
 
     def assemble(
         self,
         tokens: Sequence[int],
         patches: UInt8[ndarray, "patches values"] | None = None,
         grid: tuple[int, int] = (0, 0),
+        *,
+        instruction: int = 0,
     ) -> Item:
         """Return the item of these tokens and, if there are patches, of an image before them.
 
@@ -95,6 +113,7 @@ class TokenizedTemplate:
             tokens: Text and prompt suffix, with an instruction if there is one.
             patches: The patches of an image, from `images.patchify`.
             grid: Rows and columns of the patches.
+            instruction: How many of the tokens are an instruction; 0 if there is none.
         """
         config, vision = self.config, self.config.vision
         framed: list[int] = []
@@ -104,10 +123,15 @@ class TokenizedTemplate:
         else:
             placeholders = [config.image_token_id] * (len(patches) // vision.merged)
             framed = [config.vision_start_token_id, *placeholders, config.vision_end_token_id]
+            framed = [*self.before_image, *framed]
             grids = [(grid[0] // vision.merge_size, grid[1] // vision.merge_size)]
-        ids = np.array([*self.start, *framed, *tokens, *self.end], np.int32)
+        head = [*self.start]
+        if self.after_instruction is not None:
+            head += [*(tokens[:instruction] or self.instruction), *self.after_instruction]
+            tokens = tokens[instruction:]
+        ids = np.array([*head, *framed, *tokens, *self.end], np.int32)
         # Told by place: a text may hold the id, where the tokenizer does not call it special.
-        first = len(self.start) + 1
+        first = len(head) + len(self.before_image) + 1
         image_token_mask = np.zeros(len(ids), bool)
         image_token_mask[first : first + len(patches) // vision.merged] = True
         return Item(

@@ -6,6 +6,7 @@ on the number of workers, or on earlier batches.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -203,7 +204,7 @@ class Loader:
         instruction = self.store.instructions.prompts[key][prompt].tokens
         text = TokenizedText(tuple(record.tokens.tolist()), record.text_length)
         joined = self.plan.template.join(instruction, text, image=record.image is not None)
-        return self._item(record, joined, planned)
+        return self._item(record, joined, planned, len(instruction))
 
     def candidate(self, row: int, planned: tuple[int, int]) -> tuple[Item, bool]:
         """Return the item of a candidate, and whether its image could be decoded; see `query`."""
@@ -211,22 +212,27 @@ class Loader:
         return self._item(record, tuple(record.tokens.tolist()), planned)
 
     def _item(
-        self, record: Record, tokens: tuple[int, ...], planned: tuple[int, int]
+        self,
+        record: Record,
+        tokens: tuple[int, ...],
+        planned: tuple[int, int],
+        instruction: int = 0,
     ) -> tuple[Item, bool]:
         """Return the item of a record, and whether its image could be decoded."""
         template = self.plan.template
+        assemble = functools.partial(template.assemble, tokens, instruction=instruction)
         if record.image is None:
-            item, decoded = template.assemble(tokens), True
+            item, decoded = assemble(), True
         else:
             vision, limits = template.config.vision, template.config.images
             try:
                 cut, grid = patchify(self.store.image(record), vision, limits)
-                item, decoded = template.assemble(tokens, cut, grid), True
+                item, decoded = assemble(cut, grid), True
             except ImageError as error:
                 if self.on_bad_record == "error":
                     raise DataError(str(error)) from error
                 blank = Image.new("RGB", (record.width, record.height))
-                item, decoded = template.assemble(tokens, *patchify(blank, vision, limits)), False
+                item, decoded = assemble(*patchify(blank, vision, limits)), False
         found = len(item.tokens), len(item.patches)
         if found != planned:
             raise DataError(

@@ -1,26 +1,31 @@
-"""Items to token ids: the PUMA prompt, which ends at [RET].
+"""Items to token ids: the prompt of PUMA, which ends at [RET], and that of Qwen3-VL-Embedding.
 
-Prompt texts, normalization and truncation are those of arXiv 2507.08064 and its released code.
-Attention is causal, so tokens after [RET] have no effect and are left out. The bare template, for
-models that were never tuned to chat, leaves out all that is not the item.
+PUMA's prompt texts, normalization and truncation are those of arXiv 2507.08064 and its released
+code. Attention is causal, so tokens after [RET] have no effect and are left out. The bare template,
+for models that were never tuned to chat, leaves out all that is not the item. The template
+"instruct" is that of Qwen3-VL-Embedding: it reads a text as it came, and an instruction is the
+system turn before the item.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import unicodedata
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from puma_jax.artifacts import write_json
 from puma_jax.config import ModelConfig, PromptStyle
+from puma_jax.data.images import most_patches
 from puma_jax.data.items import Item, TokenizedTemplate, TokenizedText
 from puma_jax.data.texts import normalize_text
-from puma_jax.errors import CheckpointError, ItemError
+from puma_jax.errors import CheckpointError, ItemError, LongTextError
 from puma_jax.schema import shown
 from puma_jax.typing import UInt8, ndarray
 
@@ -39,9 +44,18 @@ class PromptTemplate(NamedTuple):
     suffix: Mapping[tuple[bool, bool], str]
     """The sentence after the item that asks for one word, by (has image, has text)."""
     generation_prompt: str
-    """Comes between the suffix and [RET]: the start of the assistant's turn."""
+    """Comes after the suffix, before [RET] if there is one: the start of the assistant's turn."""
+    instruction: str = ""
+    """The instruction of an item that comes without one, where it has a turn of its own."""
+    after_instruction: str = ""
+    """Comes between that turn and the item; empty where an instruction is part of the text."""
+    text_start: str = ""
+    """Comes before the item, and is tokenized with a text that has no image before it."""
+    no_text: str = ""
+    """Stands for an empty text without an image; empty where there is no such item."""
 
 
+_NO_SUFFIX = {(True, True): "", (False, True): "", (True, False): ""}
 PROMPT_TEMPLATES: Mapping[PromptStyle, PromptTemplate] = {
     "chat": PromptTemplate(
         start="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
@@ -59,8 +73,18 @@ PROMPT_TEMPLATES: Mapping[PromptStyle, PromptTemplate] = {
     "bare": PromptTemplate(
         start="",
         text_end="\n",
-        suffix={(True, True): "", (False, True): "", (True, False): ""},
+        suffix=_NO_SUFFIX,
         generation_prompt="",
+    ),
+    "instruct": PromptTemplate(
+        start="<|im_start|>system\n",
+        text_end="",
+        suffix=_NO_SUFFIX,
+        generation_prompt="<|im_end|>\n<|im_start|>assistant\n",
+        instruction="Represent the user's input.",
+        after_instruction="<|im_end|>\n<|im_start|>user",
+        text_start="\n",
+        no_text="NULL",
     ),
 }
 
@@ -84,7 +108,9 @@ class Processor:
     """Turns texts and patches into items for one model."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, config: ModelConfig):
-        """Add [RET] to the tokenizer, unless it has it; a new one takes the next row of the table.
+        """Add [RET], if the model pools there, to a tokenizer that lacks it.
+
+        A new one takes the next row of the token table.
 
         Raises:
             CheckpointError: The token table has no spare row, the tokenizer has ids beyond the
@@ -92,7 +118,10 @@ class Processor:
         """
         self.config = config
         self.tokenizer = tokenizer
-        self.ret_token_id = _add_ret_token(tokenizer, config)
+        _check_ids(tokenizer, config)
+        self.ret_token_id = (
+            _add_ret_token(tokenizer, config) if config.prompt.pooling == "ret" else None
+        )
         # No token is longer. Four characters compose to one at most, in Unicode's form NFC.
         longest = max(map(len, tokenizer.get_vocab()))
         self._most_characters = 4 * config.prompt.max_text_tokens * longest + _LONGEST_WORD
@@ -102,39 +131,76 @@ class Processor:
         self._plain.no_truncation()
         self._plain.no_padding()
         self._warned = False
-        strings = self._strings = PROMPT_TEMPLATES[config.prompt.template]
-        turn = tokenizer.encode(strings.generation_prompt, add_special_tokens=False)
-        self.template = TokenizedTemplate(
-            config=config,
-            start=tuple(tokenizer.encode(strings.start, add_special_tokens=False)),
-            end=(*turn, self.ret_token_id),
+        self._strings = PROMPT_TEMPLATES[config.prompt.template]
+        self.template = self._tokenized_template()
+
+    def _tokenized_template(self) -> TokenizedTemplate:
+        """Return the prompt around items as tokens."""
+        strings = self._strings
+
+        def encode(text: str) -> tuple[int, ...]:
+            return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+        own_turn = bool(strings.after_instruction)
+        # What the tokenizer itself adds belongs to a prompt that is the model's own, not to PUMA's.
+        before, after = _added_by_tokenizer(self.tokenizer) if own_turn else ((), ())
+        end = () if self.ret_token_id is None else (self.ret_token_id,)
+        return TokenizedTemplate(
+            config=self.config,
+            start=(*before, *encode(strings.start)),
+            end=(*encode(strings.generation_prompt), *after, *end),
             suffix_text=self._encode(strings.suffix[False, True]),
             suffix_both=self._encode(strings.suffix[True, True]),
+            instruction=self._encode(strings.instruction),
+            after_instruction=encode(strings.after_instruction) if own_turn else None,
+            before_image=encode(strings.text_start),
         )
+
+    def read(self, text: str | None, instruction: str | None = None) -> str:
+        """Return a text as the model reads it, with its instruction if that is part of the text."""
+        if self._strings.after_instruction:
+            return text or ""
+        return query_text(instruction, text)
+
+    def read_after_instruction(self, text: str | None) -> str:
+        r"""Return a text as the model reads it after an instruction, without the instruction."""
+        if self._strings.after_instruction:
+            return text or ""
+        return query_text("X.", text).removeprefix("X.").removeprefix("\n")
 
     def item(
         self,
         text: str,
         patches: UInt8[ndarray, "patches values"] | None = None,
         grid: tuple[int, int] = (0, 0),
+        instruction: str | None = None,
+        *,
+        truncate: bool = True,
     ) -> Item:
         """Return the item for a text (may be empty), an image (may be None) or both.
 
         Args:
-            text: The text as the model reads it; see `normalize_text` and `query_text`.
+            text: The text as the model reads it; see `read`.
             patches: The patches of an image, from `images.patchify`.
             grid: Rows and columns of the patches.
+            instruction: Instruction of the item, unless `text` holds it.
+            truncate: Whether to truncate a text of too many tokens; see `tokenize_text`.
 
         Raises:
-            ItemError: There is neither text nor image.
+            ItemError: There is neither text nor image, and the prompt has nothing in their place.
+            LongTextError: The text has too many tokens, and is not to be truncated.
         """
-        if not text and patches is None:
+        if not text and patches is None and not self._strings.no_text:
             raise ItemError("an item has neither text nor image")
-        return self.template.assemble(
-            self.tokenize_text(text, image=patches is not None).tokens, patches, grid
-        )
+        before: tuple[int, ...] = ()
+        if instruction and self._strings.after_instruction:
+            before = self.tokenize_instruction(instruction)
+        tokens = self.tokenize_text(text, image=patches is not None, truncate=truncate).tokens
+        return self.template.assemble((*before, *tokens), patches, grid, instruction=len(before))
 
-    def tokenize_text(self, text: str, *, image: bool, instructed: bool = False) -> TokenizedText:
+    def tokenize_text(
+        self, text: str, *, image: bool, instructed: bool = False, truncate: bool = True
+    ) -> TokenizedText:
         """Return the tokens of a text and of the prompt suffix.
 
         Args:
@@ -142,18 +208,45 @@ class Processor:
             image: Whether an image comes before it.
             instructed: Whether an instruction with its newline comes before it; an empty text then
                 adds no line of its own.
+            truncate: Whether a text of more than `max_text_tokens` is truncated, with a warning for
+                the first one, or is an error.
+
+        Raises:
+            LongTextError: The text has too many tokens, and is not to be truncated.
         """
-        suffix = self._strings.suffix[image, bool(text) or instructed]
+        strings = self._strings
+        if not image and strings.after_instruction:
+            text = strings.text_start + (text or strings.no_text)
+        suffix = strings.suffix[image, bool(text) or instructed]
         if text:
-            text += self._strings.text_end
+            text += strings.text_end
         elif instructed:
             suffix = suffix.removeprefix("\n")
         start, limit = text[: self._most_characters], self.config.prompt.max_text_tokens
         alone = self._encode(start)
         if len(alone) > limit:
-            self._warn_once(len(alone), counted=len(start) == len(text))
+            counted = len(start) == len(text)
+            if not truncate:
+                raise LongTextError(
+                    f"a text has {'' if counted else 'more than '}{len(alone):,} tokens, the model "
+                    f"reads {limit:,} (PromptConfig.max_text_tokens): shorten it"
+                )
+            self._warn_once(len(alone), counted=counted)
             return TokenizedText((*alone[:limit], *self._encode(suffix)), limit)
         return TokenizedText(self._encode(text + suffix), len(alone))
+
+    def largest_item(self, *, image: bool) -> tuple[int, int]:
+        """Return the most tokens and patches that an item has, with or without an image.
+
+        An instruction in a turn of its own is not truncated: it counts as `max_text_tokens`.
+        """
+        template, config = self.template, self.config
+        patches = most_patches(config.vision, config.images) if image else 0
+        limit = config.prompt.max_text_tokens
+        suffix = template.suffix_both if image else template.suffix_text
+        own_turn = limit if template.after_instruction is not None else 0
+        tokens = np.array([limit + len(suffix) + own_turn])
+        return int(template.item_lengths(tokens, np.array([patches]))[0]), patches
 
     def tokenize_instruction(self, instruction: str) -> tuple[int, ...]:
         """Return the tokens of an instruction and its newline.
@@ -162,15 +255,17 @@ class Processor:
         result equals tokenizing both at once, because Qwen tokenizers never merge a newline with
         the text after it.
         """
+        if self._strings.after_instruction:
+            return self._encode(_punctuated(instruction)[: self._most_characters])
         return self._encode((normalize_text(instruction) + "\n")[: self._most_characters])
 
     def save_tokenizer(self, folder: Path, source: Mapping[str, Any]) -> None:
-        """Write the tokenizer, with [RET], so that transformers 4 and 5 load it.
+        """Write the tokenizer, with [RET] if it has it, so that transformers 4 and 5 load it.
 
         Args:
             folder: An existing folder.
-            source: The tokenizer_config.json of the base model, empty if there is none. It is kept
-                with [RET] added, because transformers 5 writes class names that 4 does not know.
+            source: The tokenizer_config.json of the base model, empty if there is none. It is kept,
+                with any [RET] added: transformers 5 writes class names that 4 does not know.
 
         Raises:
             OSError: The folder cannot be written.
@@ -182,6 +277,9 @@ class Processor:
         except Exception as error:  # the tokenizers library raises bare Exception
             raise OSError(str(error)) from error
         if not source:
+            return
+        if self.ret_token_id is None:
+            write_json(folder / "tokenizer_config.json", source)
             return
         ret = self.config.prompt.ret_token
         special = source.get("additional_special_tokens") or []
@@ -210,16 +308,41 @@ class Processor:
             )
 
 
-def _add_ret_token(tokenizer: PreTrainedTokenizerFast, config: ModelConfig) -> int:
-    """Return the id of [RET] in a tokenizer, to which it is added if it is new."""
-    ret, rows = config.prompt.ret_token, config.decoder.vocab_size
-    vocab = tokenizer.get_vocab()
+def _punctuated(instruction: str) -> str:
+    """Return an instruction as Qwen3-VL-Embedding reads it, with a full stop unless it has one.
+
+    Any sign of punctuation at its end is enough.
+    """
+    instruction = instruction.strip()
+    ends = not instruction or unicodedata.category(instruction[-1]).startswith("P")
+    return instruction if ends else instruction + "."
+
+
+def _added_by_tokenizer(
+    tokenizer: PreTrainedTokenizerFast,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the tokens that a tokenizer itself puts before and after every text."""
+    plain = tokenizer.encode("a", add_special_tokens=False)
+    whole = tokenizer.encode("a", add_special_tokens=True)
+    first = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+    return tuple(whole[:first]), tuple(whole[first + len(plain) :])
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerFast, config: ModelConfig) -> None:
+    """Check that a tokenizer has no ids beyond the token table."""
+    rows, vocab = config.decoder.vocab_size, tokenizer.get_vocab()
     last = max(vocab, key=vocab.__getitem__)
     if vocab[last] >= rows:
         raise CheckpointError(
             f"the tokenizer gives {shown(last)} the id {vocab[last]}, the token table has {rows} "
             "rows: the tokenizer is of another model"
         )
+
+
+def _add_ret_token(tokenizer: PreTrainedTokenizerFast, config: ModelConfig) -> int:
+    """Return the id of [RET] in a tokenizer, to which it is added if it is new."""
+    ret, rows = config.prompt.ret_token, config.decoder.vocab_size
+    vocab = tokenizer.get_vocab()
     if ret in vocab and ret not in tokenizer.get_added_vocab():
         remedy = _name_free_token(tokenizer, config)
         raise CheckpointError(f"ret_token {shown(ret)} is a token of ordinary texts: {remedy}")
@@ -258,14 +381,16 @@ def _name_free_token(tokenizer: PreTrainedTokenizerFast, config: ModelConfig) ->
 
 
 def _image_tokens(config: ModelConfig) -> tuple[int, ...]:
+    if not config.vision.layers:
+        return ()
     return config.image_token_id, config.vision_start_token_id, config.vision_end_token_id
 
 
 def prompt_fingerprint(processor: Processor) -> dict[str, Any]:
     """Return the settings that decide the tokens of a text: tokenizer, truncation, template.
 
-    The tokenizer is identified by the SHA-256 of its JSON with [RET] added, so a base model and
-    a model trained from it have the same fingerprint.
+    The tokenizer is identified by the SHA-256 of its JSON, with any [RET] added, so a base model
+    and a model trained from it have the same fingerprint.
     """
     backend = processor.tokenizer.backend_tokenizer.to_str()
     return {

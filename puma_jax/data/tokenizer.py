@@ -1,8 +1,8 @@
 """The tokenizer of a model folder, checked before the tokenizers library reads it.
 
-Only byte-level BPE tokenizers are read, as all Qwen models have: the prompt relies on them (an
-instruction and a text can be tokenized apart, every token covers at least one byte, nothing of a
-text is dropped).
+Only byte-level BPE tokenizers are read, as all Qwen models, Llama 3 and SmolLM2 have: the prompt
+relies on them (an instruction and a text can be tokenized apart, every token covers at least one
+byte, nothing of a text is dropped).
 """
 
 from __future__ import annotations
@@ -37,6 +37,11 @@ class _Split:
 
 
 @dataclass(frozen=True)
+class _Digits:
+    type: Literal["Digits"]
+
+
+@dataclass(frozen=True)
 class _ByteLevel:
     type: Literal["ByteLevel"]
 
@@ -44,7 +49,7 @@ class _ByteLevel:
 @dataclass(frozen=True)
 class _Sequence:
     type: Literal["Sequence"]
-    pretokenizers: list[_Split | _ByteLevel]
+    pretokenizers: list[_Split | _Digits | _ByteLevel]
 
 
 @dataclass(frozen=True)

@@ -102,10 +102,8 @@ def _set_section(selection: Selection, query_set: QuerySet, result: SetResult) -
     wanted = modality_code(TASKS[query_set.task][1])
     for number in numbers[step // 2 :: step][:_QUERIES]:
         query = query_set.items[number]
-        text = query.get("text", "")
-        if query_set.instructed[number]:  # its first line, which many queries share
-            text = text.partition("\n")[2]
-        yield _item(query.get("image"), text, "query")
+        # Without its instruction, which many queries share.
+        yield _item(query.get("image"), query.get("text"), "query")
         for pool in POOLS:
             yield "<i></i>" if pool == "global" else ""
             rows = found[pool].rows[places[query_set.qids[number]]].tolist()

@@ -25,7 +25,6 @@ from puma_jax.data.mbeir import (
     read_qrels,
     read_queries,
 )
-from puma_jax.data.prompts import query_text
 from puma_jax.embedder import RawItem
 from puma_jax.errors import ConfigError, DataError
 from puma_jax.evaluation.documents import Pools, hash_of, hash_sample
@@ -345,7 +344,8 @@ def query_item(
     """Return the item to embed for a query, with one of its instructions if it has any."""
     found = instructions.get(instruction_key(query))
     instruction = found.prompts[hash_of(query.qid) % len(found.prompts)] if found else None
-    return raw_item(root, query_text(instruction, query.text) or None, query.image)
+    item = raw_item(root, query.text, query.image)
+    return item if instruction is None else {**item, "instruction": instruction}
 
 
 def _unused_files(benchmark: Benchmark, split: str) -> tuple[str, ...]:

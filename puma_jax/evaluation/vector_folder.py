@@ -61,7 +61,13 @@ class VectorFolder:
     @staticmethod
     def key(items: Sequence[RawItem]) -> str:
         """Return a digest of what the vectors of items are made of."""
-        return sha256_of([[item.get("text"), *_state(item.get("image"))] for item in items])
+        return sha256_of(
+            [
+                [item.get("text"), *_state(item.get("image"))]
+                + ([item["instruction"]] if "instruction" in item else [])
+                for item in items
+            ]
+        )
 
     def read(self, key: str, count: int) -> Float[ndarray, "n width"] | None:
         """Return the vectors of a batch; None if some process does not have them.

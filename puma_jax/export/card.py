@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from puma_jax.config import PromptConfig
 from puma_jax.embedder import Embedder
 from puma_jax.errors import ConfigError, DataError
 from puma_jax.evaluation.report import Evaluation, markdown
 from puma_jax.files import read_json, read_object
+from puma_jax.model.families import family_of
 from puma_jax.model.tree import named_leaves
 
 _PAPER = "https://arxiv.org/abs/2507.08064"
@@ -195,8 +197,10 @@ def model_card(
     if evaluation is None and training is not None:
         evaluation = training.evaluation
     base = training.base if training else None
+    composed = family_of(embedder.config.family).backbone_architecture is None
+    huggingface = "puma_jax" if composed else "transformers"
     header = {
-        "library_name": {"huggingface": "transformers", "stablehlo": "jax"}.get(kind, kind),
+        "library_name": {"huggingface": huggingface, "stablehlo": "jax"}.get(kind, kind),
         "pipeline_tag": "feature-extraction",
         "license": license_name.lower() if license_name else "other",
         **({"base_model": base} if base else {}),
@@ -227,8 +231,8 @@ def _what_it_is(embedder: Embedder) -> str:
         f"{_widths(embedder)}"
         f"**Limits.** Texts of up to {config.prompt.max_text_tokens} tokens, images of "
         f"{config.images.min_pixels:,} to {config.images.max_pixels:,} pixels after resizing. "
-        f"Positions: {config.prompt.positions}. Prompt: {config.prompt.template}, pooled at "
-        f"`{config.prompt.ret_token}`."
+        f"Positions: {config.prompt.positions}. Prompt: {config.prompt.template}, "
+        f"{_pooling(config.prompt)}."
     )
 
 
@@ -241,6 +245,15 @@ def _widths(embedder: Embedder) -> str:
         f"**Widths.** Trained for the first {widths} values of a vector, too, scaled to length 1 "
         "(Matryoshka).\n\n"
     )
+
+
+def _pooling(prompt: PromptConfig) -> str:
+    """Return which states of an item are its vector."""
+    return {
+        "ret": f"pooled at `{prompt.ret_token}`",
+        "last": "pooled at its last token",
+        "mean": "pooled by the mean over all tokens",
+    }[prompt.pooling]
 
 
 def _training(training: Training) -> str:

@@ -1,8 +1,8 @@
 """A folder that `sentence_transformers.SentenceTransformer` loads, from version 6.0.
 
 It holds the files of `Embedder.save`, a chat template that writes the prompt of `data.prompts`, and
-the configs of three standard modules: Transformer, Pooling at the last token, Normalize. It holds
-no code:
+the configs of three standard modules: Transformer, Pooling (the last token or the mean), Normalize.
+It holds no code:
 
     model = SentenceTransformer(folder)
     model.encode("a red bicycle")
@@ -40,6 +40,7 @@ from puma_jax.config import require
 from puma_jax.data.prompts import PROMPT_TEMPLATES
 from puma_jax.embedder import Embedder
 from puma_jax.files import as_json, read_json
+from puma_jax.model.composed import check_in_transformers
 
 _STATES = {"method": "forward", "method_output_name": "last_hidden_state"}
 _TRANSFORMER = {
@@ -109,19 +110,32 @@ def write(embedder: Embedder, folder: Path) -> None:
         folder: Folder to write, which exists and is empty.
 
     Raises:
-        ConfigError: The model was trained with positions that transformers does not compute.
+        ConfigError: The model was trained with positions that transformers does not compute, or
+            with a prompt that a chat template cannot write, or it reads texts only.
         CheckpointError: The folder cannot be written.
     """
-    positions = embedder.config.prompt.positions
+    prompt = embedder.config.prompt
+    check_in_transformers(embedder.config, "Sentence Transformers")
+    require(
+        prompt.template != "instruct",
+        f'prompt.template "{prompt.template}" ends instructions by rules that a chat template '
+        "cannot express: export as huggingface",
+    )
+    require(
+        embedder.config.vision.layers > 0,
+        "a model of texts only is not supported for Sentence Transformers: export as huggingface",
+    )
+    positions = prompt.positions
     require(
         positions == "mrope",
         f'prompt.positions is "{positions}", but Sentence Transformers computes "mrope" only: '
         "encode with puma_jax.Embedder, or train with mrope",
     )
     embedder.save(folder, backbone=True)
-    _finish_tokenizer(folder / "tokenizer_config.json", embedder.config.prompt.ret_token)
+    _finish_tokenizer(folder / "tokenizer_config.json", embedder)
     (folder / "chat_template.jinja").write_text(chat_template(embedder), "utf-8")
-    _write_modules(folder, embedder.embedding_dim)
+    mode = "mean" if prompt.pooling == "mean" else "lasttoken"
+    _write_modules(folder, embedder.embedding_dim, mode)
 
 
 def chat_template(embedder: Embedder) -> str:
@@ -136,7 +150,7 @@ def chat_template(embedder: Embedder) -> str:
         "suffix_text": prompt.suffix[False, True],
         "suffix_image": prompt.suffix[True, False],
         "suffix_both": prompt.suffix[True, True],
-        "end": prompt.generation_prompt + config.prompt.ret_token,
+        "end": prompt.generation_prompt + _ret_token(embedder),
     }
     # A string in JSON is one in Jinja.
     literals = {name: json.dumps(value, ensure_ascii=False) for name, value in words.items()}
@@ -144,18 +158,26 @@ def chat_template(embedder: Embedder) -> str:
     return "\n".join(lines) + _TEMPLATE
 
 
-def _finish_tokenizer(path: Path, ret_token: str) -> None:
+def _ret_token(embedder: Embedder) -> str:
+    """Return the token that ends every item, empty for a model that has none."""
+    prompt = embedder.config.prompt
+    return prompt.ret_token if prompt.pooling == "ret" else ""
+
+
+def _finish_tokenizer(path: Path, embedder: Embedder) -> None:
     """Add a padding token to a tokenizer config, and remove its own chat template."""
     config = read_json(path)
     config.pop("chat_template", None)
     # Padding is never read, so that any token will do.
-    config["pad_token"] = config.get("pad_token") or ret_token
+    tokenizer = embedder.tokenizer
+    any_token = _ret_token(embedder) or tokenizer.convert_ids_to_tokens(0)
+    config["pad_token"] = config.get("pad_token") or any_token
     write_json(path, config)
 
 
-def _write_modules(folder: Path, width: int) -> None:
-    """Write the list of modules, and the config of each."""
-    pooling = {"embedding_dimension": width, "pooling_mode": "lasttoken", "include_prompt": True}
+def _write_modules(folder: Path, width: int, mode: str) -> None:
+    """Write the list of modules, and the config of each, that of pooling with this mode."""
+    pooling = {"embedding_dimension": width, "pooling_mode": mode, "include_prompt": True}
     modules: list[tuple[str, str, str, dict[str, Any]]] = [
         ("base.modules.transformer.Transformer", "", "sentence_bert_config.json", _TRANSFORMER),
         ("sentence_transformer.modules.pooling.Pooling", "1_Pooling", "config.json", pooling),

@@ -55,8 +55,20 @@ def write(embedder: Embedder, folder: Path) -> None:
         folder: Folder to write, which exists and is empty.
 
     Raises:
-        ConfigError: flatbuffers, which `jax.export` needs, is not installed.
+        ConfigError: flatbuffers, which `jax.export` needs, is not installed, or the format has no
+            place for the prompt or the kind of the model.
     """
+    prompt = embedder.config.prompt
+    require(
+        prompt.template != "instruct",
+        f'prompt.template "{prompt.template}" is not supported in StableHLO, whose function adds a '
+        "fixed prompt: export as huggingface",
+    )
+    require(
+        embedder.config.vision.layers > 0,
+        "a model of texts only is not supported in StableHLO, whose function takes images: export "
+        "as huggingface",
+    )
     require(
         importlib.util.find_spec("flatbuffers") is not None,
         "jax.export needs flatbuffers, which is not installed: run pip install -e '.[export]' in "
@@ -92,7 +104,7 @@ def one_item_rows(
     """Return packed rows of one item each, as `data.items` and `data.packing` make on the host.
 
     Padding stays behind image and text, in a segment of its own; the positions of later tokens do
-    not count it. Every row ends with the [RET] of its item.
+    not count it. Every row ends with the last token of its item.
 
     Args:
         template: Prompt around every item, and config of the model.

@@ -1,4 +1,7 @@
-"""The Qwen2 decoder: stacked layers of grouped-query attention and SwiGLU under one scan."""
+"""The decoder: stacked layers of grouped-query attention and SwiGLU under one scan.
+
+Its options (`DecoderConfig`) make it that of Qwen2, Qwen2-VL, Qwen3, Qwen3-VL and Llama.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +27,21 @@ ProjectionKeys = Mapping[str, TokenKeys | None]
 
 
 class DecoderAttention(nnx.Module):
-    """Causal grouped-query attention; query, key and value have a bias, the output has none."""
+    """Causal grouped-query attention; the output projection has no bias."""
+
+    query_norm: RMSNorm | None
+    key_norm: RMSNorm | None
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         inner, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.query = Linear(config.width, inner, bias=True, rngs=rngs)
-        self.key = Linear(config.width, kv, bias=True, rngs=rngs)
-        self.value = Linear(config.width, kv, bias=True, rngs=rngs)
+        self.query = Linear(config.width, inner, bias=config.qkv_bias, rngs=rngs)
+        self.key = Linear(config.width, kv, bias=config.qkv_bias, rngs=rngs)
+        self.value = Linear(config.width, kv, bias=config.qkv_bias, rngs=rngs)
         self.out = Linear(inner, config.width, bias=False, rngs=rngs)
+        self.query_norm, self.key_norm = (
+            nnx.data(RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None)
+            for _ in range(2)
+        )
         self.head_dim = config.head_dim
 
     def __call__(
@@ -45,9 +55,12 @@ class DecoderAttention(nnx.Module):
         """Return the attention output of each token over itself and the tokens before it."""
         rows, length, _ = x.shape
         heads = (rows, length, -1, self.head_dim)
-        q = rotate(self.query(x, keys["query"]).reshape(heads), angles)
-        k = rotate(self.key(x, keys["key"]).reshape(heads), angles)
+        q = self.query(x, keys["query"]).reshape(heads)
+        k = self.key(x, keys["key"]).reshape(heads)
         v = self.value(x, keys["value"]).reshape(heads)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k = rotate(q, angles), rotate(k, angles)
         mixed = attention(
             q, k, v, segment_ids=segment_ids, causal=True, implementation=implementation
         )
@@ -108,6 +121,7 @@ class Decoder(nnx.Module):
         self.head_dim = config.head_dim
         self.rope_base = config.rope_base
         self.mrope_section = config.mrope_section
+        self.mrope_interleaved = config.mrope_interleaved
 
     def __call__(
         self,
@@ -117,10 +131,11 @@ class Decoder(nnx.Module):
         compute: ComputeConfig,
         dropout_keys: TokenKeys | None = None,
         layers: DecoderLayer | None = None,
+        features: Float[Array, "features rows length width"] | None = None,
     ) -> Float[Array, "rows length width"]:
         """Return the states after the last layer, **before** the final norm.
 
-        The caller applies the norm, at the [RET] positions only.
+        The caller applies the norm, only where it needs the states.
 
         Args:
             x: Token and visual embeddings.
@@ -129,17 +144,27 @@ class Decoder(nnx.Module):
             compute: How to run.
             dropout_keys: Keys of LoRA dropout, one for each token; None drops nothing.
             layers: A stack to run in place of this decoder's own layers.
+            features: Features to add after the first layers of the stack, one after each.
         """
         layers = self.layers if layers is None else layers
-        angles = mrope_angles(positions, self.head_dim, self.rope_base, self.mrope_section)
+        angles = mrope_angles(
+            positions, self.head_dim, self.rope_base, self.mrope_section, self.mrope_interleaved
+        )
 
         def layer(x, scanned: tuple[DecoderLayer, Int[Array, ""]]):
             weights, number = scanned
             keys = None if dropout_keys is None else fold_in(dropout_keys, number)
             x = weights(constrain_batch_sharding(x), angles, segment_ids, compute.attention, keys)
+            if features is not None:
+                x = x + _at(features, number).astype(x.dtype)
             return constrain_batch_sharding(x), None
 
         numbers = jnp.arange(layers.attention_norm.scale.shape[0])
         x = x.astype(jnp.dtype(compute.dtype))
         x, _ = jax.lax.scan(rematerialize(layer, compute.remat), x, (layers, numbers))
         return x
+
+
+def _at(features: Float[Array, "features *rest"], number: Int[Array, ""]) -> Float[Array, "*rest"]:
+    """Return the features for after a layer of this number, zero for layers that have none."""
+    return jnp.take(features, number, axis=0, mode="fill", fill_value=0)

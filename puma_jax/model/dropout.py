@@ -21,7 +21,7 @@ TokenKeys = Array
 def token_keys(
     key: PRNGKeyArray, rows: PackedBatch, items: Int[Array, "slots"], *, data_shards: int = 1
 ) -> TokenKeys:
-    """Return a key for every token, from `key`, its item and its distance to the item's [RET].
+    """Return a key for every token, from `key`, its item and its distance to the item's end.
 
     Args:
         key: Random key to derive from. It must be of jax's default kind, "threefry2x32": under

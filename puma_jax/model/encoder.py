@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,17 @@ _MOST_LAYERS = 1024
 
 
 class Encoder(nnx.Module):
-    """A vision tower and a decoder. The module is a pytree: its leaves are the parameters."""
+    """A vision tower, if the model reads images, and a decoder.
+
+    The module is a pytree: its leaves are the parameters.
+    """
+
+    vision: Any
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.vision = family_of(config.family).tower(config.vision, rngs)
+        tower = family_of(config.family).tower
+        self.vision = tower(config.vision, rngs) if tower else None
+        self.mean_pooling = config.prompt.pooling == "mean"
         self.decoder = Decoder(config.decoder, rngs)
 
 
@@ -50,7 +58,9 @@ def encode(
     dropout_keys: TokenKeys | None = None,
     stacks: Sequence[DecoderLayer] | None = None,
 ) -> Float[Array, "slots width"]:
-    """Return the state at each item's [RET] after the final norm, float32 and not normalized.
+    """Return the state of each item after the final norm, float32 and not normalized.
+
+    It is that of the item's last token, or the mean over the item's tokens in models that pool so.
 
     Args:
         params: The model.
@@ -63,25 +73,64 @@ def encode(
     # "float32" has to mean it on accelerators too, whose default product rounds to fewer bits.
     precision = "highest" if compute.dtype == "float32" else None
     with jax.default_matmul_precision(precision):
-        x = input_embeddings(params, rows, compute, data_shards=data_shards)
+        x, features = input_embeddings(params, rows, compute, data_shards=data_shards)
         for layers in stacks or [params.decoder.layers]:
-            x = params.decoder(x, rows.segment_ids, rows.positions, compute, dropout_keys, layers)
+            x = params.decoder(
+                x, rows.segment_ids, rows.positions, compute, dropout_keys, layers, features
+            )
+            depth = layers.attention_norm.scale.shape[0]
+            if features is not None:
+                features = features[depth:] if depth < len(features) else None
+        if params.mean_pooling:
+            return _means(params.decoder.norm(x.astype(jnp.float32)), rows, data_shards)
         pooled = _take(x, rows.pool_index, data_shards)
         return params.decoder.norm(pooled.astype(jnp.float32))
 
 
 def input_embeddings(
     params: Encoder, rows: PackedBatch, compute: ComputeConfig, *, data_shards: int = 1
-) -> Float[Array, "rows length width"]:
-    """Return the decoder's inputs: token embeddings, with visual tokens at their placeholders."""
+) -> tuple[Float[Array, "rows length width"], Float[Array, "features rows length width"] | None]:
+    """Return the decoder's inputs, and what it adds after its first layers (None if nothing).
+
+    The inputs are token embeddings, with visual tokens at their placeholders. The features that a
+    tower has for later layers (DeepStack, arXiv 2406.04334) are zero everywhere else.
+    """
     x = params.decoder.embedding.table[...][rows.tokens].astype(compute.dtype)
-    if rows.patches.size == 0:
-        return x
+    if params.vision is None or rows.patches.size == 0:
+        return x, None
     visual = params.vision(rows.patches, rows.patch_segment_ids, rows.patch_positions, compute)
-    placed = _take(visual, jnp.maximum(rows.image_token_index, 0).reshape(-1), data_shards).reshape(
-        x.shape
+    index = jnp.maximum(rows.image_token_index, 0).reshape(-1)
+    inputs, *features = (
+        jnp.where(
+            rows.image_token_index[..., None] >= 0,
+            _take(values, index, data_shards).reshape(x.shape),
+            elsewhere,
+        )
+        for values, elsewhere in zip(visual, [x] + [0] * (len(visual) - 1), strict=True)
     )
-    return jnp.where(rows.image_token_index[..., None] >= 0, placed, x)
+    return inputs, jnp.stack(features) if features else None
+
+
+def _means(
+    states: Float[Array, "rows length width"], rows: PackedBatch, data_shards: int
+) -> Float[Array, "slots width"]:
+    """Return the mean state of each item. Its tokens need not lie side by side in the row."""
+
+    def of_shard(states: Array, segment_ids: Array, pool_index: Array) -> Array:
+        # Ids are unique within a row and at most its length.
+        count, length = segment_ids.shape
+        number = (jnp.arange(count)[:, None] * (length + 1) + segment_ids).reshape(-1)
+        item = number[pool_index]
+        states = states.reshape(-1, states.shape[-1])
+        sums = jnp.zeros((count * (length + 1), states.shape[-1])).at[number].add(states)
+        tokens = jnp.zeros(count * (length + 1)).at[number].add(1)
+        return sums[item] / tokens[item][:, None]
+
+    split = (
+        values.reshape(data_shards, -1, *values.shape[1:])
+        for values in (states, rows.segment_ids, rows.pool_index)
+    )
+    return jax.vmap(of_shard)(*split).reshape(-1, states.shape[-1])
 
 
 def l2_normalize(states: Float[Array, "n width"]) -> Float[Array, "n width"]:

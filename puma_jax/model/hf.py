@@ -138,7 +138,7 @@ def open_checkpoint(location: str | os.PathLike[str]) -> Checkpoint:
         UnknownModelError: No family has its model_type.
     """
     folder = local_folder(location)
-    config, source = read_config(folder)
+    config, source = read_config(folder, Path(location).name)
     family = family_of(config.family)
     found: dict[str, Tensor] = {}
     for path in weight_files(folder):
@@ -187,10 +187,9 @@ def write_checkpoint(
     if backbone:
         described["architectures"] = [family.backbone_architecture]
     write_json(folder / "config.json", described)
-    write_json(
-        folder / "preprocessor_config.json",
-        family.write_preprocessor(config, source.preprocessor),
-    )
+    if config.vision.layers:
+        preprocessor = family.write_preprocessor(config, source.preprocessor)
+        write_json(folder / "preprocessor_config.json", preprocessor)
 
     shards: list[list[tuple[str, str, int | None]]] = [[]]
     room, total = max_shard_bytes, 0
@@ -222,8 +221,8 @@ def write_checkpoint(
 
 
 def stacked(name: str) -> bool:
-    """Return whether a leaf has a leading axis of layers."""
-    return name.startswith(("decoder.layers.", "vision.blocks."))
+    """Return whether a leaf has a leading axis of layers, or of what else is many and alike."""
+    return name.startswith(("decoder.layers.", "vision.blocks.", "vision.deepstack."))
 
 
 def _is_kernel(name: str) -> bool:
@@ -278,7 +277,11 @@ def _tensor_names(config: ModelConfig, name: str, decoder_layers: Sequence[int])
     pattern = family_of(config.family).weights[name]
     if not stacked(name):
         return [pattern]
-    layers = decoder_layers if name.startswith("decoder.") else range(config.vision.layers)
+    layers = decoder_layers
+    if name.startswith("vision.blocks."):
+        layers = range(config.vision.layers)
+    elif name.startswith("vision.deepstack."):
+        layers = range(len(config.vision.deepstack_blocks))
     return [pattern.format(layer) for layer in layers]
 
 

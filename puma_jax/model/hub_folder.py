@@ -13,9 +13,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from puma_jax.config import ModelConfig
-from puma_jax.errors import CheckpointError, ConfigError
+from puma_jax.errors import CheckpointError, ConfigError, LayerSelectionError
 from puma_jax.files import read_json, read_object
-from puma_jax.model.families import family_of
+from puma_jax.model.families import CONFIG_KEY, family_of
 from puma_jax.model.hub_schemas import TokenizerFields, WeightIndex
 from puma_jax.schema import from_json, shown
 
@@ -41,6 +41,8 @@ class HubConfigs:
     """preprocessor_config.json, or what processor_config.json has in its place"""
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
     """tokenizer_config.json"""
+    pooling: Mapping[str, Any] = field(default_factory=dict)
+    """1_Pooling/config.json of Sentence Transformers"""
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,18 @@ def local_folder(location: str | os.PathLike[str]) -> Path:
         ) from None
 
 
-def read_config(folder: Path) -> tuple[ModelConfig, HubConfigs]:
+def read_config(folder: Path, name: str = "") -> tuple[ModelConfig, HubConfigs]:
     """Return the config of the model in a folder, and the files it was read from.
+
+    A model that this package saved says itself how it is prompted and pooled (`puma_jax` in
+    config.json). Any other is a base model that is to be trained with PUMA's prompt, unless it is a
+    published embedder: a model of a family that has one (`Family.embedder`), in a folder whose
+    Sentence Transformers config pools the last token, or that has the name of the embedder. Then
+    its own prompt, pooling and image sizes hold.
+
+    Args:
+        folder: The folder.
+        name: Last part of its hub id or path as the user gave it; the folder's name by default.
 
     Raises:
         CheckpointError: config.json is missing, or a file is broken.
@@ -91,13 +103,26 @@ def read_config(folder: Path) -> tuple[ModelConfig, HubConfigs]:
         _read_model_json(folder),
         _read_image_processor(folder),
         _read_optional(folder / "tokenizer_config.json"),
+        _read_optional(folder / "1_Pooling/config.json"),
     )
     family = family_of(str(source.model.get("model_type")))
     try:
         from_json(TokenizerFields, source.tokenizer, "tokenizer_config.json", unknown="ignore")
-        return family.read_config(source.model, source.preprocessor), source
-    except ConfigError as error:
+        config = family.read_config(source.model, source.preprocessor)
+        if CONFIG_KEY not in source.model and family.embedder is not None:
+            named = family.embedder.name in (name or folder.name)
+            if named or _pools_last_token(source.pooling):
+                config = family.embedder.configure(config)
+        return config, source
+    except (ConfigError, LayerSelectionError) as error:
         raise CheckpointError(f"{folder}: {error}") from None
+
+
+def _pools_last_token(pooling: Mapping[str, Any]) -> bool:
+    """Return whether Sentence Transformers pools the last token; it had a flag for each mode."""
+    return pooling.get("pooling_mode") == "lasttoken" or (
+        pooling.get("pooling_mode_lasttoken") is True
+    )
 
 
 def _read_model_json(folder: Path) -> dict[str, Any]:

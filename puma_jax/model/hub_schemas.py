@@ -20,6 +20,7 @@ class RopeFields:
 
     mrope_section: tuple[CountOrZero, CountOrZero, CountOrZero] | None = None
     rope_theta: Positive | None = None
+    mrope_interleaved: bool | None = None
     rope_type: Literal["default", "mrope"] | None = None
     type: Literal["default", "mrope"] | None = None
 
@@ -34,6 +35,9 @@ class DecoderFields:
     num_attention_heads: Width
     intermediate_size: Width
     num_key_value_heads: Width | None = None
+    head_dim: Width | None = None
+    attention_bias: bool | None = None
+    mlp_bias: Literal[False] | None = None
     rms_norm_eps: Positive | None = None
     rope_theta: Positive | None = None
     rope_parameters: RopeFields | None = None
@@ -44,26 +48,23 @@ class DecoderFields:
 
 @dataclass(frozen=True)
 class TowerFields:
-    """`vision_config`."""
+    """Fields of `vision_config` that every family has."""
 
     depth: Layers | None = None
-    embed_dim: Width | None = None
     num_heads: Width | None = None
-    mlp_ratio: Width | None = None
     hidden_size: Width | None = None
     in_channels: Literal[3] | None = None
     in_chans: Literal[3] | None = None
     patch_size: Side | None = None
     temporal_patch_size: Side | None = None
     spatial_merge_size: Side | None = None
-    hidden_act: Literal["quick_gelu"] | None = None
 
 
 @dataclass(frozen=True)
 class SavedFields:
     """What this package adds to a config.json."""
 
-    images: ImageConfig = ImageConfig()
+    images: ImageConfig | None = None
     prompt: PromptConfig = PromptConfig()
     kept_layers: tuple[CountOrZero, ...] = ()
     widths: tuple[Count, ...] = ()
@@ -74,7 +75,7 @@ class ModelFields:
     """config.json."""
 
     text_config: dict[str, Any] | None = None
-    vision_config: TowerFields | None = None
+    vision_config: dict[str, Any] | None = None
     image_token_id: CountOrZero | None = None
     vision_start_token_id: CountOrZero | None = None
     vision_end_token_id: CountOrZero | None = None

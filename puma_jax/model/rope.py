@@ -26,9 +26,23 @@ def mrope_angles(
     head_dim: int,
     base: float,
     section: tuple[int, int, int],
+    interleaved: bool = False,
 ) -> Float[Array, "rows length half"]:
-    """Return the angles of the decoder; `section` counts the frequencies of each position axis."""
+    """Return the angles of the decoder.
+
+    Args:
+        positions: Time, height and width position of each token.
+        head_dim: Size of one head.
+        base: Base of the frequencies.
+        section: How many frequencies follow time, height and width.
+        interleaved: Whether the three take turns (time, height, width, time, ...) until height and
+            width have theirs; otherwise each has a section of its own, in this order.
+    """
     axis = np.repeat(np.arange(3), section)
+    if interleaved:
+        axis = np.zeros(head_dim // 2, int)
+        for number in (1, 2):
+            axis[number : 3 * section[number] : 3] = number
     return positions[..., axis].astype(jnp.float32) * _frequencies(head_dim, base)
 
 

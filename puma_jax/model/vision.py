@@ -1,4 +1,6 @@
-"""The Qwen2-VL vision tower: packed rows of patches in, visual tokens of the decoder's width out.
+"""Vision towers: packed rows of patches in, visual tokens of the decoder's width out.
+
+Here are the parts that families share and the tower of Qwen2-VL, which is made of nothing else.
 
 Patches arrive as the uint8 values of a still image. Scaling to [0, 1], normalizing and repeating
 the frame, which the reference does on the host, happen here: an eighth of the bytes travel to the
@@ -6,6 +8,8 @@ device.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import einops
 import jax
@@ -15,7 +19,7 @@ from flax import nnx
 
 from puma_jax.config import ComputeConfig, DType, VisionConfig
 from puma_jax.model.attention import attention, constrain_batch_sharding
-from puma_jax.model.layers import LayerNorm, Linear, quick_gelu
+from puma_jax.model.layers import LayerNorm, Linear, RMSNorm, quick_gelu
 from puma_jax.model.remat import rematerialize
 from puma_jax.model.rope import axial_angles, rotate
 from puma_jax.typing import Array, Float, Int, UInt8
@@ -28,9 +32,9 @@ class PatchEmbedding(nnx.Module):
     every frame with the same values, so the frames' weights are summed and applied once.
     """
 
-    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs, *, bias: bool = False):
         values = config.patch_values * config.temporal_patch_size
-        self.projection = Linear(values, config.width, bias=False, rngs=rngs)
+        self.projection = Linear(values, config.width, bias=bias, rngs=rngs)
         self.frames = config.temporal_patch_size
         self.mean = tuple(config.image_mean)
         self.std = tuple(config.image_std)
@@ -46,7 +50,9 @@ class PatchEmbedding(nnx.Module):
             channel=len(self.mean),
             frame=self.frames,
         )
-        return normalize(patches, self.mean, self.std).astype(dtype) @ kernel.astype(dtype)
+        x = normalize(patches, self.mean, self.std).astype(dtype) @ kernel.astype(dtype)
+        bias = self.projection.bias
+        return x if bias is None else x + bias[...].astype(dtype)
 
 
 def normalize(
@@ -60,7 +66,7 @@ def normalize(
 
 
 class VisionAttention(nnx.Module):
-    """Full attention among the patches of one image."""
+    """Full attention among the patches of one segment: an image, or a window of it."""
 
     def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
         self.qkv = Linear(config.width, 3 * config.width, bias=True, rngs=rngs)
@@ -74,7 +80,7 @@ class VisionAttention(nnx.Module):
         segment_ids: Int[Array, "rows length"],
         implementation: str,
     ) -> Float[Array, "rows length width"]:
-        """Return the attention output of each patch over its image."""
+        """Return the attention output of each patch over its segment."""
         rows, length, width = x.shape
         q, k, v = jnp.moveaxis(self.qkv(x).reshape(rows, length, 3, self.heads, -1), 2, 0)
         q, k = rotate(q, angles), rotate(k, angles)
@@ -86,6 +92,8 @@ class VisionAttention(nnx.Module):
 
 class VisionBlock(nnx.Module):
     """Attention and a two-layer MLP, each behind a LayerNorm and around a residual."""
+
+    activation: Callable[[Array], Array] = staticmethod(quick_gelu)
 
     def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
         self.attention_norm = LayerNorm(config.width, config.norm_eps)
@@ -103,23 +111,43 @@ class VisionBlock(nnx.Module):
     ) -> Float[Array, "rows length width"]:
         """Return the states after this block."""
         x = x + self.attention(self.attention_norm(x), angles, segment_ids, implementation)
-        return x + self.down(quick_gelu(self.up(self.mlp_norm(x))))
+        return x + self.down(self.activation(self.up(self.mlp_norm(x))))
 
 
 class PatchMerger(nnx.Module):
     """Join each block of neighboring patches and project it to the decoder's width."""
 
-    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: VisionConfig,
+        rngs: nnx.Rngs,
+        *,
+        norm: Callable[[int, float], RMSNorm | LayerNorm] = LayerNorm,
+        norm_joined: bool = False,
+    ):
+        """Make a merger with new weights.
+
+        Args:
+            config: The tower.
+            rngs: Where weights are drawn from.
+            norm: Kind of the norm before the first projection.
+            norm_joined: Whether the norm is of joined patches, and not of each patch.
+        """
         joined = config.width * config.merged
-        self.norm = LayerNorm(config.width, config.norm_eps)
+        self.norm = norm(joined if norm_joined else config.width, config.norm_eps)
         self.up = Linear(joined, joined, bias=True, rngs=rngs)
         self.down = Linear(joined, config.out_width, bias=True, rngs=rngs)
+        self.norm_joined = norm_joined
 
     def __call__(
         self, x: Float[Array, "rows length width"]
     ) -> Float[Array, "rows tokens out_width"]:
         """Return one token for every `merge_size`² patches."""
-        joined = self.norm(x).reshape(x.shape[0], -1, self.up.kernel.shape[0])
+
+        def join(patches: Array) -> Array:
+            return patches.reshape(x.shape[0], -1, self.up.kernel.shape[0])
+
+        joined = self.norm(join(x)) if self.norm_joined else join(self.norm(x))
         return self.down(jax.nn.gelu(self.up(joined), approximate=False))
 
 
@@ -140,8 +168,10 @@ class VisionTower(nnx.Module):
         segment_ids: Int[Array, "rows length"],
         positions: Int[Array, "rows length 2"],
         compute: ComputeConfig,
-    ) -> Float[Array, "rows tokens out_width"]:
-        """Return visual tokens; token i of a row is merged from its patches 4i to 4i + 3.
+    ) -> list[Float[Array, "rows tokens out_width"]]:
+        """Return the visual tokens, alone in a list: this tower has no features for later layers.
+
+        Token i of a row is merged from its patches 4i to 4i + 3.
 
         Args:
             patches: uint8 pixel values, channel by channel, in the order of `patch_positions`.
@@ -158,4 +188,4 @@ class VisionTower(nnx.Module):
 
         x = self.patch_embedding(patches, compute.dtype)
         x, _ = jax.lax.scan(rematerialize(block, compute.remat), x, self.blocks)
-        return self.merger(x)
+        return [self.merger(x)]

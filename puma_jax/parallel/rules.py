@@ -26,6 +26,7 @@ from puma_jax.parallel.mesh import replicated
 _SPLIT_OUTPUTS = r"decoder\.layers\.(attention\.(query|key|value)|mlp\.(gate|up))\."
 _SPLIT_INPUTS = r"decoder\.layers\.(attention\.out|mlp\.down)\."
 _KEY_OR_VALUE = r"decoder\.layers\.attention\.(key|value)\."
+_TOWER_STACK = r"vision\.(blocks|deepstack)\."
 
 # Pattern for the end of a leaf's name → mesh axes of its dimensions; the first match counts.
 # Stacked leaves start with an axis of layers, which is never split: the scan over it would gather
@@ -44,14 +45,16 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"vision\.blocks\.attention\.qkv\.kernel", PartitionSpec(None, FSDP_AXIS, None)),
     (r"vision\.blocks\.attention\.out\.kernel", PartitionSpec(None, None, FSDP_AXIS)),
     (r"vision\.blocks\.attention\.(qkv|out)\.bias", PartitionSpec()),
-    (r"vision\.blocks\.up\.kernel", PartitionSpec(None, FSDP_AXIS, TENSOR_AXIS)),
-    (r"vision\.blocks\.up\.bias", PartitionSpec(None, TENSOR_AXIS)),
-    (r"vision\.blocks\.down\.kernel", PartitionSpec(None, TENSOR_AXIS, FSDP_AXIS)),
+    (_TOWER_STACK + r"(gate|up)\.kernel", PartitionSpec(None, FSDP_AXIS, TENSOR_AXIS)),
+    (_TOWER_STACK + r"(gate|up)\.bias", PartitionSpec(None, TENSOR_AXIS)),
+    (_TOWER_STACK + r"down\.kernel", PartitionSpec(None, TENSOR_AXIS, FSDP_AXIS)),
     (r"vision\.merger\.up\.kernel", PartitionSpec(FSDP_AXIS, TENSOR_AXIS)),
     (r"vision\.merger\.up\.bias", PartitionSpec(TENSOR_AXIS)),
     (r"vision\.merger\.down\.kernel", PartitionSpec(TENSOR_AXIS, FSDP_AXIS)),
-    (r"vision\.(blocks|merger)\.down\.bias", PartitionSpec()),
-    (r"(attention_|mlp_)?norm\.(scale|bias)", PartitionSpec()),
+    (r"vision\.(blocks|merger|deepstack)\.down\.bias", PartitionSpec()),
+    (r"vision\.patch_embedding\.projection\.bias", PartitionSpec()),
+    (r"vision\.positions\.table", PartitionSpec(None, FSDP_AXIS)),
+    (r"((attention|mlp|query|key)_)?norm\.(scale|bias)", PartitionSpec()),
 )
 
 

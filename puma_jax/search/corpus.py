@@ -1,4 +1,4 @@
-"""Open a corpus to embed: a pool in M-BEIR layout, JSON lines of items, or a folder of images.
+"""Open a corpus to embed: JSON lines, a table, a pool in M-BEIR layout, or a folder of images.
 
 Items are read when needed. Memory holds an offset for each line of a file, or a name for each
 image of a folder: list tens of millions of photos in a file.
@@ -6,14 +6,16 @@ image of a folder: list tens of millions of photos in a file.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from puma_jax.data.decode import image_suffixes, is_image
 from puma_jax.data.lines import FilePath, RowIndex, json_object, resolve_inside
@@ -22,14 +24,39 @@ from puma_jax.embedder import RawItem
 from puma_jax.errors import DataError
 from puma_jax.files import sha256
 from puma_jax.schema import shown
+from puma_jax.search.fields import ITEM_FIELDS, FieldValue, read_fields
+from puma_jax.search.tables import is_on_hub, is_table, open_table
 
-Named = tuple[str, RawItem]
-"""An id and its item."""
 
-_FIELDS = {"id", "text", "image"}
+class CorpusItem(NamedTuple):
+    """An item of a corpus."""
+
+    id: str
+    item: RawItem
+    """Its text, its image or both: what is embedded."""
+    fields: dict[str, FieldValue] = {}  # noqa: RUF012 (never changed)
+    """Further fields, which are kept beside the vector."""
+
+
 _NOT_IN_IDS = {"Cc", "Cs", "Zl", "Zp"}
 """Unicode categories: control characters, surrogates, ends of lines and of paragraphs."""
 _KINDS_SHOWN = 10
+_LOOKED_AT = 100
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the fields of JSON lines, or of the columns of a table, that make up an item."""
+
+    id: str = "id"
+    """Name of the field or column that holds the id of an item."""
+    text: str = "text"
+    """Name of the field or column that holds the text of an item."""
+    image: str = "image"
+    """Name of the field or column that holds the image of an item: a path, or a stored image."""
+
+
+_DEFAULT = Columns()
 
 
 @dataclass(frozen=True)
@@ -38,43 +65,72 @@ class Corpus:
 
     source: Path
     items: int
-    read: Callable[[int], Named]
-    """Returns the id and item of a number; raises DataError for a bad record."""
+    read: Callable[[int], CorpusItem]
+    """Returns the item of a number; raises DataError for a bad record."""
     fingerprint: str
-    """SHA-256 of the file, or of the names and sizes of all images."""
+    """SHA-256 of the file, or of the names and sizes of all images; of a dataset its own."""
     passed_over: str = ""
-    """One line that counts what a folder holds besides images; empty if that is nothing."""
+    """One line on what is not read: other files of a folder, columns of a table; or empty."""
+
+    @property
+    def address(self) -> str:
+        """Absolute path of the source, or the name of a dataset on the hub."""
+        return str(self.source) if is_on_hub(self.source) else os.path.abspath(self.source)
+
+    def notes(self) -> list[str]:
+        """Return lines on what is not embedded: what is not read, and the fields that are kept."""
+        names: dict[str, None] = {}
+        for number in range(min(self.items, _LOOKED_AT)):
+            with contextlib.suppress(DataError):  # told when the item is read
+                names |= dict.fromkeys(self.read(number).fields)
+        lines = [self.passed_over] * bool(self.passed_over)
+        return lines + [f"Kept as fields, not embedded: {', '.join(names)}"] * bool(names)
 
 
-def open_corpus(source: FilePath, images: FilePath | None = None) -> Corpus:
-    """Return the corpus in a file or a folder.
+def open_corpus(
+    source: FilePath, images: FilePath | None = None, columns: Columns = _DEFAULT
+) -> Corpus:
+    """Return the corpus in a file, a folder or a dataset.
 
     A file of JSON lines holds `{"id": ..., "text": ..., "image": ...}`, with a text, the path of
-    an image or both; or the documents of a pool in M-BEIR layout, recognized by their "did". A
-    folder gives all images in it and below it, behind links too; an image's id is its path. Images
-    are files with a suffix of an image format, and files without a suffix that begin as one.
+    an image or both, and any further fields that filters can name; see `fields.read_fields`. A
+    table has such columns; see `tables.open_table`. A file may also hold the documents of a pool in
+    M-BEIR layout, recognized by their "did". A folder gives all images in it and below it, behind
+    links too; an image's id is its path. Images are files with a suffix of an image format, and
+    files without a suffix that begin as one.
 
     Args:
-        source: A file or a folder.
+        source: A file, a folder, or "hf:NAME" for a dataset on the hub of Hugging Face.
         images: Folder that holds the images of a file, and that their paths are relative to. A
             path that leads out of it is an error. The default is the root of the benchmark for a
             pool in M-BEIR layout, and the folder of the file for others.
+        columns: Names of fields or columns, where they are others.
 
     Raises:
+        ConfigError: A package that reads it is not installed.
         DataError: The file or folder does not exist, or holds no items.
     """
     source = Path(source)
+    if is_table(source):
+        return _table(source, Path(images) if images is not None else source.parent, columns)
     if source.is_dir():
+        if columns != _DEFAULT:
+            raise DataError(f"{source} is a folder of images, which has no columns to name")
         return _images(source)
     if not source.is_file():
-        raise DataError(f"{source} is neither a file of JSON lines nor a folder of images")
+        raise DataError(
+            f"{source} is neither a file of JSON lines, a table, nor a folder of images"
+        )
     root = Path(images) if images is not None else _root(source)
 
-    def parse(line: bytes) -> Named:
-        if "did" in json_object(line):
+    def parse(line: bytes) -> CorpusItem:
+        row = json_object(line)
+        if "did" in row and columns.id not in row:
+            if columns != _DEFAULT:
+                raise DataError("a pool in M-BEIR layout has no columns to name")
             candidate = parse_candidate(line)
-            return candidate.did, _item(root, candidate.text, candidate.image)
-        return _parse_item(line, root)
+            return CorpusItem(candidate.did, _item(root, candidate.text, candidate.image))
+        return _parse_item(row, root, columns)
 
     rows = RowIndex(source, parse)
     if not len(rows):
@@ -82,24 +138,63 @@ def open_corpus(source: FilePath, images: FilePath | None = None) -> Corpus:
     return Corpus(source, len(rows), rows.__getitem__, sha256(source))
 
 
-def _parse_item(line: bytes, root: Path) -> Named:
-    """Return the id and the item of a line; unknown fields are refused as likely misspellings."""
-    row = json_object(line)
-    if unknown := sorted(set(row) - _FIELDS):
+def _table(source: Path, root: Path, columns: Columns) -> Corpus:
+    """Return the corpus in a table, whose images are stored in it or lie below a root."""
+    table = open_table(source, astuple(columns))
+    asked = [name for name in astuple(columns) if name not in table.names]
+    there = ", ".join(map(shown, table.names)) or "none"
+    for option, name in asdict(columns).items():
+        if name in asked and (option == "id" or name != getattr(_DEFAULT, option)):
+            raise DataError(
+                f"{source} has no column {shown(name)}; columns are {there}: name the one that "
+                f"holds the {option} with --{option}"
+            )
+    if len(asked) > 1:
         raise DataError(
-            f"field {shown(unknown[0])} is not one of {', '.join(sorted(_FIELDS))}, and there is "
-            "no did, which the documents of an M-BEIR pool have"
+            f"{source} has neither a column {shown(columns.text)} nor {shown(columns.image)}; "
+            f"columns are {there}: name one with --text or --image"
         )
-    for name, value in row.items():
+    if not len(table):
+        raise DataError(f"{source} holds no items")
+
+    def read(number: int) -> CorpusItem:
+        row = table.row(number)
+        # Numbers name items, too; in texts of CSV files they are texts already.
+        if isinstance(row[columns.id], int):
+            row[columns.id] = str(row[columns.id])
+        try:
+            return _parse_item(row, root, columns)
+        except DataError as error:
+            raise DataError(f"{source}, row {number + 1}: {error}") from None
+
+    note = f"Columns left out of {source}: {', '.join(table.left_out)}" if table.left_out else ""
+    return Corpus(source, len(table), read, table.fingerprint, note)
+
+
+def _parse_item(row: Mapping[str, Any], root: Path, columns: Columns) -> CorpusItem:
+    """Return the item of a row of a table, or of a line of JSON."""
+    identifier, text, image = (row.get(name) for name in astuple(columns))
+    rest = {name: value for name, value in row.items() if name not in astuple(columns)}
+    for name in ITEM_FIELDS:
+        if name in rest:
+            raise DataError(
+                f"field {shown(name)} is not the {name} of the item, which is in "
+                f"{shown(getattr(columns, name))}: rename one of them"
+            )
+    fields = read_fields(rest, [name for name in astuple(columns) if not row.get(name)])
+    for name, value in ((columns.id, identifier), (columns.text, text)):
         if not isinstance(value, str | None):
             raise DataError(f"{name} {shown(value)} is not a text")
-    identifier = row.get("id")
     if not identifier:
-        raise DataError("id is missing, expected a text that names the item")
+        raise DataError(f"{columns.id} is missing, expected a text that names the item")
     _check_id(identifier)
-    if not row.get("text") and not row.get("image"):
+    if isinstance(image, Mapping):  # how datasets store images: their bytes, or where they are
+        image = image.get("bytes") or image.get("path")
+    if not isinstance(image, str | bytes | None):
+        raise DataError(f"{columns.image} {shown(image)} is not a path or a stored image")
+    if not text and not image:
         raise DataError("there is neither text nor image")
-    return identifier, _item(root, row.get("text"), row.get("image"))
+    return CorpusItem(identifier, _item(root, text, image or None), fields)
 
 
 def _images(folder: Path) -> Corpus:
@@ -112,12 +207,12 @@ def _images(folder: Path) -> Corpus:
     for name in names:
         digest.update(b"%b\n%d\n" % (os.fsencode(name), sizes[name]))
 
-    def read(number: int) -> Named:
+    def read(number: int) -> CorpusItem:
         try:
             _check_id(names[number])
         except DataError as error:
             raise DataError(f"{folder}: {error}: rename the file") from None
-        return names[number], {"image": folder / names[number]}
+        return CorpusItem(names[number], {"image": folder / names[number]})
 
     note = _counted(passed_over, f"Passed over in {folder}: ")
     return Corpus(folder, len(names), read, digest.hexdigest(), note)
@@ -202,12 +297,14 @@ def _check_id(identifier: str) -> None:
         )
 
 
-def _item(root: Path, text: str | None, image: str | None) -> RawItem:
-    """Return the item of a line, whose image must lie below the root, links followed.
+def _item(root: Path, text: str | None, image: str | bytes | None) -> RawItem:
+    """Return an item, whose image is stored in its row or lies below the root, links followed.
 
     Raises:
         DataError: The image is elsewhere.
     """
+    if isinstance(image, bytes):
+        return {"text": text, "image": image} if text else {"image": image}
     if image:
         absolute = os.path.isabs(image)
         below = os.path.relpath(os.path.realpath(image), os.path.realpath(root))

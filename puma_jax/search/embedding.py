@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -21,11 +22,10 @@ from puma_jax.parallel import multihost
 from puma_jax.parallel.mesh import data_shards
 from puma_jax.progress import Progress
 from puma_jax.rows import PackedShape
-from puma_jax.search.corpus import Corpus
+from puma_jax.search.corpus import Corpus, CorpusItem
+from puma_jax.search.model_source import ModelSource
 from puma_jax.search.records import ItemRecord, is_unchanged, record_item
 from puma_jax.search.shards import (
-    EmbeddingSpec,
-    VectorDType,
     count_vectors,
     read_items,
     read_shard,
@@ -35,6 +35,8 @@ from puma_jax.search.shards import (
     write_manifest,
     write_shard,
 )
+from puma_jax.search.spec import EmbeddingSpec, VectorDType
+from puma_jax.search.stored_images import FOLDER, keep_image, remove_unused_images
 
 _SAMPLE = 1024
 _PREPROCESSED_AT_ONCE = 64
@@ -48,6 +50,8 @@ class Embedded:
     """Items of this part of the corpus."""
     embedded: int
     """Items that were embedded now."""
+    updated: int
+    """Items kept from before whose further fields have changed."""
     skipped: int
     """Items of this part that could not be read."""
     removed: int
@@ -57,11 +61,12 @@ class Embedded:
 
     def __str__(self) -> str:
         """Say it in one line."""
-        if not (self.embedded or self.skipped or self.removed):
+        if not (self.embedded or self.updated or self.skipped or self.removed):
             return f"Nothing to do: all {self.items:,} items are embedded"
         kept = self.items - self.skipped - self.embedded
         parts = [f"{self.embedded:,} of {self.items:,} items embedded"]
         parts += [f"{kept:,} kept from before"] * (kept > 0)
+        parts += [f"fields of {self.updated:,} updated"] * (self.updated > 0)
         parts += [f"{self.skipped:,} skipped (see skipped.txt in the shards)"] * (self.skipped > 0)
         parts += [f"{self.removed:,} old vectors removed"] * (self.removed > 0)
         return ", ".join(parts)
@@ -77,6 +82,7 @@ def embed(
     items_per_shard: int = 16384,
     on_bad_record: OnBadRecord = "error",
     part: tuple[int, int] = (0, 1),
+    source: ModelSource | None = None,
     progress: bool = True,
 ) -> Embedded:
     """Embed the items of a corpus that a folder lacks, and return what was done.
@@ -97,6 +103,7 @@ def embed(
         items_per_shard: Items in a shard, which is the most that a kill loses.
         on_bad_record: "error" stops at an item that cannot be read, "skip" notes it in its shard.
         part: Number of this process and number of processes, which take shards in turn.
+        source: Where the model was loaded from, for the manifest.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -116,10 +123,10 @@ def embed(
         ThreadPoolExecutor(os.cpu_count()) as pool,
         lock(folder, f"part-{number}-of-{parts}" if parts > 1 else ""),
     ):
-        work = _Work(corpus, embedder, instruction, on_bad_record, pool)
+        work = _Work(corpus, embedder, instruction, on_bad_record, pool, folder)
         job = {
             "model": embedder.fingerprint,
-            "corpus": os.path.abspath(corpus.source),
+            "corpus": corpus.address,
             "instruction": instruction,
             "dtype": vectors_dtype,
             "width": embedder.embedding_dim,
@@ -131,7 +138,7 @@ def embed(
         current = {shard: name for shard in ours if (name := shards.current(shard)) is not None}
         rows = [len(spec.rows(shard, corpus.items)) for shard in ours]
         missing = [shard for shard in ours if shard not in current]
-        embedded = 0
+        embedded = updated = 0
         bar = Progress(
             desc="embedding",
             unit="item",
@@ -141,17 +148,20 @@ def embed(
         )
         with bar:
             for shard in missing:
-                current[shard], fresh = shards.write(shard, bar)
+                current[shard], fresh, changed = shards.write(shard, bar)
                 embedded += fresh
+                updated += changed
         skipped = sum(read_shard(folder, name, spec).skipped for name in current.values())
         multihost.on_process_zero(lambda: None)  # wait for the shards of other processes
         before = count_vectors(folder)
-        complete = _finish(shards, spec.shards(corpus.items), current)
+        complete = _finish(shards, spec.shards(corpus.items), current, source)
         removed = max(0, before + embedded - count_vectors(folder)) if complete and before else 0
-    return Embedded(sum(rows), embedded, skipped, removed, complete)
+    return Embedded(sum(rows), embedded, updated, skipped, removed, complete)
 
 
-def _finish(shards: _Shards, count: int, current: dict[int, str]) -> bool:
+def _finish(
+    shards: _Shards, count: int, current: dict[int, str], source: ModelSource | None
+) -> bool:
     """Write the manifest if the shards of all parts exist, and return whether they do."""
     names = []
     for number in range(count):
@@ -159,8 +169,18 @@ def _finish(shards: _Shards, count: int, current: dict[int, str]) -> bool:
         if name is None:
             return False
         names.append(name)
-    multihost.on_process_zero(lambda: write_manifest(shards.folder, shards.spec, names))
+    multihost.on_process_zero(lambda: _complete(shards.folder, shards.spec, names, source))
     return True
+
+
+def _complete(
+    folder: Path, spec: EmbeddingSpec, names: list[str], source: ModelSource | None
+) -> None:
+    """Write the manifest, and remove what no shard in it needs."""
+    write_manifest(folder, spec, names, source)
+    if (folder / FOLDER).is_dir():
+        records = itertools.chain.from_iterable(read_items(folder / name) for name in names)
+        remove_unused_images(folder, records)
 
 
 @dataclass(frozen=True)
@@ -172,6 +192,20 @@ class _Work:
     instruction: str | None
     on_bad_record: OnBadRecord
     pool: ThreadPoolExecutor
+    folder: Path
+    """Where images go that the corpus stores in its rows."""
+
+    def read(self, row: int) -> CorpusItem:
+        """Return the item of a row, whose image is a file.
+
+        Raises:
+            DataError: The row is bad.
+        """
+        found = self.corpus.read(row)
+        image = found.item.get("image")
+        if not isinstance(image, bytes):
+            return found
+        return found._replace(item={**found.item, "image": keep_image(self.folder, image)})
 
     def shape(self) -> PackedShape:
         """Return the shape of packed rows of one device for the corpus, from a sample of items.
@@ -183,8 +217,9 @@ class _Work:
             DataError: No item of the sample can be read.
         """
         rows = np.unique(np.linspace(0, self.corpus.items - 1, _SAMPLE).astype(int))
-        sample = _Preprocessed(self, rows.tolist())
-        items = list(sample)
+        with tempfile.TemporaryDirectory() as scratch:  # the folder is not yet claimed
+            sample = _Preprocessed(replace(self, folder=Path(scratch)), rows.tolist())
+            items = list(sample)
         if not items:
             raise DataError(
                 f"{self.corpus.source}: none of {len(rows):,} items looked at can be read; the "
@@ -213,13 +248,13 @@ class _Work:
         """Return the record of a row, and the preprocessed item or the error that prevents it."""
         record = ItemRecord("")
         try:
-            identifier, item = self.corpus.read(row)
+            identifier, item, fields = self.read(row)
         except DataError as error:
             return replace(record, skipped=str(error)), error
         try:
             record = ItemRecord(identifier)
             while True:
-                record = record_item(identifier, item)
+                record = record_item(identifier, item, fields)
                 found = self.embedder.preprocess(item, self.instruction)
                 if is_unchanged(record, identifier, item):
                     return record, found
@@ -250,10 +285,13 @@ class _Shards:
                 return name
         return None
 
-    def write(self, number: int, bar: Progress) -> tuple[str, int]:
-        """Write a shard and return its name, and how many of its items were embedded for it."""
+    def write(self, number: int, bar: Progress) -> tuple[str, int, int]:
+        """Write a shard; return its name, and counts of items embedded and of fields updated."""
         rows = list(self.spec.rows(number, self.work.corpus.items))
         kept = self._kept(rows)
+        updated = sum(
+            record.digest != self.known[record.id][2].digest for *_, record in kept.values()
+        )
         bar.update(len(kept))
         fresh = [row for row in rows if row not in kept]
         vectors, records = self.work.encode(fresh, self.spec.shape, bar)
@@ -276,7 +314,8 @@ class _Shards:
         }
         records |= {row: record for row, (_, _, record) in kept.items()}
         ordered = [records[row] for row in rows]
-        return write_shard(self.folder, self.spec, number, tensors, ordered), len(vectors)
+        name = write_shard(self.folder, self.spec, number, tensors, ordered)
+        return name, len(vectors), updated
 
     def _is_current(self, row: int, record: ItemRecord) -> bool:
         """Return whether a row is what was recorded; skipped rows stay so only if asked to."""
@@ -285,7 +324,10 @@ class _Shards:
                 return False
             return self.work.preprocess(row)[0].content == record.content
         try:
-            return is_unchanged(record, *self.work.corpus.read(row))
+            identifier, item, fields = self.work.read(row)
+            # As texts: to Python, true and 1 are equal.
+            same = str(record.fields) == str(fields)
+            return same and is_unchanged(record, identifier, item)
         except DataError:
             return False
 
@@ -299,12 +341,12 @@ class _Shards:
         kept = {}
         for row in rows:
             try:
-                identifier, item = self.work.corpus.read(row)
+                identifier, item, fields = self.work.read(row)
             except DataError:
                 continue
             found = self.known.get(identifier)
             if found is not None and is_unchanged(found[2], identifier, item):
-                kept[row] = found[0], found[1], record_item(identifier, item)
+                kept[row] = found[0], found[1], record_item(identifier, item, fields)
         return kept
 
 

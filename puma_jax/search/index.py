@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from puma_jax.data.mbeir import Modality
 from puma_jax.typing import Float, ndarray
@@ -40,6 +40,7 @@ class Hit:
     """Inner product of the unit vectors of query and document, from -1 to 1."""
 
 
+@runtime_checkable
 class Index(Protocol):
     """Documents and their vectors, to search. Several threads may call its methods at once."""
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from puma_jax.embedder import RawItem
 from puma_jax.errors import ImageError
-from puma_jax.files import Digest
+from puma_jax.files import Digest, sha256_of
 from puma_jax.schema import CountOrZero
+from puma_jax.search.fields import FieldValue
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class ItemRecord:
     image: ImageRecord | None = None
     skipped: str | None = None
     """Why the item has no vector; None if it has one."""
+    fields: dict[str, FieldValue] = field(default_factory=dict)
+    """Further fields of the item, which do not change its vector."""
 
     @property
     def content(self) -> list[str | None]:
@@ -41,21 +45,34 @@ class ItemRecord:
         image = None if self.image is None else self.image.sha256
         return [self.id, self.text, image, self.skipped]
 
+    @property
+    def digest(self) -> str:
+        """Digest of the content and the further fields."""
+        return sha256_of([*self.content, self.fields] if self.fields else self.content)
+
     def to_json(self) -> str:
         """Return one line of JSON without the fields that are empty."""
-        fields = {name: value for name, value in asdict(self).items() if value is not None}
+        fields = {name: value for name, value in asdict(self).items() if value not in (None, {})}
         return json.dumps(fields, ensure_ascii=False)
 
 
-def record_item(identifier: str, item: RawItem) -> ItemRecord:
+def record_item(
+    identifier: str, item: RawItem, fields: Mapping[str, FieldValue] | None = None
+) -> ItemRecord:
     """Return the record of an item whose image, if it has one, is a file.
+
+    Args:
+        identifier: Id of the item.
+        item: Its text and image.
+        fields: Its further fields.
 
     Raises:
         ImageError: The file cannot be read.
     """
     image = item.get("image")
+    fields = dict(fields or {})
     if image is None:
-        return ItemRecord(identifier, item.get("text"))
+        return ItemRecord(identifier, item.get("text"), fields=fields)
     path = Path(image)  # type: ignore[arg-type]  # a corpus names files
     try:
         found = Digest.of(path)
@@ -66,6 +83,7 @@ def record_item(identifier: str, item: RawItem) -> ItemRecord:
         identifier,
         item.get("text"),
         ImageRecord(absolute, found.bytes, found.modified_ns, found.sha256),
+        fields=fields,
     )
 
 

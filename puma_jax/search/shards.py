@@ -6,8 +6,9 @@ job.json          the spec that all shards share: model, corpus, dtype, shape of
 00001-9a44…/      a shard is a folder that appears whole; its name ends in a digest of its items
 manifest.json     the spec, and the shards that hold the corpus
 ```
-items.jsonl records what was read for every item of the shard: id, text, and path, size, time and
-SHA-256 of the image. A rerun compares these with the corpus, and embeds what differs.
+items.jsonl records what was read for every item of the shard: id, text, path, size, time and
+SHA-256 of the image, and further fields. A rerun compares these with the corpus, and embeds what
+differs.
 
 int8 vectors are `round(127 v / s)`; the scale s of each vector is its largest magnitude, and is
 stored with them.
@@ -19,25 +20,32 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from puma_jax.artifacts import atomic_folder, claim, write_json
+from puma_jax.artifacts import atomic_folder, write_json
 from puma_jax.errors import VectorsError
 from puma_jax.files import parse_json, read_object, save_tensors, sha256, sha256_of
-from puma_jax.rows import PackedShape
-from puma_jax.schema import Count, CountOrZero, from_json
+from puma_jax.schema import from_json
+from puma_jax.search.model_source import ModelSource
 from puma_jax.search.records import ItemRecord
+from puma_jax.search.spec import (
+    JOB,
+    EmbeddingSpec,
+    FileRecord,
+    Manifest,
+    ShardRecord,
+    Totals,
+    VectorDType,
+)
 from puma_jax.typing import Float, Int, ndarray
-
-VectorDType = Literal["float32", "bfloat16", "int8"]
 
 _VECTORS, _IDS, _ITEMS, _SKIPPED, _SHARD = (
     "vectors.safetensors",
@@ -46,95 +54,8 @@ _VECTORS, _IDS, _ITEMS, _SKIPPED, _SHARD = (
     "skipped.txt",
     "shard.json",
 )
-_JOB, _MANIFEST = "job.json", "manifest.json"
+_MANIFEST = "manifest.json"
 _NAME = re.compile(r"([0-9]{5,})-[0-9a-f]{8}")
-
-
-@dataclass(frozen=True)
-class EmbeddingSpec:
-    """Everything but the items that decides the vectors of a folder; its shards share one spec."""
-
-    model: str
-    """Fingerprint of the model; see `Embedder.fingerprint`."""
-    corpus: str
-    """Absolute path of the file or folder of items."""
-    instruction: str | None
-    dtype: VectorDType
-    width: Count
-    items_per_shard: Count
-    shape: PackedShape
-    """Shape of the packed rows of one device, which rounding depends on."""
-
-    def rows(self, shard: int, items: int) -> range:
-        """Return the numbers of the items of a shard, of a corpus of so many items."""
-        first = shard * self.items_per_shard
-        return range(first, min(first + self.items_per_shard, items))
-
-    def shards(self, items: int) -> int:
-        """Return the number of shards of a corpus of so many items."""
-        return -(-items // self.items_per_shard)
-
-    @classmethod
-    def claim(
-        cls, folder: Path, job: Mapping[str, Any], shape: Callable[[], PackedShape]
-    ) -> EmbeddingSpec:
-        """Claim a folder for a spec, and return the spec with the row shape of the folder.
-
-        Args:
-            folder: Folder that is empty, missing, or already claimed for this spec.
-            job: Fields of the spec without its shape.
-            shape: Returns the row shape for a new folder.
-
-        Raises:
-            ArtifactError: The folder holds something else, or vectors of another spec.
-            VectorsError: Its job.json is of another version or damaged.
-        """
-        if (folder / _JOB).exists():
-            read_object(folder / _JOB, cls, error=VectorsError)
-        claim(folder, _JOB, job, what="vectors", adopt={"shape": lambda: asdict(shape())})
-        return read_object(folder / _JOB, cls, error=VectorsError)
-
-    def digest(self) -> str:
-        """Return a digest of the spec, which marks its shards."""
-        return sha256_of(asdict(self))[:16]
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """Length and SHA-256 of a file of a shard."""
-
-    bytes: CountOrZero
-    sha256: str
-
-
-@dataclass(frozen=True)
-class ShardRecord:
-    """Content of shard.json."""
-
-    job: str
-    """Digest of the spec."""
-    items: CountOrZero
-    """Vectors in the shard."""
-    skipped: CountOrZero
-    """Items of the shard that could not be read."""
-    files: dict[str, FileRecord]
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Numbers of vectors and of items skipped."""
-
-    items: CountOrZero
-    skipped: CountOrZero
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """Content of manifest.json."""
-
-    job: EmbeddingSpec
-    vectors: Totals
-    shards: dict[str, ShardRecord] = field(default_factory=dict)
 
 
 def shard_names(folder: Path) -> dict[int, list[str]]:
@@ -155,7 +76,7 @@ def read_shard(folder: Path, name: str, spec: EmbeddingSpec) -> ShardRecord:
     record = read_object(folder / name / _SHARD, ShardRecord, error=VectorsError)
     if record.job != spec.digest():
         raise VectorsError(
-            f"{folder / name} does not belong to {folder / _JOB}: delete it and embed again"
+            f"{folder / name} does not belong to {folder / JOB}: delete it and embed again"
         )
     _check_files(folder / name, record)
     return record
@@ -206,7 +127,7 @@ def write_shard(
     Raises:
         ArtifactError: The shard cannot be written.
     """
-    name = f"{number:05}-{sha256_of([record.content for record in records])[:8]}"
+    name = f"{number:05}-{sha256_of([record.digest for record in records])[:8]}"
     embedded = [record for record in records if record.skipped is None]
     skipped = [record.skipped for record in records if record.skipped is not None]
     if (folder / name).exists():  # its items are the same; only the times of their files differ
@@ -226,7 +147,9 @@ def write_shard(
     return name
 
 
-def write_manifest(folder: Path, spec: EmbeddingSpec, names: Sequence[str]) -> Totals:
+def write_manifest(
+    folder: Path, spec: EmbeddingSpec, names: Sequence[str], source: ModelSource | None = None
+) -> Totals:
     """Write the manifest of these shards, in this order, and return what they hold.
 
     Shards that are not among them are stale and removed.
@@ -240,7 +163,7 @@ def write_manifest(folder: Path, spec: EmbeddingSpec, names: Sequence[str]) -> T
         items=sum(record.items for record in shards.values()),
         skipped=sum(record.skipped for record in shards.values()),
     )
-    write_json(folder / _MANIFEST, asdict(Manifest(spec, totals, shards)))
+    write_json(folder / _MANIFEST, asdict(Manifest(spec, totals, shards, source)))
     for stale in sorted({*itertools.chain(*shard_names(folder).values())} - {*names}):
         shutil.rmtree(folder / stale, ignore_errors=True)
     return totals
@@ -281,7 +204,7 @@ class Vectors:
             state = "unfinished: run the same command again" if self.folder.exists() else "missing"
             raise VectorsError(f"{self.folder / _MANIFEST}: the vectors are {state}")
         manifest = read_object(self.folder / _MANIFEST, Manifest, error=VectorsError)
-        self.spec, self._shards = manifest.job, manifest.shards
+        self.spec, self.source, self._shards = manifest.job, manifest.source, manifest.shards
         for name, shard in self._shards.items():
             if not _NAME.fullmatch(name) or set(shard.files) < {_VECTORS, _IDS, _ITEMS}:
                 raise VectorsError(f"{self.folder / _MANIFEST}: {name} is no shard: embed again")
@@ -291,20 +214,40 @@ class Vectors:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def parts(self, rows: int = 4096) -> Iterator[Float[ndarray, "_ width"]]:
+    def parts(
+        self, rows: int = 4096, *, only: Int[ndarray, "n"] | None = None
+    ) -> Iterator[Float[ndarray, "_ width"]]:
         """Yield all vectors in float32, at most `rows` at a time, as `top_k` accepts them.
+
+        Args:
+            rows: The most vectors in a part.
+            only: Numbers of the vectors to yield, ascending. Shards without any are not read.
 
         Raises:
             VectorsError: A file is damaged.
         """
+        first = 0
         for name, shard in self._shards.items():
+            end = first + shard.items
+            wanted = None
+            if only is not None:
+                wanted = only[slice(*np.searchsorted(only, [first, end]))] - first
+            first = end
+            if wanted is not None and not len(wanted):
+                continue
             path = self.folder / name / _VECTORS
             with _opened(path) as file:
                 vectors, scales = self._tensors(file, path, shard.items)
                 for start in range(0, shard.items, rows):
                     here = slice(start, min(start + rows, shard.items))
-                    part = np.asarray(vectors[here], np.float32)
-                    yield part if scales is None else part * (scales[here, None] / 127)
+                    part: ndarray = np.asarray(vectors[here], np.float32)
+                    if scales is not None:
+                        part = part * (scales[here, None] / 127)
+                    if wanted is not None:
+                        inside = wanted[slice(*np.searchsorted(wanted, [here.start, here.stop]))]
+                        part = part[inside - start]
+                    if len(part):
+                        yield part
 
     def ids(self, rows: Int[ndarray, "n"] | Sequence[int]) -> list[str]:
         """Return the ids of the vectors of some rows."""

@@ -108,7 +108,7 @@ def build_stage(
     model = base_config.with_layers(tuple(base_config.kept_layers[index] for index in kept))
     if stage.trains:
         model = dataclasses.replace(model, widths=stage.loss.widths)
-    base = checkpoint.read(
+    base = dataclasses.replace(checkpoint, config=base_config).read(
         # Without a teacher, removed layers are never read.
         None if stage.distill.on else kept,
         dtype=param_dtype(stage, config.compute),

@@ -10,7 +10,6 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import PreTrainedTokenizerFast
 
 from puma_jax.config import PromptConfig
-from puma_jax.data.builder.shards import instructed_text
 from puma_jax.data.prompts import (
     Processor,
     TextTruncationWarning,
@@ -20,7 +19,8 @@ from puma_jax.data.prompts import (
 from puma_jax.data.tokenizer import load_tokenizer
 from puma_jax.data.vocabulary import _WORDS, SPECIAL_TOKENS
 from puma_jax.errors import CheckpointError, ConfigError, ItemError
-from puma_jax.model.qwen2_vl import CONFIG_KEY, read_config, write_config
+from puma_jax.model.families import CONFIG_KEY
+from puma_jax.model.qwen2_vl import read_config, write_config
 from tests.reference import byte_tokenizer, qwen2_vl_config, random_image
 
 START = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
@@ -234,7 +234,9 @@ def test_what_is_embedded_is_what_was_trained(processor, instruction, image, tex
     template, one = processor.template, lambda value: np.array([value])
     if instruction:
         line = processor.tokenize_instruction(instruction)
-        body = processor.tokenize_text(instructed_text(text), image=image, instructed=True)
+        body = processor.tokenize_text(
+            processor.read_after_instruction(text), image=image, instructed=True
+        )
         tokens = template.join(line, body, image=image)
         lengths = (one(n) for n in (len(line), len(body.tokens), body.text_length))
         assert template.joined_lengths(*lengths, one(image)) == len(tokens)

@@ -14,7 +14,6 @@ from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
 from puma_jax.config import PromptConfig
 from puma_jax.data import mbeir
-from puma_jax.data.builder.shards import instructed_text
 from puma_jax.data.mbeir import Candidate, Query
 from puma_jax.data.prompts import Processor, query_text
 from puma_jax.data.vocabulary import SMALLEST, SPECIAL_TOKENS, train_tokenizer
@@ -143,7 +142,9 @@ def test_instructions_queries_and_documents_are_learned_as_they_are_read(process
 @given(TEXT, st.sampled_from(["find a picture", "Which picture is it?", "what (or who)?!"]))
 def test_an_instruction_and_a_text_tokenized_apart_are_the_whole(processor, text, instruction):
     together = processor.tokenize_text(query_text(instruction, text), image=True)
-    apart = processor.tokenize_text(instructed_text(text), image=True, instructed=True)
+    apart = processor.tokenize_text(
+        processor.read_after_instruction(text), image=True, instructed=True
+    )
     line = processor.tokenize_instruction(instruction)
     assert processor.template.join(line, apart, image=True) == together.tokens
     lengths = (np.array([n]) for n in (len(line), len(apart.tokens), apart.text_length))

@@ -76,7 +76,7 @@ def test_results_that_cannot_be_written_are_printed_and_their_vectors_kept(
     assert not list(vectors.iterdir())
     written = json.loads((out / "results.json").read_text())
     assert Evaluation.from_json(written).sets[0].left_out.uninstructed_queries == 4
-    assert sorted(path.name for path in out.iterdir()) == ["results.json", "runs"]
+    assert sorted(path.name for path in out.iterdir()) == ["report.html", "results.json", "runs"]
 
 
 def test_an_empty_working_directory_is_filled(tiny, root, tmp_path, capsys, monkeypatch):
@@ -84,7 +84,7 @@ def test_an_empty_working_directory_is_filled(tiny, root, tmp_path, capsys, monk
     monkeypatch.chdir(tmp_path / "here")
     there = (tmp_path / "here").stat().st_ino
     entry_point.main(str(tiny.folder), root, entry_point.Path("."))
-    assert sorted(os.listdir(".")) == ["results.json", "runs"]
+    assert sorted(os.listdir(".")) == ["report.html", "results.json", "runs"]
     assert (tmp_path / "here").stat().st_ino == there
     stages = {name: {"evaluation": json.loads((tmp_path / "here/results.json").read_text())}
               for name in ("first", "second")}  # fmt: skip

@@ -42,7 +42,7 @@ def test_relevant_documents_are_marked_in_both_pools(tmp_path):
         [document("d:0", text="red bicycle"), document("d:1", text=HOSTILE)],
     )
     found = [("right", "red bicycle"), ("wrong", HOSTILE)]
-    assert Items(text).items == [("query", "A red bicycle."), *found, *found]
+    assert Items(text).items == [("query", "a red bicycle"), *found, *found]
 
 
 def test_a_page_fetches_nothing_and_runs_nothing(tmp_path):

@@ -6,6 +6,7 @@ where they are used: the process of one kind imports no more than it needs.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import functools
 import json
@@ -96,6 +97,40 @@ def embedded(folder: Path) -> tuple[Path, Callable[[Path], None]]:
     into = functools.partial(embed.main, str(saved), corpus, items_per_shard=2)
     into(out)
     return out, into
+
+
+def of_corpus(suffix: str) -> Build:
+    """Return a builder of a file of items to embed, all of which are read."""
+
+    def build(folder: Path) -> Target:
+        from puma_jax.search.corpus import open_corpus
+
+        rows = [
+            {"id": f"x:{number}", "text": text, "price": number, "sold": number % 2 == 0}
+            for number, text in enumerate(TEXTS)
+        ]
+        path = folder / f"items{suffix}"
+        if suffix == ".parquet":
+            import pyarrow
+            import pyarrow.parquet
+
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        elif suffix == ".csv":
+            with open(path, "w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, rows[0].keys())
+                writer.writeheader()
+                writer.writerows(rows)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+        def read() -> None:
+            corpus = open_corpus(path)
+            for number in range(corpus.items):
+                corpus.read(number)
+
+        return Target(path, read)
+
+    return build
 
 
 def results(folder: Path) -> Target:
@@ -230,6 +265,9 @@ FORMATS: dict[str, Build] = {
     "embed job": of_resume("job.json"),
     "embed shard": of_resume("*/shard.json"),
     "embed items": of_resume("*/items.jsonl"),
+    "corpus lines": of_corpus(".jsonl"),
+    "corpus csv": of_corpus(".csv"),
+    "corpus parquet": of_corpus(".parquet"),
     "results": results,
     "workdir": workdir,
     "run config": of_run("config.json"),

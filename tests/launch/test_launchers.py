@@ -360,3 +360,15 @@ def test_a_process_that_it_did_not_start_is_not_stopped(stale, tmp_path):
     finally:
         stranger.kill()
         stranger.wait()
+
+
+def test_the_database_is_open_to_this_machine_alone_and_its_versions_are_fixed():
+    services = yaml.safe_load((LAUNCH / "milvus.compose.yaml").read_text())["services"]
+    ports = [port for service in services.values() for port in service.get("ports", [])]
+    assert ports == ["127.0.0.1:19530:19530"]
+    for service in services.values():
+        name, _, version = service["image"].rpartition(":")
+        assert name
+        assert version != "latest"
+    waits = services["milvus"]["depends_on"]
+    assert all("healthcheck" in services[name] for name in waits)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from puma_jax.embedder import Embedder
 from puma_jax.errors import LayerSelectionError
 from puma_jax.model.encoder import abstract, keep_layers
 from puma_jax.model.hf import open_checkpoint
@@ -25,32 +26,44 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("keep", LAYERS)
-def test_the_slice_equals_the_reference_with_those_layers_deleted(tiny, keep):
+@pytest.mark.parametrize("base", ["tiny", "windowed"])
+def test_the_slice_equals_the_reference_with_those_layers_deleted(base, keep, request):
+    check_slice(request.getfixturevalue(base), keep)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3, 4])
+def test_a_slice_of_a_model_with_deepstack_keeps_the_layers_that_are_fed(deepstack, keep):
+    check_slice(deepstack, keep)
+
+
+def check_slice(tiny, keep):
+    kept = LAYERS.get(keep, list(range(keep)) if isinstance(keep, int) else keep)
     reference = copy.deepcopy(tiny.torch)
     model = reference.model.language_model
-    model.layers = torch.nn.ModuleList(model.layers[i] for i in LAYERS[keep])
+    model.layers = torch.nn.ModuleList(model.layers[i] for i in kept)
     model.config.num_hidden_layers = len(model.layers)
     model.config.layer_types = ["full_attention"] * len(model.layers)
     items = [tiny.item("A red bicycle."), tiny.item("Make it blue.", random_image(90, 200))]
-    rows, packing = pack(items, PackedShape(2, 256, 1, 128, 2))
+    rows, packing = pack(items, PackedShape(2, 256, 1, 128, 2), tiny.config.vision)
 
     config, params = keep_layers(tiny.config, tiny.params, keep)
     read = open_checkpoint(tiny.folder).read(keep, dtype="float32")
 
-    assert config.kept_layers == tuple(LAYERS[keep])
-    assert config.decoder.layers == len(LAYERS[keep])
+    assert config.kept_layers == tuple(kept)
+    assert config.decoder.layers == len(kept)
     ours = np.asarray(encode(params, rows, FLOAT32))[packing.slot]
     for mine, item in zip(ours, items, strict=True):
-        np.testing.assert_allclose(mine, tiny.expected(item, reference), rtol=0, atol=1e-4)
+        np.testing.assert_allclose(mine, tiny.expected(item, reference), rtol=0, atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, params, read)
 
 
-def test_the_program_does_not_grow_with_depth(tiny):
+def test_the_program_does_not_grow_with_depth(family):
     """Compile time is that of one layer: 28 layers lower to as many lines as 12."""
-    rows, _ = pack([tiny.item("A.", random_image(60, 60))], PackedShape(1, 128, 1, 64, 1))
+    item = family.item("A.", random_image(60, 60))
+    rows, _ = pack([item], PackedShape(1, 128, 1, 64, 1), family.config.vision)
 
     def lines(layers):
-        config = tiny.config.with_layers(tuple(range(layers)))
+        config = family.config.with_layers(tuple(range(layers)))
         return encode.lower(abstract(config), rows, FLOAT32).as_text().count("\n")
 
     assert lines(28) == lines(12)
@@ -85,3 +98,18 @@ def test_a_selection_that_cannot_be_is_one_clear_line(tiny, keep, message):
     with pytest.raises(LayerSelectionError) as error:
         keep_layers(tiny.config, tiny.params, keep)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("keep", [[0, 1, 3, 2], [1], [0, 2, 3], [0, -1]])
+def test_layers_that_deepstack_feeds_are_kept_in_place_or_the_selection_is_refused(deepstack, keep):
+    """The features belong to layers 0, 1 and 2; transformers adds them at the first places."""
+    kept = ", ".join(str(index % 4) for index in keep)
+    fed = ", ".join(map(str, range(min(len(keep), 3))))
+    message = rf"^layers {kept} of the base model do not begin with {fed}, .*: keep these first"
+    for select in (
+        lambda: keep_layers(deepstack.config, deepstack.params, keep),
+        lambda: open_checkpoint(deepstack.folder).read(keep),
+        lambda: Embedder.load(deepstack.folder).keep_layers(keep),
+    ):
+        with pytest.raises(LayerSelectionError, match=message):
+            select()

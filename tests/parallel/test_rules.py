@@ -12,11 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 from puma_jax.config import ComputeConfig, DecoderConfig, LoraConfig, VisionConfig
 from puma_jax.errors import ConfigError
-from puma_jax.model import attention, decoder, encoder, vision
+from puma_jax.model import attention, decoder, encoder, qwen2_5_vl, qwen2_vl, qwen3_vl, vision
 from puma_jax.model.dropout import token_keys
 from puma_jax.model.hf import open_checkpoint
 from puma_jax.model.lora import add_lora, is_lora
-from puma_jax.model.qwen2_vl import PUBLISHED
 from puma_jax.model.tree import map_named, named_leaves
 from puma_jax.parallel import rules
 from puma_jax.parallel.mesh import MeshConfig, batch_sharding, data_shards, make_mesh
@@ -24,7 +23,7 @@ from puma_jax.parallel.rules import sharding_fn, sharding_of, shardings
 from puma_jax.rows import PackedBatch, PackedShape
 from tests.reference import FLOAT32, pack, random_image
 
-QWEN2_VL_2B = PUBLISHED["Qwen/Qwen2-VL-2B-Instruct"]
+QWEN2_VL_2B = qwen2_vl.PUBLISHED["Qwen/Qwen2-VL-2B-Instruct"]
 
 
 def mesh_of(data=2, fsdp=2, tensor=2):
@@ -48,7 +47,10 @@ def with_decoder(**changes):
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 4, 1)])
 def test_every_leaf_of_a_model_its_adapters_and_its_optimizer_has_a_rule(tiny, sizes):
     mesh, optimizer = mesh_of(*sizes), optax.adamw(1e-3)
-    for config in (tiny.config, QWEN2_VL_2B):
+    published = [
+        model for family in (qwen2_vl, qwen2_5_vl, qwen3_vl) for model in family.PUBLISHED.values()
+    ]
+    for config in (tiny.config, *published):
         params = adapted(config)
         trained = {name: leaf for name, leaf in named_leaves(params).items() if is_lora(name)}
         assert len(trained) == 14

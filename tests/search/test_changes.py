@@ -42,8 +42,8 @@ def check(out, source, embedder):
     corpus = open_corpus(source)
     named = [corpus.read(row) for row in range(corpus.items)]
     vectors = Vectors(out, verify=True)
-    assert vectors.ids(range(len(vectors))) == [identifier for identifier, _ in named]
-    expected = embedder.encode([item for _, item in named], progress=False)
+    assert vectors.ids(range(len(vectors))) == [found.id for found in named]
+    expected = embedder.encode([found.item for found in named], progress=False)
     np.testing.assert_allclose(np.concatenate([*vectors.parts()]), expected, rtol=0, atol=1e-6)
     shards = json.loads((out / "manifest.json").read_text())["shards"]
     assert sorted(path.name for path in out.glob("0*")) == sorted(shards)
@@ -131,6 +131,30 @@ def test_lines_follow_their_texts_and_images(tiny, photos, tmp_path, embedder, c
         "1 of 5 items embedded, 4 kept from before, 1 old vectors removed"
     )
     check(out, source, embedder)
+
+
+def test_fields_alone_are_updated_and_nothing_is_embedded(
+    tiny, tmp_path, embedder, capsys, monkeypatch
+):
+    out, source = tmp_path / "out", tmp_path / "items.jsonl"
+
+    def write(**last):
+        items = [{"id": str(n), "text": f"shoe {n}", "price": n} for n in range(3)]
+        items[2] |= last
+        source.write_text("".join(json.dumps(item) + "\n" for item in items))
+
+    write()
+    embed(tiny, source, out, capsys)
+    monkeypatch.setattr(Embedder, "preprocess", None)  # nothing may be embedded
+    for fields in ({"price": 3.5}, {"price": 2, "sizes": ["S", "M"]}, {"price": True}):
+        write(**fields)
+        said = embed(tiny, source, out, capsys)
+        assert said == "0 of 3 items embedded, 3 kept from before, fields of 1 updated"
+        assert [record.fields for record in Vectors(out).items()] == [
+            {"price": 0},
+            {"price": 1},
+            fields,
+        ]
 
 
 def test_other_images_for_half_a_folder_do_not_mix(tiny, photos, tmp_path, embedder, capsys):

@@ -153,7 +153,48 @@ def test_a_folder_without_pictures_says_what_it_holds(photos):
 
 def test_a_picture_without_a_suffix_is_read(photos):
     write(photos, "0a1b2c")
-    (number, item) = open_corpus(photos).read(0)
-    assert number == "0a1b2c"
+    identifier, item, _ = open_corpus(photos).read(0)
+    assert identifier == "0a1b2c"
     with Image.open(item["image"]) as image:
         assert np.asarray(image).shape == (20, 30, 3)
+
+
+def write_items(path, *items):
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    return open_corpus(path)
+
+
+def test_further_fields_are_kept(tmp_path):
+    fields = {"price": 12.5, "sold": False, "sizes": ["S", 3], "note": "Größe", "did": "7"}
+    item = {"id": "a", "text": "a shoe", **fields, "nothing": None}
+    assert write_items(tmp_path / "items.jsonl", item).read(0).fields == fields
+
+
+@pytest.mark.parametrize("name", ["img", "imge", "Image", "images"])
+def test_a_field_that_looks_like_a_missing_one_is_refused(tmp_path, name):
+    corpus = write_items(
+        tmp_path / "items.jsonl",
+        {"id": "a", "text": "a shoe", name: "a.jpg"},
+        {"id": "b", "text": "a shoe", "image": "a.jpg", name: "b.jpg"},
+    )
+    with pytest.raises(DataError, match=f'items.jsonl:1: field "{name}" looks like image'):
+        corpus.read(0)
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    assert corpus.read(1).fields == {name: "b.jpg"}
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ({"price": {"now": 3}}, r'field "price" holds \{...\}, expected a text, a number'),
+        ({"price": [[1]]}, "expected a text, a number"),
+        ({"price": [None]}, "holds null"),
+        ({"price": 2**63}, "a number of 64 bits"),
+        ({"price": "\ud800"}, "expected a text"),
+        ({"": 1}, 'a field is named ""'),
+    ],
+)
+def test_a_field_that_stores_cannot_hold_is_refused(tmp_path, field, said):
+    corpus = write_items(tmp_path / "items.jsonl", {"id": "a", "text": "a shoe", **field})
+    with pytest.raises(DataError, match=said):
+        corpus.read(0)

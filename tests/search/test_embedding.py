@@ -283,7 +283,7 @@ def test_a_corpus_of_which_nothing_can_be_read_is_named(tiny, tmp_path):
     [
         ({"text": "a shoe"}, "items.jsonl:1: id is missing"),
         ({"id": "1"}, "items.jsonl:1: there is neither text nor image"),
-        ({"id": "1", "txt": "a shoe"}, 'field "txt" is not one of id, image, text'),
+        ({"id": "1", "txt": "a shoe"}, 'field "txt" looks like text, which is missing'),
         ({"id": 1, "text": "a shoe"}, "id 1 is not a text"),
         ({"id": "a\nb", "text": "a shoe"}, "holds control characters"),
     ],
@@ -297,7 +297,7 @@ def test_lines_that_are_no_items_are_named(tmp_path, line, message):
 def test_sources_that_hold_nothing_are_named(tmp_path):
     with pytest.raises(DataError, match="holds no images"):
         open_corpus(tmp_path)
-    with pytest.raises(DataError, match="neither a file of JSON lines nor a folder"):
+    with pytest.raises(DataError, match="neither a file of JSON lines, a table, nor a folder"):
         open_corpus(tmp_path / "nothing")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match="holds no items"):

@@ -30,9 +30,8 @@ from puma_jax.data.images import resized_sizes
 from puma_jax.data.lines import BadRecords, OnBadRecord, located, reject
 from puma_jax.data.mbeir import parse_candidate, parse_query, read_image
 from puma_jax.data.mbeir.records import content_key, modality_code
-from puma_jax.data.prompts import Processor, TextTruncationWarning, query_text
+from puma_jax.data.prompts import Processor, TextTruncationWarning
 from puma_jax.data.store import TableName
-from puma_jax.data.texts import normalize_text
 from puma_jax.errors import ArtifactError, DataError, ImageError, ItemError
 from puma_jax.typing import Bool, Int, UInt64, ndarray
 
@@ -174,7 +173,7 @@ class ShardWriter:
         candidate = parse_candidate(line)
         self._check_unchanged(line, candidate.image, stamp)
         tokenized = self.processor.tokenize_text(
-            normalize_text(candidate.text), image=candidate.image is not None
+            self.processor.read(candidate.text), image=candidate.image is not None
         )
         image = self._image("img_path", candidate.image)
         record = Record(
@@ -195,10 +194,10 @@ class ShardWriter:
         self._check_unchanged(line, query.image, stamp)
         with_image = query.image is not None
         tokenized = self.processor.tokenize_text(
-            instructed_text(query.text), image=with_image, instructed=True
+            self.processor.read_after_instruction(query.text), image=with_image, instructed=True
         )
         image = self._image("query_img_path", query.image)
-        plain = self.processor.tokenize_text(query_text(None, query.text), image=with_image)
+        plain = self.processor.tokenize_text(self.processor.read(query.text), image=with_image)
         record = Record(
             id=query.qid,
             modality=modality_code(query.modality),
@@ -269,15 +268,6 @@ def shard_writing(
             raise DataError(
                 "a process that built a shard was killed; if memory ran out, use fewer --workers"
             ) from error
-
-
-def instructed_text(text: str | None) -> str:
-    r"""Return the text of a query as `query_text` writes it after an instruction.
-
-    >>> instructed_text("a red bicycle")
-    'a red bicycle.'
-    """
-    return query_text("X.", text).removeprefix("X.").removeprefix("\n")
 
 
 def _length(value: int | ndarray) -> int:
