@@ -31,7 +31,7 @@ from jax.sharding import Mesh
 from puma_jax import cli
 from puma_jax.axes import TENSOR_AXIS
 from puma_jax.config import ModelConfig, VisionConfig
-from puma_jax.data.pipeline import Batch
+from puma_jax.data.pipeline import Batch, HardNegatives
 from puma_jax.data.shapes import batch_shape
 from puma_jax.errors import ConfigError
 from puma_jax.model import encoder, hf, lora
@@ -219,9 +219,7 @@ def lower(settings: Settings, config: TrainConfig, mesh: Mesh) -> Lowered:
     if computes_teacher:
         teacher_fn = make_teacher(base, kept, config.compute, data_shards(mesh))
     pairs = settings.pairs or stage.plan.batch_size
-    shape = row_shape(
-        settings, pairs, stage.grad_cache_chunks, data_shards(mesh), model.vision.merged
-    )
+    shape = row_shape(settings, pairs, stage, data_shards(mesh), model.vision.merged)
     batch = abstract_batch(shape, stage, pairs, mesh, model)
     teacher_states = None
     if stage.distill.on and not computes_teacher:
@@ -249,11 +247,15 @@ def _with_sharding(leaf: Any, place: jax.sharding.Sharding) -> Any:
     return _array(leaf.shape, leaf.dtype, place)
 
 
-def row_shape(settings: Settings, pairs: int, chunks: int, parts: int, merged: int) -> PackedShape:
+def row_shape(
+    settings: Settings, pairs: int, stage: StageConfig, parts: int, merged: int
+) -> PackedShape:
     """Return the shape of chunk that a batch of such items needs, as `Plan.fitting_shape` does."""
-    lengths = np.full(2 * pairs, settings.text_tokens + settings.visual_tokens + _PROMPT_TOKENS)
-    patches = np.full(2 * pairs, settings.visual_tokens * merged)
-    return batch_shape([(lengths, patches)], chunks, parts, (int(lengths[0]), int(patches[0])))
+    items = (2 + stage.plan.hard_negatives) * pairs
+    lengths = np.full(items, settings.text_tokens + settings.visual_tokens + _PROMPT_TOKENS)
+    patches = np.full(items, settings.visual_tokens * merged)
+    largest = int(lengths[0]), int(patches[0])
+    return batch_shape([(lengths, patches)], stage.grad_cache_chunks, parts, largest)
 
 
 def abstract_batch(
@@ -276,7 +278,12 @@ def abstract_batch(
     unit = data_shards(mesh) * (stage.loss.chunk_size or 1)
     column = _array((-(-pairs // unit) * unit,), "int32", everywhere)
     valid = _array(column.shape, "bool", everywhere)
-    return Batch(rows, *[column] * 7, valid=valid)
+    negatives = None
+    if stage.plan.hard_negatives:
+        further = (*column.shape, stage.plan.hard_negatives)
+        columns = [_array(further, "int32", everywhere)] * 3
+        negatives = HardNegatives(*columns, valid=_array(further, "bool", everywhere))
+    return Batch(rows, *[column] * 7, valid=valid, negatives=negatives)
 
 
 def report_memory(compiled: jax.stages.Compiled, chip: Chip) -> bool:
@@ -359,7 +366,7 @@ def model_flops(settings: Settings, stage: StageConfig, lowered: Lowered) -> flo
     likewise, half of it where it is causal.
     """
     model, decoder, vision = lowered.model, lowered.model.decoder, lowered.model.vision
-    items = 2 * (settings.pairs or stage.plan.batch_size)
+    items = (2 + stage.plan.hard_negatives) * (settings.pairs or stage.plan.batch_size)
     length = settings.visual_tokens + settings.text_tokens + _PROMPT_TOKENS
     patches = settings.visual_tokens * vision.merged
     layer, tower = _parameters(model)

@@ -13,6 +13,7 @@ COMMANDS = {
     "prune": ("puma_jax.prune", "Keep some decoder layers of a model"),
     "compose": ("puma_jax.compose", "Join a text decoder and a vision tower into one model"),
     "evaluate": ("puma_jax.evaluate", "Evaluate a model on a benchmark in M-BEIR layout"),
+    "mine": ("puma_jax.mine", "Find hard negatives for training queries; resumes after a stop"),
     "embed": ("puma_jax.embed", "Embed a corpus into a folder of vectors; resumes after a stop"),
     "index": ("puma_jax.index", "Put a folder of vectors into a Milvus index"),
     "search": ("puma_jax.search", "Search an index or a folder of vectors from the shell"),

@@ -34,6 +34,14 @@ def require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def require_ascending(widths: tuple[int, ...], name: str) -> None:
+    """Raise a ConfigError unless each width is larger than the one before it."""
+    require(
+        sorted(set(widths)) == list(widths),
+        f"{name} {list(widths)} must be different widths, the smallest first",
+    )
+
+
 def option(default: Any) -> Any:
     """Return a field that `repr` shows only where it differs from its default.
 
@@ -248,6 +256,9 @@ class ModelConfig:
     prompt: PromptConfig = PromptConfig()
     kept_layers: tuple[CountOrZero, ...] = ()
     """Indices, in the base model, of the decoder layers kept; empty means all of them."""
+    # Not in the text that identifies a model: its vectors do not depend on it.
+    widths: tuple[Count, ...] = dataclasses.field(default=(), repr=False)
+    """Widths, besides the whole one, that the model was trained for; ascending."""
 
     def __post_init__(self) -> None:
         """Fill in `kept_layers` if it is empty, and check that the parts fit together."""
@@ -262,6 +273,11 @@ class ModelConfig:
         require(
             vision.out_width == decoder.width,
             f"vision.out_width {vision.out_width} is not decoder.width {decoder.width}",
+        )
+        require_ascending(self.widths, "widths")
+        require(
+            max(self.widths, default=0) < decoder.width,
+            f"widths {list(self.widths)} must be below the {decoder.width} values of a vector",
         )
         for name in ("image_token_id", "vision_start_token_id", "vision_end_token_id"):
             require(
@@ -336,7 +352,7 @@ class PlanConfig:
     """The pairs that make up the batch of each step."""
 
     seed: CountOrZero = 0
-    """Seed of the order of pairs, and of the choice of positives and instructions."""
+    """Seed of the order of pairs, and of the choice of positives, negatives and instructions."""
     batch_size: Count = 600
     """Pairs in the global batch (arXiv 2507.08064: 600 in stage 2)."""
     mixture_weights: tuple[tuple[str, Positive], ...] = ()
@@ -345,6 +361,9 @@ class PlanConfig:
     """Fill each batch from one set, in place of a mixture of all sets."""
     instructions: bool = True
     """Put an instruction for the query's task before each query."""
+    hard_negatives: Annotated[int, Range(0, 1024)] = 0
+    """Hard negatives drawn for each query from its neg_cand_list; they are negatives of all queries
+    of the batch. A query that has fewer takes those it has."""
     balance_window: Count = 32
     """Steps over which long and short items are spread, so that all batches are of similar size."""
 

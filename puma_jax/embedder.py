@@ -32,7 +32,7 @@ from puma_jax.data.items import Item
 from puma_jax.data.prompts import Processor
 from puma_jax.data.tokenizer import load_tokenizer
 from puma_jax.errors import ImageError, ItemError
-from puma_jax.forward import Forward, Running, check_vectors, shape_for
+from puma_jax.forward import Forward, Running, check_vectors, first_values, shape_for
 from puma_jax.model import encoder, hf
 from puma_jax.model.encoder import Encoder
 from puma_jax.model.tree import named_leaves
@@ -241,6 +241,7 @@ class Embedder:
         items: Iterable[RawItem | str | Item],
         *,
         instruction: str | None = None,
+        dimensions: int | None = None,
         tokens_per_chunk: int | None = None,
         shape: PackedShape | None = None,
         progress: bool = True,
@@ -255,6 +256,8 @@ class Embedder:
                 read as it is needed. Items from `preprocess` have their instruction already.
             instruction: Instruction of queries, put before the text of every item, such as "Find an
                 image that matches."; None for candidates.
+            dimensions: Number of values in a vector: the first ones, scaled to length 1; None
+                returns all. A model does well at the widths it was trained for, `config.widths`.
             tokens_per_chunk: About how many tokens a device reads in one forward pass; the default
                 is 2,048 on a CPU and 16,384 on an accelerator.
             shape: Packed shape to use where items fit, so that several calls share one compilation
@@ -263,6 +266,7 @@ class Embedder:
             name: Returns what a message calls the item of a number; "item 3" by default.
 
         Raises:
+            ConfigError: `dimensions` is not the width of a vector or less.
             EvaluationError: A vector is not finite, or zero.
             ItemError: An item has neither text nor image, or a field of the wrong kind.
             ImageError: An image cannot be read.
@@ -271,6 +275,11 @@ class Embedder:
             raise ItemError(
                 "encode takes a list of items and was given a single one: encode([item])[0] is its "
                 "vector"
+            )
+        if dimensions is not None:
+            require(
+                1 <= dimensions <= self.embedding_dim,
+                f"dimensions {dimensions} must be in [1, {self.embedding_dim}]",
             )
         tokens = tokens_per_chunk or _default_tokens()
         window_tokens = tokens * _CHUNKS_IN_WINDOW * (data_shards(self.mesh) if self.mesh else 1)
@@ -295,8 +304,9 @@ class Embedder:
             if running is not None:
                 vectors.append(running.finish(bar.update))
         result = np.concatenate(vectors)
-        check_vectors(result, name or "item {}".format)
-        return result
+        name = name or "item {}".format
+        check_vectors(result, name)
+        return result if dimensions is None else first_values(result, dimensions, name)
 
     def save(
         self,

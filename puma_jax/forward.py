@@ -238,6 +238,26 @@ def check_vectors(vectors: Float[ndarray, "n width"], name: Callable[[int], str]
             )
 
 
+def first_values(
+    vectors: Float[ndarray, "n width"], dimensions: int, name: Callable[[int], str]
+) -> Float[ndarray, "n {dimensions}"]:
+    """Return the first values of each unit vector, scaled to length 1.
+
+    Args:
+        vectors: One vector for each item.
+        dimensions: Number of values, at most the width.
+        name: Returns what a message calls the item of a number.
+
+    Raises:
+        EvaluationError: All of the first values of a vector are zero.
+    """
+    if dimensions == vectors.shape[1]:
+        return vectors
+    first = vectors[:, :dimensions]
+    check_vectors(first, name)
+    return first / np.linalg.norm(first, axis=1, keepdims=True)
+
+
 def _sizes(items: Sequence[Item]) -> tuple[ndarray, ndarray]:
     """Return the number of tokens and the number of patches of each item."""
     return (

@@ -53,6 +53,7 @@ DECODER |= {"mlp_width": 96, "mrope_section": [2, 3, 3]}
         (PlanConfig, {"batch_size": 0}, "batch_size 0 must be in"),
         (PlanConfig, {"seed": -1}, "seed -1 must be in"),
         (PlanConfig, {"balance_window": 0}, "balance_window 0 must be in"),
+        (PlanConfig, {"hard_negatives": -1}, "hard_negatives -1 must be in"),
     ],
 )
 def test_a_setting_out_of_range_cannot_be_made(kind, fields, message):

@@ -1,5 +1,6 @@
 """The face: one vector for each item, the same whatever stands beside it."""
 
+import dataclasses
 import random
 import subprocess
 import sys
@@ -12,11 +13,13 @@ from puma_jax import Embedder, forward
 from puma_jax.config import ComputeConfig, ImageConfig
 from puma_jax.errors import (
     ArtifactError,
+    ConfigError,
     EvaluationError,
     ImageError,
     ItemError,
     LayerSelectionError,
 )
+from puma_jax.export.card import model_card
 from puma_jax.forward import vectors_of_rows
 from puma_jax.model.encoder import abstract
 from puma_jax.parallel.mesh import MeshConfig, make_mesh
@@ -151,6 +154,28 @@ def test_saved_and_loaded_it_gives_the_same_vectors(whole, tmp_path):
     np.testing.assert_array_equal(loaded.encode(items), cut.encode(items))
     with pytest.raises(ArtifactError, match="is not empty: choose another folder, or remove it"):
         cut.save(tmp_path / "saved")
+
+
+def test_first_values_are_scaled_to_length_one_and_trained_widths_are_remembered(tiny, tmp_path):
+    embedder = Embedder.load(tiny.folder, dtype="float32")
+    items, before = mixed(6), embedder.fingerprint
+    vectors = embedder.encode(items)
+    for width in (1, 24, 64):
+        expected = np.array([v[:width] / np.linalg.norm(v[:width]) for v in vectors])
+        found = embedder.encode(items, dimensions=width)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(embedder.encode(items, dimensions=64), vectors)
+    for width in (0, 65):
+        with pytest.raises(ConfigError, match=rf"dimensions {width} must be in \[1, 64\]"):
+            embedder.encode(items, dimensions=width)
+    embedder.config = dataclasses.replace(embedder.config, widths=(8, 24))
+    embedder.keep_layers(2).save(tmp_path / "saved")
+    loaded = Embedder.load(tmp_path / "saved")
+    assert loaded.config.widths == (8, 24)
+    assert "first 8, 24 values" in model_card(loaded, "huggingface", "model")
+    # Vectors do not depend on the widths, and what is made of vectors does not either.
+    again = Embedder(embedder.config, embedder.params, embedder.tokenizer)
+    assert again.fingerprint == before
 
 
 def test_saving_leaves_what_lies_beside_alone(whole, tmp_path):

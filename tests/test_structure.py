@@ -33,7 +33,7 @@ FLOORS = (
     ("search",),
     ("evaluation", "service"),
     ("training", "export"),
-    ("train", "evaluate", "embed", "index", "prune", "compose", "serve"),
+    ("train", "evaluate", "embed", "mine", "index", "prune", "compose", "serve"),
     ("__main__",),
 )
 OPTIONAL = {
@@ -66,6 +66,7 @@ COMMANDS = (
     "puma_jax.evaluate",
     "puma_jax.export.__main__",
     "puma_jax.index",
+    "puma_jax.mine",
     "puma_jax.prune",
     "puma_jax.search.__main__",
     "puma_jax.serve",

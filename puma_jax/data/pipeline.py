@@ -34,6 +34,21 @@ U = TypeVar("U")
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class HardNegatives:
+    """The hard negatives of a batch, a row for each pair."""
+
+    slot: Int[AnyArray, "pairs negatives"]
+    """Index of each among all slots of all chunks; -1 where a query has fewer negatives."""
+    modality: Int[AnyArray, "pairs negatives"]
+    """Image 0, text 1, image with text 2."""
+    document: Int[AnyArray, "pairs negatives"]
+    """Number of the content of each, as in `Batch`."""
+    valid: Bool[AnyArray, "pairs negatives"]
+    """False where there is none, and where this host could not decode its image."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Batch:
     """The batch of one step: the rows of one host, and everything else of the whole global batch.
 
@@ -58,6 +73,8 @@ class Batch:
     """Index among the prompts of the query's key; -1 for none."""
     valid: Bool[AnyArray, "pairs"]
     """False where this host could not decode an image and left it blank."""
+    negatives: HardNegatives | None = None
+    """None if no hard negatives are drawn."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +92,9 @@ class Counters:
     seconds_waited: float
     """Seconds spent waiting for this batch; the rest is the step, checkpoints and evaluation."""
     blank_images: int
-    """Pairs with an image that could not be decoded."""
+    """Pairs and hard negatives with an image that could not be decoded."""
+    missing_negatives: int
+    """Hard negatives that were to be drawn and that queries do not have."""
 
 
 class Loader:
@@ -131,28 +150,40 @@ class Loader:
         step = self.plan.step(number, shape, self.chunks)
         mine, packing, local = step.packing.host_slice(shape, self.host, self.hosts)
         query, candidate, prompt = step.pairs.query, step.pairs.candidate, step.pairs.prompt
-        pairs = len(query)
-        valid = np.ones(pairs, bool)
+        pairs, negative = len(query), step.pairs.negative
+        drawn = negative >= 0
+        documents = np.concatenate([candidate, negative[drawn]])
+        decoded = np.ones(pairs + len(documents), bool)
         items = []
         for i in mine.tolist():
-            number, size = i % pairs, (int(step.lengths[i]), int(step.patches[i]))
+            size = int(step.lengths[i]), int(step.patches[i])
             if i < pairs:
-                item, decoded = self.query(int(query[number]), int(prompt[number]), size)
+                item, decoded[i] = self.query(int(query[i]), int(prompt[i]), size)
             else:
-                item, decoded = self.candidate(int(candidate[number]), size)
+                item, decoded[i] = self.candidate(int(documents[i - pairs]), size)
             items.append(item)
-            valid[number] &= decoded
         slots = step.packing.chunk * shape.slots + step.packing.slot
+        table, negatives = self.plan.table, None
+        if negative.size:
+            slot, valid = np.full(negative.shape, -1, slots.dtype), drawn.copy()
+            slot[drawn], valid[drawn] = slots[2 * pairs :], decoded[2 * pairs :]
+            negatives = HardNegatives(
+                slot=slot,
+                modality=np.asarray(table.candidate_modality[negative], np.int32),
+                document=np.asarray(table.candidate_content[negative], np.int32),
+                valid=valid,
+            )
         return Batch(
             rows=fill(items, packing, local, self.plan.template.config.vision),
             query_slot=slots[:pairs],
-            candidate_slot=slots[pairs:],
-            modality=np.asarray(self.plan.table.candidate_modality[candidate], np.int32),
+            candidate_slot=slots[pairs : 2 * pairs],
+            modality=np.asarray(table.candidate_modality[candidate], np.int32),
             query=query,
             candidate=candidate,
-            document=np.asarray(self.plan.table.candidate_content[candidate], np.int32),
+            document=np.asarray(table.candidate_content[candidate], np.int32),
             prompt=prompt,
-            valid=valid,
+            valid=decoded[:pairs] & decoded[pairs : 2 * pairs],
+            negatives=negatives,
         )
 
     def query(self, row: int, prompt: int, planned: tuple[int, int]) -> tuple[Item, bool]:
@@ -272,7 +303,10 @@ def with_counters(
             return
         now = time.perf_counter()
         batch = batch_of(item)
-        rows = batch.rows
+        rows, blank, missing = batch.rows, int((~batch.valid).sum()), 0
+        if batch.negatives is not None:
+            missing = int((batch.negatives.slot < 0).sum())
+            blank += int((~batch.negatives.valid).sum()) - missing
         yield (
             item,
             Counters(
@@ -283,7 +317,8 @@ def with_counters(
                 pairs_per_second=len(batch.query) / max(now - last, 1e-9),
                 seconds=now - last,
                 seconds_waited=now - asked,
-                blank_images=int((~batch.valid).sum()),
+                blank_images=blank,
+                missing_negatives=missing,
             ),
         )
         last = now

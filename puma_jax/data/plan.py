@@ -13,23 +13,21 @@ from typing import Any
 import numpy as np
 
 from puma_jax.config import PlanConfig
+from puma_jax.data import draws
 from puma_jax.data.images import patch_counts
 from puma_jax.data.items import TokenizedTemplate
 from puma_jax.data.packing import Packing, place
 from puma_jax.data.shapes import batch_shape
 from puma_jax.data.store import Instructions
-from puma_jax.data.table import LengthTable
+from puma_jax.data.table import LengthTable, Ragged
 from puma_jax.errors import ConfigError
 from puma_jax.rows import PackedShape
 from puma_jax.typing import Bool, Int, ndarray
 
-# The purpose of a random choice is part of its key: equal counters must not give equal choices.
-_ORDER, _POSITIVE, _PROMPT = 1, 2, 3
-
 
 @dataclass(frozen=True)
 class Pairs:
-    """Queries, each with a candidate that answers it."""
+    """Queries, each with a candidate that answers it and hard negatives that do not."""
 
     query: Int[ndarray, "pairs"]
     """Rows of the table of queries."""
@@ -37,11 +35,13 @@ class Pairs:
     """Rows of the table of candidates."""
     prompt: Int[ndarray, "pairs"]
     """Index among the prompts of the query's key; -1 for none."""
+    negative: Int[ndarray, "pairs negatives"]
+    """Rows of the table of candidates; -1 where a query has fewer negatives than are drawn."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """The plan of one step: n pairs are 2n items, the queries first."""
+    """The plan of one step. Its items are all queries, then all candidates, then all negatives."""
 
     pairs: Pairs
     lengths: Int[ndarray, "items"]
@@ -64,13 +64,14 @@ class Plan:
         """Compute what is the same for all steps.
 
         Args:
-            table: Lengths and positives of all rows.
+            table: Lengths, positives and negatives of all rows.
             instructions: Prompts of each key, and names of sets.
             template: The prompt template as tokens.
             config: How pairs are drawn.
 
         Raises:
-            ConfigError: There are too few pairs for a batch, or a weight names no set.
+            ConfigError: There are too few pairs for a batch, a weight names no set, or hard
+                negatives are to be drawn and no query has any.
         """
         self.table = table
         self.template = template
@@ -82,6 +83,13 @@ class Plan:
         for key, prompts in enumerate(instructions.prompts):
             self._prompt_tokens[key, : len(prompts)] = [len(prompt.tokens) for prompt in prompts]
         self._sets = _rows_of_sets(table, instructions, config)
+        self._positives = Ragged(table.positive_start, table.positive_row)
+        self._negatives = Ragged(table.negative_start, table.negative_row)
+        if config.hard_negatives and not self.negatives().any():
+            raise ConfigError(
+                f"plan.hard_negatives is {config.hard_negatives}, but neg_cand_list is empty in "
+                "all training queries: mine some with python -m puma_jax.mine, or set it to 0"
+            )
         # The latest window. Steps come in order, so earlier windows need not be kept.
         self._latest: tuple[Any, tuple[ndarray, ...]] = (None, ())
         self.steps_per_epoch = _steps_per_epoch([len(rows) for rows in self._sets], config)
@@ -102,13 +110,22 @@ class Plan:
         return np.concatenate(self._sets)
 
     def candidates(self) -> Bool[ndarray, "candidates"]:
-        """Return which candidates can be drawn: the positives of the queries that can be."""
-        table = self.table
-        asked = np.zeros(len(table.query_key), bool)
+        """Return which candidates can be drawn as positives."""
+        return self._named(self._positives)
+
+    def negatives(self) -> Bool[ndarray, "candidates"]:
+        """Return which candidates can be drawn as hard negatives."""
+        if not self.config.hard_negatives:
+            return np.zeros(len(self.table.candidate_tokens), bool)
+        return self._named(self._negatives)
+
+    def _named(self, documents: Ragged) -> Bool[ndarray, "candidates"]:
+        """Return which candidates the lists of the queries that can be drawn hold."""
+        asked = np.zeros(len(documents), bool)
         asked[self.queries()] = True
-        drawn = np.zeros(len(table.candidate_tokens), bool)
-        drawn[table.positive_row[np.repeat(asked, np.diff(table.positive_start))]] = True
-        return drawn
+        named = np.zeros(len(self.table.candidate_tokens), bool)
+        named[documents.values[np.repeat(asked, documents.lengths)]] = True
+        return named
 
     def prompts(self, query: Int[ndarray, "n"]) -> Int[ndarray, "n"]:
         """Return how many prompts each query can have; 0 means that it has no instruction."""
@@ -152,8 +169,9 @@ class Plan:
         return batch_shape(sizes, chunks, data_shards, self.largest_item(), sampled=mixed)
 
     def item_sizes(self, pairs: Pairs) -> tuple[Int[ndarray, "items"], Int[ndarray, "items"]]:
-        """Return tokens and patches of all items of these pairs, the queries first."""
-        sizes = self.query_sizes(pairs.query, pairs.prompt), self.candidate_sizes(pairs.candidate)
+        """Return tokens and patches of the items of these pairs, in the order of `Step`."""
+        documents = np.concatenate([pairs.candidate, pairs.negative[pairs.negative >= 0]])
+        sizes = self.query_sizes(pairs.query, pairs.prompt), self.candidate_sizes(documents)
         lengths, patches = (np.concatenate(both) for both in zip(*sizes, strict=True))
         return lengths, patches
 
@@ -165,7 +183,7 @@ class Plan:
         query = self.queries()
         sizes = (
             self.query_sizes(query, longest_prompt[self.table.query_key[query]]),
-            self.candidate_sizes(np.flatnonzero(self.candidates())),
+            self.candidate_sizes(np.flatnonzero(self.candidates() | self.negatives())),
         )
         tokens, patches = (
             max(int(of.max(initial=0)) for of in both) for both in zip(*sizes, strict=True)
@@ -200,14 +218,39 @@ class Plan:
         return patch_counts(heights, widths, config.vision, config.images)
 
     def _choose(self, query: ndarray, epoch: ndarray) -> Pairs:
-        """Return each query with a positive and a prompt drawn for its epoch."""
+        """Return each query with a positive, a prompt and negatives drawn for its epoch."""
         table, seed = self.table, self.config.seed
         first = table.positive_start[query]
         positives = table.positive_start[query + 1] - first
-        candidate = table.positive_row[first + _draw(positives, seed, _POSITIVE, epoch, query)]
+        place = draws.draw(positives, seed, draws.POSITIVE, epoch, query)
         prompts = self.prompts(query)
-        prompt = _draw(np.maximum(prompts, 1), seed, _PROMPT, epoch, query)
-        return Pairs(query, candidate, np.where(prompts > 0, prompt, -1))
+        prompt = draws.draw(np.maximum(prompts, 1), seed, draws.PROMPT, epoch, query)
+        return Pairs(
+            query,
+            table.positive_row[first + place],
+            np.where(prompts > 0, prompt, -1),
+            self._choose_negatives(query, epoch),
+        )
+
+    def _choose_negatives(self, query: ndarray, epoch: ndarray) -> Int[ndarray, "n negatives"]:
+        """Return hard negatives of queries, drawn for their epochs without replacement.
+
+        Of documents with the same content one can be drawn, and none if it answers the query.
+        """
+        count, content = self.config.hard_negatives, self.table.candidate_content
+        if not count:
+            return np.zeros((len(query), 0), np.int64)
+        negatives = self._negatives.take(query)
+
+        def keys(documents: Ragged) -> Int[ndarray, "values"]:
+            owner = np.repeat(np.arange(len(documents)), documents.lengths)
+            return owner * len(content) + content[documents.values]
+
+        found, first = np.unique(keys(negatives), return_index=True)
+        keep = np.zeros(len(negatives.values), bool)
+        keep[first] = ~np.isin(found, keys(self._positives.take(query)))
+        key = self.config.seed, draws.NEGATIVE, epoch, query
+        return draws.sample(negatives.where(keep), count, *key)
 
     def _mixed(self, step: int) -> tuple[ndarray, ndarray]:
         """Return queries and epochs of a step that mixes all sets.
@@ -222,19 +265,22 @@ class Plan:
         steps = min(self.config.balance_window, self.steps_per_epoch - first)
         if self._latest[0] != (epoch, window):
             query, visit = self._draw_window(epoch, first * batch, steps * batch)
-            lengths, patches = self.item_sizes(self._choose(query, visit))
-            batches = balance_batches(_pair_sizes(lengths), _pair_sizes(patches), steps)
+            pairs = self._choose(query, visit)
+            lengths, patches = (_pair_sizes(sizes, pairs) for sizes in self.item_sizes(pairs))
+            batches = balance_batches(lengths, patches, steps)
             self._latest = ((epoch, window), (query, visit, batches))
         query, visit, batches = self._latest[1]
-        pairs = batches[step_in_window]
-        return query[pairs], visit[pairs]
+        drawn = batches[step_in_window]
+        return query[drawn], visit[drawn]
 
     def _draw_window(self, epoch: int, first: int, count: int) -> tuple[ndarray, ndarray]:
         """Return `count` queries of the stream of pairs, from `first` on, and their epochs."""
         if not self.config.mixture_weights:
             (rows,) = self._sets
             places = np.arange(first, first + count)
-            return rows[_shuffle(places, len(rows), self.config.seed, epoch)], np.full(count, epoch)
+            return rows[draws.shuffle(places, len(rows), self.config.seed, epoch)], np.full(
+                count, epoch
+            )
         start = epoch * self.steps_per_epoch * self.config.batch_size + first
         shares = np.cumsum([0.0, *(weight for _, weight in self.config.mixture_weights)])
         # Where the part of each set begins and ends, rounded so that all parts add up.
@@ -247,7 +293,7 @@ class Plan:
             places = np.arange(used, ends[number + 1] - ends[number])
             visit, within = np.divmod(places, len(rows))
             shuffled = [
-                _shuffle(within[visit == one], len(rows), self.config.seed, int(one), number)
+                draws.shuffle(within[visit == one], len(rows), self.config.seed, int(one), number)
                 for one in np.unique(visit)
             ]
             queries.append(rows[np.concatenate([np.zeros(0, np.int64), *shuffled])])
@@ -259,12 +305,14 @@ class Plan:
         batch, seed = self.config.batch_size, self.config.seed
         epoch, within = divmod(step, self.steps_per_epoch)
         batches = np.array([len(rows) // batch for rows in self._sets])
-        place_in_epoch = int(_shuffle(np.array([within]), self.steps_per_epoch, seed, epoch)[0])
+        place_in_epoch = int(
+            draws.shuffle(np.array([within]), self.steps_per_epoch, seed, epoch)[0]
+        )
         number = int(np.searchsorted(np.cumsum(batches), place_in_epoch, side="right"))
         before = place_in_epoch - int(batches[:number].sum())
         places = np.arange(before * batch, (before + 1) * batch)
         rows = self._sets[number]
-        return rows[_shuffle(places, len(rows), seed, epoch, number)], np.full(batch, epoch)
+        return rows[draws.shuffle(places, len(rows), seed, epoch, number)], np.full(batch, epoch)
 
 
 def _rows_of_sets(
@@ -308,9 +356,12 @@ def _steps_per_epoch(sizes: list[int], config: PlanConfig) -> int:
     return sum(whole)
 
 
-def _pair_sizes(sizes: ndarray) -> ndarray:
-    """Return the size of query and candidate together, for each pair."""
-    return sizes.reshape(2, -1).sum(0)
+def _pair_sizes(sizes: ndarray, pairs: Pairs) -> ndarray:
+    """Return the size of query, candidate and negatives together, for each pair."""
+    n = len(pairs.query)
+    total = sizes[: 2 * n].reshape(2, n).sum(0)
+    np.add.at(total, np.nonzero(pairs.negative >= 0)[0], sizes[2 * n :])
+    return total
 
 
 def balance_batches(
@@ -339,40 +390,3 @@ def balance_batches(
         pair_of_batch[shortest_first] = group
         tokens[shortest_first] += sizes
     return balanced.T
-
-
-def _shuffle(places: Int[ndarray, "n"], size: int, *key: int) -> Int[ndarray, "n"]:
-    """Return the images of these places under a random permutation of `range(size)`.
-
-    A Feistel network over the next power of four is applied until the result is in range. Each
-    place is computed on its own, so a permutation of millions takes no memory.
-    """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = np.uint64((1 << half) - 1)
-    shift = np.uint64(half)
-    out = np.asarray(places, np.uint64)
-    walking = np.ones(len(out), bool)
-    while walking.any():
-        left, right = out[walking] >> shift, out[walking] & mask
-        for round_number in range(4):
-            left, right = right, left ^ (_hash(*key, _ORDER, round_number, right) & mask)
-        out[walking] = (left << shift) | right
-        walking = out >= size
-    return out.astype(np.int64)
-
-
-def _draw(below: Int[ndarray, "n"], *key: int | ndarray) -> Int[ndarray, "n"]:
-    """Return a random integer from 0 to `below - 1`, for each of `below`."""
-    return (_hash(*key) % np.asarray(below, np.uint64)).astype(np.int64)
-
-
-def _hash(*key: int | ndarray) -> ndarray:
-    """Return 64 well-mixed bits for a key (the finalizer of SplitMix64, once for each part)."""
-    state: ndarray = np.zeros((), np.uint64)
-    with np.errstate(over="ignore"):
-        for part in key:
-            state = (state ^ np.asarray(part).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = state ^ (state >> np.uint64(31))
-    return state

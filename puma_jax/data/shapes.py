@@ -95,7 +95,7 @@ def _power_of_two(size: int, least: int) -> int:
 
 
 def batch_shape(
-    steps: Sequence[tuple[Int[ndarray, "items"], Int[ndarray, "items"]]],
+    steps: Sequence[tuple[Int[ndarray, "_"], Int[ndarray, "_"]]],
     chunks: int,
     data_shards: int,
     largest: tuple[int, int],

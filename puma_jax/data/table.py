@@ -111,7 +111,7 @@ class Ragged:
 
     def take(self, lists: Int[ndarray, "taken"]) -> Ragged:
         """Return these lists, in this order."""
-        lengths = self.lengths[lists]
+        lengths = self.start[lists + 1] - self.start[lists]
         start = _starts(lengths)
         shift = np.repeat(self.start[lists] - start[:-1], lengths)
         return Ragged(start, self.values[shift + np.arange(len(shift))])

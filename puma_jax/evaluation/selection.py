@@ -326,7 +326,7 @@ def _query_set(
         name=found.files.name,
         task=found.files.task,
         qids=tuple(query.qid for query in found.queries),
-        items=tuple(_query_item(root, query, instructions) for query in found.queries),
+        items=tuple(query_item(root, query, instructions) for query in found.queries),
         relevant=tuple(relevant),
         missing=np.array(missing),
         instructed=np.array([instruction_key(query) in instructions for query in found.queries]),
@@ -338,7 +338,7 @@ def _query_set(
     )
 
 
-def _query_item(
+def query_item(
     root: Path, query: Query, instructions: Mapping[InstructionKey, Instruction]
 ) -> RawItem:
     """Return the item to embed for a query, with one of its instructions if it has any."""

@@ -228,10 +228,22 @@ def _what_it_is(embedder: Embedder) -> str:
         f"{parameters / 1e6:,.2f} M parameters, family `{config.family}`, made with "
         f"puma_jax after [PUMA]({_PAPER}).\n\n"
         f"**Layers.** Decoder layers kept from the base model, counted from 0: {kept}.\n\n"
+        f"{_widths(embedder)}"
         f"**Limits.** Texts of up to {config.prompt.max_text_tokens} tokens, images of "
         f"{config.images.min_pixels:,} to {config.images.max_pixels:,} pixels after resizing. "
         f"Positions: {config.prompt.positions}. Prompt: {config.prompt.template}, "
         f"{_pooling(config.prompt)}."
+    )
+
+
+def _widths(embedder: Embedder) -> str:
+    """Return the paragraph on the widths that a model was trained for; "" if it was for none."""
+    if not embedder.config.widths:
+        return ""
+    widths = ", ".join(map(str, embedder.config.widths))
+    return (
+        f"**Widths.** Trained for the first {widths} values of a vector, too, scaled to length 1 "
+        "(Matryoshka).\n\n"
     )
 
 

@@ -155,6 +155,7 @@ class HubFields:
             images=saved.images or images or ImageConfig(),
             prompt=saved.prompt,
             kept_layers=saved.kept_layers,
+            widths=saved.widths,
         )
 
 
@@ -326,6 +327,7 @@ def saved_fields(config: ModelConfig) -> dict[str, Any]:
         "kept_layers": list(config.kept_layers),
         "images": vars(config.images).copy(),
         "prompt": vars(config.prompt).copy(),
+        **({"widths": list(config.widths)} if config.widths else {}),
     }
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from puma_jax.config import ImageConfig, Layers, Positive, PromptConfig, Side, VocabSize, Width
-from puma_jax.schema import CountOrZero, Range
+from puma_jax.schema import Count, CountOrZero, Range
 
 Triple = tuple[float, float, float]
 
@@ -67,6 +67,7 @@ class SavedFields:
     images: ImageConfig | None = None
     prompt: PromptConfig = PromptConfig()
     kept_layers: tuple[CountOrZero, ...] = ()
+    widths: tuple[Count, ...] = ()
 
 
 @dataclass(frozen=True)

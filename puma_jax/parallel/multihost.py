@@ -169,19 +169,20 @@ def any_process(mesh: Mesh) -> Callable[[bool], bool]:
     return any_flag
 
 
-def all_valid(valid: Bool[ndarray, "n"], mesh: Mesh) -> Array:
+def all_valid(valid: Bool[ndarray, "*column"], mesh: Mesh) -> Array:
     """Return, on all devices, the entries of a column that are true in every process."""
     if jax.process_count() == 1:
         return jax.device_put(valid, replicated(mesh))
     local_shards = data_shards(mesh) // process_slice(mesh)[1]
-    columns = put_part(np.tile(valid, (local_shards, 1)), batch_sharding(mesh))
+    copies = np.broadcast_to(valid, (local_shards, *valid.shape))
+    columns = put_part(copies, batch_sharding(mesh))
     return _all_of_columns(columns, replicated(mesh))
 
 
 @functools.partial(jax.jit, static_argnames="sharding")
 def _all_of_columns(
-    columns: Bool[Array, "data_shards n"], sharding: NamedSharding
-) -> Bool[Array, "n"]:
+    columns: Bool[Array, "data_shards *column"], sharding: NamedSharding
+) -> Bool[Array, "*column"]:
     return jax.lax.with_sharding_constraint(columns.all(0), sharding)
 
 

@@ -64,7 +64,8 @@ def base_configs(config: TrainConfig, workdir: Path) -> dict[str, ModelConfig]:
     Raises:
         CheckpointError: A stage starts from, or has finished with, a folder that holds no whole
             model.
-        ConfigError: The sizes of the model from scratch do not fit together.
+        ConfigError: The sizes of the model from scratch do not fit together, or a stage trains
+            widths that its model does not have.
         LayerSelectionError: A stage keeps layers that its base model lacks.
     """
     model = None if config.scratch is None else _scratch(config)
@@ -79,6 +80,11 @@ def base_configs(config: TrainConfig, workdir: Path) -> dict[str, ModelConfig]:
             kept = kept_layers(stage, model.decoder.layers)
         except LayerSelectionError as error:
             raise LayerSelectionError(f"stage {name}: {error}") from None
+        if max(stage.loss.widths, default=0) >= model.decoder.width:
+            raise ConfigError(
+                f"stage {name}: loss.widths {list(stage.loss.widths)} must be below the "
+                f"{model.decoder.width} values of a vector"
+            )
         if (workdir / name).exists():
             hf.open_checkpoint(workdir / name)
         model = model.with_layers(tuple(model.kept_layers[index] for index in kept))

@@ -14,6 +14,7 @@ from puma_jax.config import (
     PlanConfig,
     PromptConfig,
     require,
+    require_ascending,
 )
 from puma_jax.data.lines import OnBadRecord
 from puma_jax.parallel.mesh import MeshConfig
@@ -54,6 +55,9 @@ class LossConfig:
     mask_same_document: bool = False
     """Leave another query's positive out of the negatives if it is the query's own document, told
     by text and image, not by id."""
+    widths: tuple[Count, ...] = ()
+    """Narrower widths that vectors are trained for, too (Matryoshka, arXiv 2205.13147): for each,
+    the loss of the first values of all vectors, scaled to length 1, is added."""
     chunk_size: Count | None = None
     """Queries whose scores a device holds at a time; None holds those of all its queries. In a
     ring it is the edge of a tile, and 256 to 512 is a good size."""
@@ -64,6 +68,7 @@ class LossConfig:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check(self, "loss")
+        require_ascending(self.widths, "loss.widths")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from puma_jax.config import ComputeConfig, ModelConfig
 from puma_jax.data.builder.build import Settings, build
@@ -105,6 +106,8 @@ def build_stage(
 
     kept = kept_layers(stage, base_config.decoder.layers)
     model = base_config.with_layers(tuple(base_config.kept_layers[index] for index in kept))
+    if stage.trains:
+        model = dataclasses.replace(model, widths=stage.loss.widths)
     base = dataclasses.replace(checkpoint, config=base_config).read(
         # Without a teacher, removed layers are never read.
         None if stage.distill.on else kept,
@@ -178,6 +181,8 @@ def open_data(
         stage.plan, seed=stage.plan.seed + config.seed, batch_size=min(stage.plan.batch_size, pairs)
     )
     plan = Plan(store.table, store.instructions, processor.template, plan_config)
+    if note := _negatives_note(plan):
+        print(f"{name}: {note}")
     host, hosts = multihost.process_slice(mesh)
     loader = Loader(
         store,
@@ -189,6 +194,24 @@ def open_data(
         on_bad_record=config.data.on_bad_record,
     )
     return loader, stage.steps or max(1, round((stage.epochs or 0) * plan.steps_per_epoch))
+
+
+def _negatives_note(plan: Plan) -> str | None:
+    """Return what to tell a user whose hard negatives are not used, or are too few; or None."""
+    table, count = plan.table, plan.config.hard_negatives
+    queries = plan.queries()
+    has = table.negative_start[queries + 1] - table.negative_start[queries]
+    if not count and has.any():
+        return (
+            f"neg_cand_list of {np.count_nonzero(has):,} queries, {has.sum():,} ids, is not used: "
+            "plan.hard_negatives is 0"
+        )
+    if (few := np.count_nonzero(has < count)) > 0:
+        return (
+            f"neg_cand_list of {few:,} of {len(queries):,} queries has fewer ids than "
+            f"plan.hard_negatives {count}: these queries take those they have"
+        )
+    return None
 
 
 def open_store(config: TrainConfig, root: Path, processor: Processor, workdir: Path) -> Store:

@@ -67,6 +67,8 @@ class PairStates:
 
     query: Float[AnyArray, "pairs width"]
     candidate: Float[AnyArray, "pairs width"]
+    negative: Float[AnyArray, "negatives width"] | None = None
+    """Of the student alone: distillation is over pairs. Those of one pair come together."""
 
 
 Loss = Callable[[Leaves, Array, FrozenParams, Batch, PairStates | None], tuple[Array, Metrics]]
@@ -190,16 +192,19 @@ def _pair_states(
             lambda _, chunk: (None, recomputed(*chunk)), None, (batch.rows, items)
         )
 
-    def gather(states: Array) -> PairStates:
-        states = states.reshape(-1, states.shape[-1])
-        return PairStates(
-            *(
-                _shard_pairs(jnp.take(states, slots, axis=0, mode="clip"), mesh)
-                for slots in (batch.query_slot, batch.candidate_slot)
-            )
-        )
+    pair_slots = batch.query_slot, batch.candidate_slot
+    slots: tuple[Array, ...] = pair_slots
+    if batch.negatives is not None:
+        slots = (*pair_slots, batch.negatives.slot.reshape(-1))
 
-    return gather(states), None if teacher_states is None else gather(teacher_states)
+    def gather(states: Array, slots: tuple[Array, ...]) -> PairStates:
+        states = states.reshape(-1, states.shape[-1])
+        taken = (jnp.take(states, places, axis=0, mode="clip") for places in slots)
+        return PairStates(*(_shard_pairs(vectors, mesh) for vectors in taken))
+
+    return gather(states, slots), (
+        None if teacher_states is None else gather(teacher_states, pair_slots)
+    )
 
 
 def _items_of_slots(batch: Batch) -> Int[Array, "chunks slots"]:
@@ -210,6 +215,11 @@ def _items_of_slots(batch: Batch) -> Int[Array, "chunks slots"]:
     # The slots of padding pairs are out of range.
     items = items.at[batch.query_slot].set(2 * pairs, mode="drop")
     items = items.at[batch.candidate_slot].set(2 * pairs + 1, mode="drop")
+    if batch.negatives is not None:
+        # Counted down from the largest number, because padding changes the number of pairs.
+        slot = batch.negatives.slot.reshape(-1)
+        numbers = jnp.iinfo(jnp.int32).max - jnp.arange(len(slot), dtype=jnp.int32)
+        items = items.at[slot].set(numbers, mode="drop")
     return items.reshape(chunks, slots)
 
 
@@ -223,10 +233,22 @@ def _loss(
     mesh: jax.sharding.Mesh,
 ) -> tuple[Array, Metrics]:
     """Return the loss of a batch, and its terms as metrics."""
-    contrastive, temperature = _contrastive(
-        config.loss, states, batch, progress, log_scale, _layout(config.loss, mesh)
+    temperature: losses.Temperature = config.loss.temperature
+    if log_scale is not None:
+        temperature = losses.learnable_temperature(log_scale)
+    hard = temperature
+    if config.loss.kind == "mac":
+        hard = losses.hard_temperature(progress, temperature, config.loss.decay)
+    vectors = [l2_normalize(states.query), l2_normalize(states.candidate)]
+    if states.negative is not None:
+        vectors.append(l2_normalize(states.negative))
+    contrastive, narrow = losses.matryoshka(
+        _contrastive(config.loss, batch, temperature, hard, _layout(config.loss, mesh)),
+        vectors,
+        config.loss.widths,
     )
-    metrics = {"contrastive": contrastive, "temperature": jnp.asarray(temperature)}
+    metrics = {"contrastive": contrastive, "temperature": jnp.asarray(hard)}
+    metrics |= {f"contrastive_{width}": value for width, value in narrow.items()}
     loss = contrastive
     if teacher_states is not None:
         start, end = config.distill.weight
@@ -242,40 +264,58 @@ def _loss(
 
 def _contrastive(
     config: LossConfig,
-    states: PairStates,
     batch: Batch,
-    progress: Array,
-    log_scale: Array | None,
+    temperature: losses.Temperature,
+    hard: losses.Temperature,
     layout: losses.Layout,
-) -> tuple[Array, Array | float]:
-    """Return the contrastive loss, and the temperature to report with it."""
-    temperature = (
-        config.temperature if log_scale is None else losses.learnable_temperature(log_scale)
-    )
-    queries, candidates = l2_normalize(states.query), l2_normalize(states.candidate)
-    shared: dict[str, Any] = {
-        "valid": batch.valid,
-        "document": batch.document if config.mask_same_document else None,
-        "layout": layout,
-    }
-    if config.kind == "info_nce":
-        return losses.info_nce(queries, candidates, temperature=temperature, **shared), temperature
-    if config.kind == "mamcl":
-        loss = losses.mamcl_loss(
-            queries, candidates, batch.modality, temperature=temperature, **shared
+) -> Callable[..., Array]:
+    """Return the contrastive loss of a batch, a function of its unit vectors.
+
+    Args:
+        config: Config of the loss.
+        batch: Metadata of the pairs and of hard negatives.
+        temperature: Temperature; in MAC-Loss, tau_norm.
+        hard: tau_hard of MAC-Loss; not used by other losses.
+        layout: How the work is spread.
+    """
+    document = batch.document if config.mask_same_document else None
+
+    def loss(queries: Array, candidates: Array, negatives: Array | None = None) -> Array:
+        shared: dict[str, Any] = {
+            "valid": batch.valid,
+            "document": document,
+            "negatives": None if negatives is None else _negatives(config, negatives, batch),
+            "layout": layout,
+        }
+        if config.kind == "info_nce":
+            return losses.info_nce(queries, candidates, temperature=temperature, **shared)
+        if config.kind == "mamcl":
+            return losses.mamcl_loss(
+                queries, candidates, batch.modality, temperature=temperature, **shared
+            )
+        return losses.mac_loss(
+            queries,
+            candidates,
+            batch.modality,
+            tau_norm=temperature,
+            tau_hard=hard,
+            relative=config.relative,
+            **shared,
         )
-        return loss, temperature
-    hard = losses.hard_temperature(progress, temperature, config.decay)
-    loss = losses.mac_loss(
-        queries,
-        candidates,
-        batch.modality,
-        tau_norm=temperature,
-        tau_hard=hard,
-        relative=config.relative,
-        **shared,
+
+    return loss
+
+
+def _negatives(config: LossConfig, vectors: Array, batch: Batch) -> losses.Negatives:
+    """Return the hard negatives of a batch, each a negative of all of its queries."""
+    assert batch.negatives is not None  # their vectors come from it
+    modality, document, valid = (
+        column.reshape(-1)
+        for column in (batch.negatives.modality, batch.negatives.document, batch.negatives.valid)
     )
-    return loss, hard
+    return losses.Negatives(
+        vectors, modality, document if config.mask_same_document else None, valid
+    )
 
 
 def _layout(config: LossConfig, mesh: jax.sharding.Mesh) -> losses.Layout:

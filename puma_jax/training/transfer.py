@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import numpy as np
 
-from puma_jax.data.pipeline import Batch
+from puma_jax.data.pipeline import Batch, HardNegatives
 from puma_jax.parallel import multihost
 from puma_jax.parallel.mesh import batch_sharding, data_shards, replicated
 from puma_jax.training.config import LossConfig
@@ -25,23 +24,36 @@ def shard_batch(batch: Batch, config: LossConfig, mesh: jax.sharding.Mesh) -> Ba
     out_of_range = batch.rows.pool_index.size * multihost.process_slice(mesh)[1]
 
     def padded(column: Any, value: int | bool) -> Any:
-        return np.pad(column, (0, missing), constant_values=value)
+        widths = ((0, missing), *[(0, 0)] * (column.ndim - 1))
+        return np.pad(column, widths, constant_values=value)
 
-    columns = {
-        "query_slot": padded(batch.query_slot.astype(np.int32), out_of_range),
-        "candidate_slot": padded(batch.candidate_slot.astype(np.int32), out_of_range),
-        "modality": padded(batch.modality, 0),
-        "query": padded(batch.query.astype(np.int32), 0),
-        "candidate": padded(batch.candidate.astype(np.int32), 0),
-        "document": padded(batch.document, 0),
-        "prompt": padded(batch.prompt.astype(np.int32), -1),
-    }
+    def put(column: Any, value: int) -> Any:
+        return multihost.put(padded(column.astype(np.int32), value), replicated(mesh))
+
+    def put_valid(valid: Any) -> Any:
+        return multihost.all_valid(padded(valid, False), mesh)
+
+    negatives = batch.negatives
+    if negatives is not None:
+        slot = np.where(negatives.slot < 0, out_of_range, negatives.slot)
+        negatives = HardNegatives(
+            slot=put(slot, out_of_range),
+            modality=put(negatives.modality, 0),
+            document=put(negatives.document, 0),
+            valid=put_valid(negatives.valid),
+        )
     by_rows = batch_sharding(mesh, axis=1)
-    return dataclasses.replace(
-        batch,
+    return Batch(
         rows=jax.tree.map(lambda part: multihost.put_part(part, by_rows), batch.rows),
-        valid=multihost.all_valid(padded(batch.valid, False), mesh),
-        **{name: multihost.put(column, replicated(mesh)) for name, column in columns.items()},
+        query_slot=put(batch.query_slot, out_of_range),
+        candidate_slot=put(batch.candidate_slot, out_of_range),
+        modality=put(batch.modality, 0),
+        query=put(batch.query, 0),
+        candidate=put(batch.candidate, 0),
+        document=put(batch.document, 0),
+        prompt=put(batch.prompt, -1),
+        valid=put_valid(batch.valid),
+        negatives=negatives,
     )
 
 

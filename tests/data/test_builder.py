@@ -388,6 +388,9 @@ def test_the_command_says_what_it_has_built_and_where(root, tiny, tmp_path, caps
     fake_mbeir.write_union(long)
     rows = [Candidate("9:0", "x" * 600, None, "text"), *fake_mbeir.candidates()[1:]]
     mbeir.write_candidates(long / fake_mbeir.UNION_POOL, rows)
+    *queries, query, last = fake_mbeir.queries()
+    query = dataclasses.replace(query, negatives=("5:5", "9:none"))
+    mbeir.write_queries(long / fake_mbeir.UNION_QUERIES, [*queries, query, last])
     with open(long / fake_mbeir.UNION_POOL, "a", encoding="utf-8") as file:
         file.write("{}\n")
     main(tiny.folder, Settings(long, tmp_path / "out", on_bad_record="skip"))
@@ -395,8 +398,9 @@ def test_the_command_says_what_it_has_built_and_where(root, tiny, tmp_path, caps
         "1 bad records were skipped, the first of them:\n"
         "  mbeir_union_train_cand_pool.jsonl:13: did is missing, expected an id\n"
         "1 texts fill the limit of 450 tokens at which text is truncated\n"
-        "neg_cand_list of 4 training queries, 8 ids, is not used: "
-        "training takes all negatives from the batch\n"
+        "neg_cand_list of 4 training queries holds 7 ids: stages with "
+        "plan.hard_negatives draw hard negatives from them\n"
+        "1 ids of neg_cand_list are of no candidate and are left out\n"
         "13 queries of mscoco_task0, mscoco_task3, oven_task8, mine_task4\n"
         f"and 12 candidates are in {tmp_path / 'out'}\n"
     )

@@ -26,14 +26,25 @@ CHUNKS, GROUPS = 2, 4
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """60 queries of image and text for 40 texts, and 20 queries of text for 20 images."""
+    """60 queries of image and text for 40 texts, and 20 queries of text for 20 images.
+
+    The former have one to five hard negatives, an image among them.
+    """
     root = tmp_path_factory.mktemp("mbeir")
     (root / "images").mkdir()
     for number in range(20):
         random_image(40 + 5 * number, 90, number).save(root / f"images/{number}.png")
     image = [f"images/{number}.png" for number in range(20)]
     queries = [
-        Query(f"m:{n}", f"text {n}", image[n % 20], "image,text", (f"c:{n % 40}", "c:1"), 6)
+        Query(
+            f"m:{n}",
+            f"text {n}",
+            image[n % 20],
+            "image,text",
+            (f"c:{n % 40}", "c:1"),
+            6,
+            (*(f"c:{(n + 2 + k) % 40}" for k in range(n % 5)), f"i:{(n + 3) % 20}"),
+        )
         for n in range(60)
     ] + [Query(f"t:{n}", "words " * n + "end", None, "text", (f"i:{n}",), 0) for n in range(20)]
     candidates = [Candidate(f"c:{n}", f"candidate {n}", None, "text") for n in range(40)]
@@ -62,13 +73,13 @@ def store(root, processor, tmp_path_factory):
     return Store.open(out)
 
 
-@pytest.fixture(scope="module")
-def plan(store, processor):
+@pytest.fixture(scope="module", params=[0, 3], ids=["no negatives", "3 negatives"])
+def plan(request, store, processor):
     return Plan(
         store.table,
         store.instructions,
         processor.template,
-        PlanConfig(batch_size=16, balance_window=4),
+        PlanConfig(batch_size=16, balance_window=4, hard_negatives=request.param),
     )
 
 
@@ -125,7 +136,8 @@ def test_hosts_together_hold_what_one_would(store, plan, shape, expected, hosts)
 def test_hosts_agree_on_the_chunks_of_a_batch_that_does_not_fit(store, plan, shape, hosts):
     one_item_a_device = dataclasses.replace(shape, slots=GROUPS)
     whole = Loader(store, plan, one_item_a_device, CHUNKS)(3)
-    assert len(whole.rows.tokens) == 2 * 16 // GROUPS > CHUNKS
+    items = 2 * 16 + (plan.pairs(3).negative >= 0).sum()
+    assert len(whole.rows.tokens) == -(-items // GROUPS) > CHUNKS
     parts = [
         Loader(store, plan, one_item_a_device, CHUNKS, host=host, hosts=hosts)(3)
         for host in range(hosts)
@@ -177,6 +189,19 @@ def test_a_batch_holds_the_items_that_were_planned(
         theirs = alone(normalize_text(candidate.text), candidate.image)
         np.testing.assert_allclose(found, theirs, rtol=0, atol=1e-4)
         assert batch.modality[number] == mbeir.modality_code(candidate.modality)
+        for place, row in enumerate(pairs.negative[number]):
+            assert batch.negatives.valid[number, place] == (row >= 0)
+            if row < 0:
+                assert batch.negatives.slot[number, place] == -1
+                continue
+            negative = candidates[row]
+            assert negative.did in query.negatives
+            found = states[batch.negatives.slot[number, place]]
+            theirs = alone(normalize_text(negative.text), negative.image)
+            np.testing.assert_allclose(found, theirs, rtol=0, atol=1e-4)
+            kind = mbeir.modality_code(negative.modality)
+            assert batch.negatives.modality[number, place] == kind
+            assert batch.negatives.document[number, place] == plan.table.candidate_content[row]
 
 
 def test_transfers_run_ahead_and_nothing_is_lost_or_reordered(expected):
@@ -202,6 +227,7 @@ def test_counters_say_how_full_the_rows_are(loader, plan, shape):
         assert 0 < counters.useful_patches <= 1
         assert counters.pairs_per_second > 0
         assert counters.blank_images == 0
+        assert counters.missing_negatives == (made.pairs.negative < 0).sum()
 
 
 def test_an_image_that_cannot_be_decoded_stops_the_run_or_is_left_blank(
@@ -226,6 +252,12 @@ def test_an_image_that_cannot_be_decoded_stops_the_run_or_is_left_blank(
         queries = np.array([int(q) % 20 == 3 and q < 60 for q in batch.query])
         candidates = np.array([c == 43 for c in batch.candidate])
         np.testing.assert_array_equal(~batch.valid, queries | candidates)
+    if blank[0].negatives is not None:
+        rows = [plan.pairs(step).negative for step in steps]
+        assert any((of_step == 43).any() for of_step in rows)
+        for batch, of_step in zip(blank, rows, strict=True):
+            there = (of_step >= 0) & (of_step != 43)
+            np.testing.assert_array_equal(batch.negatives.valid, there)
 
 
 def test_data_that_changed_since_it_was_built_is_found(root, processor, plan, shape, tmp_path):

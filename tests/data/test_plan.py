@@ -1,6 +1,7 @@
 """The plan: pure in (seed, step), each query once an epoch, rows that hold every step."""
 
 import dataclasses
+import hashlib
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puma_jax.config import PlanConfig
+from puma_jax.data.draws import shuffle
 from puma_jax.data.items import TokenizedTemplate
 from puma_jax.data.packing import place_in
-from puma_jax.data.plan import Plan, _shuffle
+from puma_jax.data.plan import Plan
 from puma_jax.data.shapes import batch_shape
 from puma_jax.data.store import Instructions, Prompt
 from puma_jax.data.table import LengthTable
@@ -24,7 +26,7 @@ SETS = ("large", "small", "tiny")
 
 @pytest.fixture(scope="module")
 def table():
-    """Three sets of 800, 180 and 23 queries, one to four positives each."""
+    """Three sets of 800, 180 and 23 queries; one to four positives each, up to six negatives."""
     rng = np.random.default_rng(0)
     sides = {}
     for side, n in (("query", QUERIES), ("candidate", CANDIDATES)):
@@ -38,17 +40,19 @@ def table():
         sides |= {"query_text_length": text} if side == "query" else {"candidate_modality": kind}
     positives = rng.integers(1, 5, QUERIES)
     start = np.append(0, np.cumsum(positives))
+    positive_row = rng.integers(0, CANDIDATES, start[-1])
+    negatives = np.arange(QUERIES) % 7
     return LengthTable(
         **sides,
         query_plain_tokens=sides["query_tokens"] + 1,
         query_key=np.where(np.arange(QUERIES) % 5 == 0, -1, np.arange(QUERIES) % 2),
         query_set=np.repeat([0, 1, 2], [800, 180, 23]),
         query_task=np.zeros(QUERIES, int),
-        candidate_content=np.arange(len(sides["candidate_modality"])),
+        candidate_content=np.arange(CANDIDATES) // 2,
         positive_start=start,
-        positive_row=rng.integers(0, CANDIDATES, start[-1]),
-        negative_start=np.zeros(QUERIES + 1, int),
-        negative_row=np.zeros(0, int),
+        positive_row=positive_row,
+        negative_start=np.append(0, np.cumsum(negatives)),
+        negative_row=rng.integers(0, CANDIDATES, negatives.sum()),
     )
 
 
@@ -62,18 +66,24 @@ def plan_of(table, tiny):
     return lambda **settings: Plan(table, instructions, template, PlanConfig(**settings))
 
 
+def drawn_in(pairs):
+    """Queries, candidates and prompts, pair by pair."""
+    columns = pairs.query, pairs.candidate, pairs.prompt
+    return zip(*(column.tolist() for column in columns), strict=True)
+
+
 def same(first, second):
     return all(np.array_equal(value, getattr(second, name)) for name, value in vars(first).items())
 
 
 @given(st.integers(1, 3000), st.integers(0, 5))
 def test_a_shuffle_is_a_permutation(size, seed):
-    shuffled = _shuffle(np.arange(size), size, seed)
+    shuffled = shuffle(np.arange(size), size, seed)
     assert sorted(shuffled.tolist()) == list(range(size))
 
 
 def test_shuffles_of_two_seeds_have_nothing_in_common():
-    one, other = (_shuffle(np.arange(10_000), 10_000, seed) for seed in (0, 1))
+    one, other = (shuffle(np.arange(10_000), 10_000, seed) for seed in (0, 1))
     for shuffled in (one, other):
         # As many fixed points and descents as chance would have.
         assert (shuffled == np.arange(10_000)).sum() < 10
@@ -82,7 +92,10 @@ def test_shuffles_of_two_seeds_have_nothing_in_common():
     assert (one == other).sum() < 10
 
 
-@pytest.mark.parametrize("settings", [{}, {"homogeneous_batches": True}, {"balance_window": 5}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"homogeneous_batches": True}, {"balance_window": 5}, {"hard_negatives": 3}],
+)
 def test_no_query_comes_twice_in_an_epoch_and_all_but_the_rest_come(plan_of, settings):
     plan = plan_of(batch_size=20, **settings)
     for epoch in range(2):
@@ -92,19 +105,103 @@ def test_no_query_comes_twice_in_an_epoch_and_all_but_the_rest_come(plan_of, set
         assert len(seen) > QUERIES - 3 * 20
 
 
-def test_any_step_is_planned_the_same_without_those_before(plan_of):
-    plan = plan_of(batch_size=16)
+@pytest.mark.parametrize("negatives", [0, 2])
+def test_any_step_is_planned_the_same_without_those_before(plan_of, negatives):
+    def new():
+        return plan_of(batch_size=16, hard_negatives=negatives)
+
+    plan = new()
     in_order = [plan.pairs(step) for step in range(130)]
     for step in (129, 0, 64, 31, 32, 99):
-        assert same(plan_of(batch_size=16).pairs(step), in_order[step])
+        assert same(new().pairs(step), in_order[step])
+
+
+def test_without_hard_negatives_a_plan_is_what_it_was_before_there_were_any(plan_of):
+    """The digest is that of version 0.1, which drew none."""
+    plan, digest = plan_of(batch_size=40), hashlib.sha256()
+    shape = plan.fitting_shape(2, 8)
+    digest.update(repr(shape).encode())
+    for number in range(60):
+        step = plan.step(number, shape, 2)
+        packing = [of_items for name, of_items in vars(step.packing).items() if name != "chunks"]
+        pairs = step.pairs
+        columns = pairs.query, pairs.candidate, pairs.prompt, step.lengths, step.patches, *packing
+        for column in columns:
+            digest.update(np.asarray(column, np.int64).tobytes())
+    assert digest.hexdigest() == "07efc63ec08aa86023d0b8b922af2b3737614d08b68a93e0055c3c1a09bcb662"
+
+
+def test_hard_negatives_are_those_of_the_query_each_document_once_and_no_answer(plan_of, table):
+    plan = plan_of(batch_size=500, hard_negatives=3)
+    content, drawn = table.candidate_content, {}
+    for step in range(60):
+        pairs = plan.pairs(step)
+        assert pairs.negative.shape == (500, 3)
+        for query, rows in zip(pairs.query.tolist(), pairs.negative, strict=True):
+            answers, listed = (
+                set(content[row[start[query] : start[query + 1]]].tolist())
+                for start, row in (
+                    (table.positive_start, table.positive_row),
+                    (table.negative_start, table.negative_row),
+                )
+            )
+            documents = content[rows[rows >= 0]].tolist()
+            assert set(documents) <= listed - answers
+            # As many as there are, up to three, and none twice.
+            assert len(set(documents)) == len(documents) == min(3, len(listed - answers))
+            drawn.setdefault(query, (listed - answers, set()))[1].update(documents)
+    assert all(listed == seen for listed, seen in drawn.values())
+
+
+def test_other_settings_draw_the_same_pairs_with_hard_negatives_and_without(plan_of):
+    """Whichever pairs make up a batch, a query keeps its positive and its prompt."""
+    with_some, without = (plan_of(batch_size=1000, hard_negatives=count) for count in (3, 0))
+    some, none = (
+        sorted(drawn_in(plan.pairs(step))) for step, plan in ((1, with_some), (1, without))
+    )
+    assert some == none
+
+
+def test_rows_hold_the_largest_hard_negative_and_every_step(plan_of, table):
+    plan = plan_of(batch_size=100, hard_negatives=4)
+    shape = plan.fitting_shape(chunks=2, data_shards=1)
+    for number in range(plan.steps_per_epoch):
+        step = plan.step(number, shape, 2)
+        assert len(step.lengths) == 200 + (step.pairs.negative >= 0).sum()
+        check_packing(step.lengths, step.patches, step.packing, shape)
+        assert step.packing.chunk.max() < 2
+    longer = np.where(np.arange(CANDIDATES) == table.negative_row[0], 999, table.candidate_tokens)
+    plan.table = dataclasses.replace(table, candidate_tokens=longer)
+    assert plan.largest_item()[0] > 999
+
+
+def test_dealing_counts_the_sizes_of_hard_negatives(plan_of):
+    def spread(window):
+        plan = plan_of(batch_size=30, balance_window=window, hard_negatives=5)
+        return np.std([plan.item_sizes(plan.pairs(step))[0].sum() for step in range(32)])
+
+    assert spread(32) < spread(1) / 5
+
+
+def test_hard_negatives_of_queries_without_any_are_refused(plan_of, table):
+    bare = dataclasses.replace(
+        table, negative_start=np.zeros(QUERIES + 1, int), negative_row=np.zeros(0, int)
+    )
+    plan = plan_of(batch_size=4)
+    with pytest.raises(ConfigError, match=r"plan\.hard_negatives is 2, but neg_cand_list is empty"):
+        Plan(
+            bare,
+            Instructions((), (), SETS),
+            plan.template,
+            PlanConfig(batch_size=4, hard_negatives=2),
+        )
 
 
 def test_another_seed_or_epoch_is_another_order_and_other_choices(plan_of):
     plan = plan_of(batch_size=500)
     first = np.sort(plan.pairs(0).query)
     assert not np.array_equal(first, np.sort(plan_of(batch_size=500, seed=1).pairs(0).query))
-    again = {q: (c, p) for q, c, p in zip(*vars(plan.pairs(0)).values(), strict=True)}
-    later = {q: (c, p) for q, c, p in zip(*vars(plan.pairs(2)).values(), strict=True)}
+    again, later = ({q: (c, p) for q, c, p in drawn_in(plan.pairs(step))} for step in (0, 2))
     both = set(again) & set(later)
     assert len(both) > 100
     assert sum(again[q] != later[q] for q in both) > len(both) / 2
@@ -114,8 +211,8 @@ def test_positives_and_prompts_are_those_of_the_query_all_of_them_sometimes(plan
     plan = plan_of(batch_size=500)
     drawn = {}
     for step in range(60):
-        for query, candidate, prompt in zip(*vars(plan.pairs(step)).values(), strict=True):
-            drawn.setdefault(int(query), set()).add((int(candidate), int(prompt)))
+        for query, candidate, prompt in drawn_in(plan.pairs(step)):
+            drawn.setdefault(query, set()).add((candidate, prompt))
     for query, choices in drawn.items():
         here = slice(table.positive_start[query], table.positive_start[query + 1])
         assert {candidate for candidate, _ in choices} <= set(table.positive_row[here].tolist())

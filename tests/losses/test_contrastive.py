@@ -16,6 +16,7 @@ from puma_jax.losses import (
     learnable_temperature,
     mac_loss,
     mamcl_loss,
+    matryoshka,
 )
 from tests.losses import reference
 
@@ -65,44 +66,68 @@ LOSSES = {
         {"tau_norm": 0.03, "tau_hard": 0.03, "same_modality_only": True},
     ),
 }  # fmt: skip
+WIDTHS = (4, 9)
 MASKS = [(), ("valid",), ("document",), ("negatives",), ("valid", "document", "negatives")]
 
 
-def ours(pairs, loss, masks, layout=None):
+def ours(pairs, loss, masks, layout=None, widths=()):
     """The loss as a function of queries and candidates."""
     given = {name: jnp.asarray(pairs[name]) for name in masks if name != "negatives"}
+    further = []
     if "negatives" in masks:
-        vectors, modality, document, valid = pairs["negatives"]
-        given["negatives"] = Negatives(
-            jnp.asarray(vectors, jnp.float32),
+        negatives, modality, document, valid = pairs["negatives"]
+        further.append(jnp.asarray(negatives, jnp.float32))
+        metadata = (
             jnp.asarray(modality),
             jnp.asarray(document) if "document" in masks else None,
             jnp.asarray(valid),
         )
     if layout is not None:
         given["layout"] = layout
-    modality = jnp.asarray(pairs["modality"])
-    return lambda q, c: LOSSES[loss][0](q, c, modality, **given)
+    kinds = jnp.asarray(pairs["modality"])
+
+    def of_width(q, c, *further):
+        negatives = {"negatives": Negatives(*further, *metadata)} if further else {}
+        return LOSSES[loss][0](q, c, kinds, **given, **negatives)
+
+    return lambda q, c: matryoshka(of_width, (q, c, *further), widths)[0]
 
 
-def theirs(pairs, loss, masks):
+def theirs(pairs, loss, masks, widths=()):
     given = {name: pairs[name] for name in masks}
-    return lambda q, c: reference.contrastive(
-        q, c, modality=pairs["modality"], **LOSSES[loss][1], **given
-    )
+
+    def of_width(q, c, width):
+        if "negatives" in masks:
+            negatives, *metadata = pairs["negatives"]
+            given["negatives"] = (first(negatives, width), *metadata)
+        return reference.contrastive(
+            first(q, width), first(c, width), modality=pairs["modality"], **LOSSES[loss][1], **given
+        )
+
+    return lambda q, c: sum(of_width(q, c, width) for width in (D, *widths))
+
+
+def first(x, width):
+    """The whole vectors as they are, or their first values, scaled to length 1."""
+    if width == D:
+        return x
+    return x[:, :width] / np.linalg.norm(x[:, :width], axis=1, keepdims=True)
 
 
 def vectors(pairs):
     return (jnp.asarray(pairs[name], jnp.float32) for name in ("queries", "candidates"))
 
 
-@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize(
+    ("masks", "widths"), [*((masks, ()) for masks in MASKS), ((), WIDTHS), (MASKS[-1], WIDTHS)]
+)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_loss_and_gradient_equal_the_formula(pairs, loss, masks):
+def test_loss_and_gradient_equal_the_formula(pairs, loss, masks, widths):
     # What the float32 loss sees, in float64: the formula is compared, not the rounding of inputs.
     q, c = (np.asarray(x, np.float64) for x in vectors(pairs))
-    formula = theirs(pairs, loss, masks)
-    value, gradients = jax.value_and_grad(ours(pairs, loss, masks), (0, 1))(*vectors(pairs))
+    formula = theirs(pairs, loss, masks, widths)
+    function = ours(pairs, loss, masks, widths=widths)
+    value, gradients = jax.value_and_grad(function, (0, 1))(*vectors(pairs))
     np.testing.assert_allclose(value, formula(q, c), rtol=0, atol=1e-6 * max(1, abs(formula(q, c))))
     rng = np.random.default_rng(1)
     for _ in range(3):
@@ -147,17 +172,19 @@ def test_an_equally_similar_negative_of_another_modality_weighs_only_in_the_rela
     assert pull(True) > 100 * pull(False)
 
 
-@pytest.mark.parametrize("masks", [(), ("valid", "document", "negatives")])
+@pytest.mark.parametrize(("masks", "widths"), [((), ()), (MASKS[-1], ()), (MASKS[-1], WIDTHS)])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(("rows", "devices"), [(8, None), (None, (8, 1)), (3, (4, 2)), (6, (2, 4))])
-def test_rows_and_devices_change_nothing(pairs, loss, masks, rows, devices):
+def test_rows_and_devices_change_nothing(pairs, loss, masks, widths, rows, devices):
     mesh = None
     if devices:
         mesh = Mesh(np.array(jax.devices()).reshape(devices), ("data", "fsdp"))
     layout = Layout(rows, mesh, ("data", "fsdp"))
-    dense = jax.jit(jax.value_and_grad(ours(pairs, loss, masks), (0, 1)))(*vectors(pairs))
-    spread = jax.jit(jax.value_and_grad(ours(pairs, loss, masks, layout), (0, 1)))(*vectors(pairs))
-    np.testing.assert_allclose(spread[0], dense[0], rtol=0, atol=1e-6)
+    dense, spread = (
+        jax.jit(jax.value_and_grad(ours(pairs, loss, masks, how, widths), (0, 1)))(*vectors(pairs))
+        for how in (None, layout)
+    )
+    np.testing.assert_allclose(spread[0], dense[0], rtol=1e-6 * bool(widths), atol=1e-6)
     for a, b in zip(spread[1], dense[1], strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * float(jnp.abs(b).max()) + 1e-7)
 
@@ -175,6 +202,20 @@ def test_rows_that_do_not_divide_are_refused(pairs):
     q, c = vectors(pairs)
     with pytest.raises(ConfigError, match="48 queries of a device do not divide into chunks of 5"):
         info_nce(q, c, temperature=0.05, layout=Layout(chunk_size=5))
+
+
+def test_the_sum_over_widths_says_what_each_is_and_survives_a_zero_prefix(pairs):
+    def loss(q, c):
+        return info_nce(q, c, temperature=0.05)
+
+    q, c = vectors(pairs)
+    total, narrow = matryoshka(loss, (q, c), WIDTHS)
+    assert narrow.keys() == {*WIDTHS}
+    np.testing.assert_allclose(total, loss(q, c) + sum(narrow.values()), rtol=1e-6)
+    assert matryoshka(loss, (q, c), ())[0] == loss(q, c)
+    zero = q.at[3, :4].set(0)
+    gradient = jax.grad(lambda q: matryoshka(loss, (q, c), WIDTHS)[0])(zero)
+    assert np.isfinite(gradient).all()
 
 
 def test_without_a_valid_pair_loss_and_gradient_are_zero(pairs):

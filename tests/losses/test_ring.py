@@ -14,6 +14,7 @@ from puma_jax.losses import (
     learnable_temperature,
     mac_loss,
     mamcl_loss,
+    matryoshka,
 )
 from puma_jax.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 from tests.losses import reference
@@ -60,19 +61,23 @@ def batch():
     }
 
 
-def of(batch, loss, masks, layout):
+def of(batch, loss, masks, layout, widths=()):
     """The loss as a function of queries, candidates, negatives and temperatures."""
     given = {name: jnp.asarray(batch[name]) for name in masks if name != "negatives"}
     modality, document, valid = map(jnp.asarray, batch["labels"])
 
     def function(queries, candidates, negatives, taus):
-        further = None
-        if "negatives" in masks:
-            further = Negatives(negatives, modality, document, valid)
         kinds = jnp.asarray(batch["modality"])
-        return LOSSES[loss](
-            queries, candidates, kinds, taus, negatives=further, layout=layout, **given
-        )
+
+        def of_width(queries, candidates, negatives):
+            further = None
+            if "negatives" in masks:
+                further = Negatives(negatives, modality, document, valid)
+            return LOSSES[loss](
+                queries, candidates, kinds, taus, negatives=further, layout=layout, **given
+            )
+
+        return matryoshka(of_width, (queries, candidates, negatives), widths)[0]
 
     return function
 
@@ -93,15 +98,15 @@ def assert_same(found, expected, message="", tolerance=3e-6):
         np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=message)
 
 
-@pytest.mark.parametrize("masks", [ALL, PLAIN])
+@pytest.mark.parametrize(("masks", "widths"), [(ALL, ()), (PLAIN, ()), (ALL, (5, 8))])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_ring_and_gather_and_dense_have_one_loss_and_one_gradient(batch, loss, masks):
+def test_ring_and_gather_and_dense_have_one_loss_and_one_gradient(batch, loss, masks, widths):
     def by(how):
-        return value_and_gradients(of(batch, loss, masks, how), batch["vectors"])
+        return value_and_gradients(of(batch, loss, masks, how, widths), batch["vectors"])
 
     dense = by(DENSE)
     assert_same(by(layout((4, 2, 1), "gather", 7)), dense)
-    for axes in MESHES if masks == ALL else [(4, 2, 1)]:
+    for axes in MESHES if masks == ALL and not widths else [(4, 2, 1)]:
         assert_same(by(layout(axes)), dense, str(axes))
 
 

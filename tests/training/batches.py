@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from puma_jax.data.packing import fill, place
-from puma_jax.data.pipeline import Batch
+from puma_jax.data.pipeline import Batch, HardNegatives
 from puma_jax.data.shapes import batch_shape
 from tests.reference import Pair, random_image
 
@@ -23,24 +23,51 @@ def items_of(pair: Pair, pairs: int):
     return queries, candidates, np.array(modality, np.int32)
 
 
-def batch_of(pair: Pair, pairs: int, chunks: int, data_shards: int = 1) -> Batch:
-    """The same pairs, however they are packed."""
+def negatives_of(pair: Pair, candidates, modality, count: int):
+    """Hard negatives of each pair: their items, and a row of modalities and documents for each.
+
+    The first one of a query holds what its own candidate holds, or the next query's, in turn. Some
+    are not there: their document is -1.
+    """
+    pairs = len(candidates)
+    items, kinds = [], np.zeros((pairs, count), np.int32)
+    documents = np.full((pairs, count), -1, np.int32)
+    for i, j in np.ndindex(pairs, count):
+        if (i * count + j) % 5 == 4:
+            continue
+        copied = (i + i % 2) % pairs
+        text = pair.item(f"not number {i * 31 % 101}" + " and less" * j)
+        items.append(text if j else candidates[copied])
+        kinds[i, j] = 1 if j else modality[copied]
+        documents[i, j] = pairs + i * count + j if j else copied
+    return items, kinds, documents
+
+
+def batch_of(
+    pair: Pair, pairs: int, chunks: int, data_shards: int = 1, negatives: int = 0
+) -> Batch:
+    """The same pairs, each with its hard negatives, however they are packed."""
     queries, candidates, modality = items_of(pair, pairs)
-    items = queries + candidates
+    hard, kinds, documents = negatives_of(pair, candidates, modality, negatives)
+    items = queries + candidates + hard
     lengths = np.array([len(item.tokens) for item in items])
     patches = np.array([len(item.patches) for item in items])
     largest = int(lengths.max()), int(patches.max())
     shape = batch_shape([(lengths, patches)], chunks, data_shards, largest)
     packing = place(lengths, patches, shape, chunks)
     slots = packing.chunk * shape.slots + packing.slot
+    there = documents >= 0
+    slot = np.full(there.shape, -1)
+    slot[there] = slots[2 * pairs :]
     return Batch(
         rows=fill(items, packing, shape, pair.config.vision),
         query_slot=slots[:pairs],
-        candidate_slot=slots[pairs:],
+        candidate_slot=slots[pairs : 2 * pairs],
         modality=modality,
         query=np.arange(pairs),
         candidate=np.arange(pairs),
         document=np.arange(pairs, dtype=np.int32),
         prompt=np.full(pairs, -1),
         valid=np.arange(pairs) != pairs - 2,
+        negatives=HardNegatives(slot, kinds, documents, there) if negatives else None,
     )

@@ -13,7 +13,7 @@ from puma_jax.files import read_object
 from puma_jax.parallel.mesh import MeshConfig, make_mesh
 from puma_jax.train import load_config
 from puma_jax.training.checks import base_configs, check_run
-from puma_jax.training.config import EvaluationConfig, LogConfig, ScratchConfig
+from puma_jax.training.config import EvaluationConfig, LogConfig, LossConfig, ScratchConfig
 from puma_jax.training.results import StageResult, stage_result
 from puma_jax.training.run import run
 from puma_jax.training.stages import with_inputs
@@ -89,8 +89,13 @@ def test_a_sound_run_passes_and_nothing_is_written(config, tmp_path):
             ConfigError,
             "scratch describes a model of .* parameters, more than",
         ),
+        (
+            lambda config: changed(config, "cut", loss=LossConfig(widths=(8, 32))),
+            ConfigError,
+            r"stage cut: loss.widths \[8, 32\] must be below the 32 values of a vector",
+        ),
     ],
-    ids=["layers", "layers of layers", "data", "model", "split", "size"],
+    ids=["layers", "layers of layers", "data", "model", "split", "size", "widths"],
 )
 def test_a_mistake_of_any_stage_is_told(config, tmp_path, change, error, message):
     with pytest.raises(error, match=message):

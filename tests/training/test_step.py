@@ -21,22 +21,31 @@ from puma_jax.training.stages import is_trained
 from puma_jax.training.step import FrozenParams, init_state, make_loss, make_step
 from puma_jax.training.teacher import make_teacher, split_teacher
 from puma_jax.training.transfer import shard_batch
+from tests.losses import reference
 from tests.reference import FLOAT32
 from tests.training.batches import batch_of
 
 PAIRS = 24
 STEPS = 10
-# Everything at once: adapters with dropout, distillation, MAC-Loss, a trained temperature.
+# Everything at once: adapters with dropout, distillation, MAC-Loss, a trained temperature, hard
+# negatives, three widths.
 ALL = StageConfig(
     steps=STEPS,
     keep_layers="2",
-    loss=LossConfig(kind="mac", temperature=0.5, learn_temperature=True, mask_same_document=True),
+    plan=PlanConfig(hard_negatives=2),
+    loss=LossConfig(
+        kind="mac",
+        temperature=0.5,
+        learn_temperature=True,
+        mask_same_document=True,
+        widths=(8, 24),
+    ),
     distill=DistillConfig(weight=(0.1, 0.5), scale=1.0),
     trainable="lora",
     lora=LoraConfig(rank=4, alpha=8.0, dropout=0.1),
     optimizer=OptimizerConfig(learning_rate=1e-3, first_layer_lr_scale=0.5),
 )
-FULL = dataclasses.replace(ALL, trainable="full", train_vision=True)
+FULL = dataclasses.replace(ALL, trainable="full", train_vision=True, plan=PlanConfig())
 KEPT = (0, 1)
 RING = dataclasses.replace(
     ALL, loss=dataclasses.replace(ALL.loss, cross_device="ring", chunk_size=2)
@@ -74,10 +83,15 @@ def prepared(pair, config, mesh):
     return state, frozen_params, loss
 
 
+def sharded_batch(pair, config, mesh, chunks):
+    made = batch_of(pair, PAIRS, chunks, data_shards(mesh), config.plan.hard_negatives)
+    return shard_batch(made, config.loss, mesh)
+
+
 def gradients(pair, config, mesh, chunks):
     """Metrics and gradients at a step in the middle."""
     state, frozen_params, loss = prepared(pair, config, mesh)
-    batch = shard_batch(batch_of(pair, PAIRS, chunks, data_shards(mesh)), config.loss, mesh)
+    batch = sharded_batch(pair, config, mesh, chunks)
     compute = jax.jit(jax.grad(loss, has_aux=True))
     found, metrics = compute(state.trained, np.int32(3), frozen_params, batch, None)
     return jax.device_get(found), jax.device_get(metrics)
@@ -127,7 +141,7 @@ def three_steps(pair, config, mesh):
     """Loss, gradient norm and weights after each of three steps."""
     state, frozen_params, loss = prepared(pair, config, mesh)
     step = jax.jit(make_step(config, STEPS, loss))
-    batch = shard_batch(batch_of(pair, PAIRS, 2, data_shards(mesh)), config.loss, mesh)
+    batch = sharded_batch(pair, config, mesh, 2)
     history = []
     for _ in range(3):
         state, metrics = step(state, frozen_params, batch, None)
@@ -135,8 +149,60 @@ def three_steps(pair, config, mesh):
     return history
 
 
+def test_a_step_has_the_loss_of_the_formula_over_its_pairs_and_hard_negatives(tiny):
+    """Vectors, modalities, documents and which of them count: each comes to its place."""
+    for kind, mask in (("info_nce", False), ("mac", True), ("mamcl", True)):
+        loss_config = LossConfig(
+            kind=kind, temperature=0.5, mask_same_document=mask, widths=(8,) if mask else ()
+        )
+        config = dataclasses.replace(
+            ALL, loss=loss_config, lora=LoraConfig(rank=4, alpha=8.0), distill=DistillConfig()
+        )
+        state, frozen_params, loss = prepared(tiny, config, one_device())
+        batch = sharded_batch(tiny, config, one_device(), 1)
+        _, metrics = jax.jit(loss)(state.trained, np.int32(STEPS), frozen_params, batch, None)
+        states = states_of(tiny, config, state, frozen_params, batch)
+        narrow = [formula(states[:, :width], config, batch) for width in config.loss.widths]
+        expected = formula(states, config, batch) + sum(narrow)
+        np.testing.assert_allclose(metrics["contrastive"], expected, rtol=1e-5)
+        for width, value in zip(config.loss.widths, narrow, strict=True):
+            np.testing.assert_allclose(metrics[f"contrastive_{width}"], value, rtol=1e-5)
+
+
+def states_of(pair, config, state, frozen_params, batch):
+    """The student's states of all slots."""
+    structure = lora.add_lora(
+        encoder.keep_layers(pair.config, pair.params, KEPT)[1], config.lora, jax.random.key(1)
+    )
+    params = assemble(structure, {**frozen_params.student, **state.trained})
+    states = encoder.encode(params, jax.tree.map(lambda leaf: leaf[0], batch.rows), FLOAT32)
+    return np.asarray(states, np.float64)
+
+
+def formula(states, config, batch):
+    """The loss at the end of training."""
+    vectors = states / np.linalg.norm(states, axis=1, keepdims=True)
+    there = np.asarray(batch.negatives.valid)
+    slot, modality, document = (
+        np.asarray(column)[there]
+        for column in (batch.negatives.slot, batch.negatives.modality, batch.negatives.document)
+    )
+    tau = config.loss.temperature
+    return reference.contrastive(
+        vectors[batch.query_slot],
+        vectors[batch.candidate_slot],
+        modality=np.asarray(batch.modality),
+        tau_norm=tau,
+        tau_hard=tau * np.exp(-config.loss.decay) if config.loss.kind == "mac" else tau,
+        same_modality_only=config.loss.kind == "mamcl",
+        valid=np.asarray(batch.valid),
+        document=np.asarray(batch.document) if config.loss.mask_same_document else None,
+        negatives=(vectors[slot], modality, document, np.ones(len(slot), bool)),
+    )
+
+
 def test_memory_does_not_grow_with_the_batch(tiny):
-    config = dataclasses.replace(ALL, loss=LossConfig(kind="mac", chunk_size=64))
+    config = dataclasses.replace(ALL, loss=LossConfig(kind="mac", chunk_size=64, widths=(8, 24)))
     peak = {pairs: temporary_bytes(tiny, config, pairs, pairs // 64) for pairs in (128, 2048)}
     assert peak[2048] <= 1.15 * peak[128]
 
@@ -145,7 +211,7 @@ def temporary_bytes(pair, config, pairs, chunks):
     """What the compiled step needs beside its arguments and results."""
     mesh = one_device()
     state, frozen_params, loss = prepared(pair, config, mesh)
-    few = batch_of(pair, 64, 1)
+    few = batch_of(pair, 64, 1, negatives=config.plan.hard_negatives)
     # As many chunks of the same shape: only shapes are compiled.
     batch = jax.eval_shape(lambda: put_shapes(few, pairs, chunks))
     compiled = (
@@ -158,8 +224,13 @@ def temporary_bytes(pair, config, pairs, chunks):
 
 def put_shapes(few, pairs, chunks):
     rows = jax.tree.map(lambda leaf: jax.numpy.repeat(leaf, chunks, axis=0), few.rows)
+
+    def column(leaf):
+        dtype = bool if leaf.dtype == bool else "int32"
+        return jax.numpy.zeros((pairs, *leaf.shape[1:]), dtype)
+
     columns = {
-        field.name: jax.numpy.zeros(pairs, bool if field.name == "valid" else "int32")
+        field.name: jax.tree.map(column, getattr(few, field.name))
         for field in dataclasses.fields(few)
         if field.name != "rows"
     }
@@ -167,7 +238,7 @@ def put_shapes(few, pairs, chunks):
 
 
 def test_pairs_that_fill_up_a_batch_change_nothing(tiny):
-    """24 pairs become 25 to divide into rows of 5; the one that is added is no negative."""
+    """24 pairs become 25 to divide into rows of 5; what is added is no negative."""
     config = dataclasses.replace(ALL, loss=LossConfig(chunk_size=5))
     expected, _ = gradients(tiny, dataclasses.replace(ALL, loss=LossConfig()), one_device(), 1)
     found, _ = gradients(tiny, config, one_device(), 1)

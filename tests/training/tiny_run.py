@@ -50,9 +50,9 @@ def get_config(steps: int = 8) -> TrainConfig:
             "cut": StageConfig(
                 steps=steps,
                 keep_layers="1",
-                plan=PlanConfig(batch_size=12),
+                plan=PlanConfig(batch_size=12, hard_negatives=1),
                 grad_cache_chunks=2,
-                loss=LossConfig(kind="mac", temperature=0.1),
+                loss=LossConfig(kind="mac", temperature=0.1, widths=(8,)),
                 distill=DistillConfig(weight=(0.5, 0.1), scale=1.0),
                 trainable="lora",
                 lora=LoraConfig(rank=4, alpha=8.0, dropout=0.1),

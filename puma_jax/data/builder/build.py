@@ -61,7 +61,9 @@ class Summary:
     with_negatives: int
     """Queries with hard negatives."""
     negatives: int
-    """Hard negatives of all queries, which training does not use."""
+    """Hard negatives of all queries."""
+    unknown_negatives: int
+    """Ids of hard negatives that are left out, because no candidate has them."""
     written: int
     """Shards that were written; 0 if all were there already."""
     shards: int
@@ -79,6 +81,11 @@ class Summary:
             )
         if self.negatives:
             notes.append(negatives_note(self.with_negatives, self.negatives))
+        if self.unknown_negatives:
+            notes.append(
+                f"{self.unknown_negatives:,} ids of neg_cand_list are of no candidate and are left "
+                "out"
+            )
         return notes
 
 
@@ -134,7 +141,10 @@ def _build(
         row_of_document = np.where(candidates.kept, np.cumsum(candidates.kept) - 1, -1)
         # Documents in no pool have index -1, which selects the -1 appended here.
         row_of_id = np.append(row_of_document, -1)[document_of_id]
-        queries = drop_unanswerable(queries.renumbered(row_of_id), source)
+        listed = len(queries.negatives.values)
+        queries = queries.renumbered(row_of_id)
+        unknown = listed - len(queries.negatives.values)
+        queries = drop_unanswerable(queries, source)
         records = output.write_table("queries", queries.lines, write, source)
     queries = queries.take(np.flatnonzero(records.kept))
 
@@ -152,6 +162,7 @@ def _build(
         limit=limit,
         with_negatives=int((queries.negatives.lengths > 0).sum()),
         negatives=len(queries.negatives.values),
+        unknown_negatives=unknown,
         written=output.written,
         shards=sum(map(len, output.lengths.values())),
     )

@@ -180,8 +180,8 @@ def content_key(text: str | None, image: str | None) -> int:
 def negatives_note(queries: int, negatives: int) -> str:
     """Return what to tell a user whose training queries have hard negatives."""
     return (
-        f"neg_cand_list of {queries:,} training queries, {negatives:,} ids, is not used: "
-        "training takes all negatives from the batch"
+        f"neg_cand_list of {queries:,} training queries holds {negatives:,} ids: stages with "
+        "plan.hard_negatives draw hard negatives from them"
     )
 
 

@@ -214,8 +214,8 @@ def test_what_is_given_twice_is_one_thing_if_it_is_the_same(root):
         f"{TRAIN}: qid of another query, too": 1,
     }
     assert report.notes == [
-        "neg_cand_list of 1 training queries, 2 ids, is not used: "
-        "training takes all negatives from the batch"
+        "neg_cand_list of 1 training queries holds 2 ids: stages with "
+        "plan.hard_negatives draw hard negatives from them"
     ]
 
 
