@@ -30,10 +30,11 @@ FLOORS = (
     ("data", "parallel"),
     ("forward",),
     ("embedder",),
+    ("reranker",),
     ("search",),
     ("evaluation",),
     ("training", "export"),
-    ("train", "evaluate", "embed", "index", "prune", "compose"),
+    ("train", "evaluate", "embed", "index", "prune", "compose", "verify"),
 )
 OPTIONAL = {
     "datasets",
@@ -65,6 +66,7 @@ COMMANDS = (
     "puma_jax.prune",
     "puma_jax.search.__main__",
     "puma_jax.train",
+    "puma_jax.verify",
 )
 
 
