@@ -213,7 +213,7 @@ class Embedder:
             ItemError: The item has neither text nor image, or a field of the wrong kind.
             ImageError: The image cannot be read.
         """
-        text, image, own = _checked(item)
+        text, image, own = checked(item)
         if own is not None and instruction is not None:
             raise ItemError("an instruction is given with the item, and another one for all")
         instruction = own if instruction is None else instruction
@@ -237,6 +237,7 @@ class Embedder:
         shape: PackedShape | None = None,
         progress: bool = True,
         name: Callable[[int], str] | None = None,
+        normalize: bool = True,
     ) -> Float[ndarray, "n width"]:
         """Return one unit vector per item, in the order of the items.
 
@@ -253,6 +254,7 @@ class Embedder:
                 and pack items alike; see `shape_for`. By default the first items decide.
             progress: Whether to show a progress bar if the work takes more than two seconds.
             name: Returns what a message calls the item of a number; "item 3" by default.
+            normalize: Whether to scale vectors to length 1.
 
         Raises:
             EvaluationError: A vector is not finite, or zero.
@@ -267,7 +269,7 @@ class Embedder:
         tokens = tokens_per_chunk or _default_tokens()
         window_tokens = tokens * _CHUNKS_IN_WINDOW * (data_shards(self.mesh) if self.mesh else 1)
         forward = Forward(
-            self.params, self.config.vision, self.compute, self.mesh, self._known_shapes
+            self.params, self.config.vision, self.compute, self.mesh, self._known_shapes, normalize
         )
         bar = Progress(
             total=len(items) if isinstance(items, Sequence) else None,
@@ -373,8 +375,12 @@ def _default_tokens() -> int:
     return 2048 if jax.default_backend() == "cpu" else 16384
 
 
-def _checked(item: RawItem | str) -> tuple[str | None, ImageSource | None, str | None]:
-    """Return text, image and instruction of an item, once the types of the first two are right."""
+def checked(item: RawItem | str) -> tuple[str | None, ImageSource | None, str | None]:
+    """Return text, image and instruction of an item, the types of which are right.
+
+    Raises:
+        ItemError: The item has none of them, a field of the wrong kind, or an unknown one.
+    """
     if isinstance(item, str):
         item = {"text": item}
     if not isinstance(item, Mapping):
