@@ -15,7 +15,8 @@ from puma_jax.config import ComputeConfig, DType, ImageConfig, PromptConfig
 from puma_jax.data.images import read_patches
 from puma_jax.data.items import Item
 from puma_jax.data.pairs import PairProcessor, Side
-from puma_jax.embedder import Embedder, RawItem, checked
+from puma_jax.data.raw_items import RawItem, checked
+from puma_jax.embedder import Embedder
 from puma_jax.errors import CheckpointError, ItemError
 from puma_jax.model import hf
 from puma_jax.model.families import CONFIG_KEY, family_of

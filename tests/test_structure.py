@@ -32,17 +32,20 @@ FLOORS = (
     ("embedder",),
     ("reranker",),
     ("search",),
-    ("evaluation",),
+    ("evaluation", "service"),
     ("training", "export"),
-    ("train", "evaluate", "embed", "index", "prune", "compose", "verify"),
+    ("train", "evaluate", "embed", "index", "prune", "compose", "serve", "verify"),
+    ("__main__",),
 )
 OPTIONAL = {
     "datasets",
     "faiss",
+    "fastapi",
     "grain",
     "lance",
     "mteb",
     "orbax",
+    "prometheus_client",
     "milvus_lite",
     "pyarrow",
     "pymilvus",
@@ -51,6 +54,7 @@ OPTIONAL = {
     "tensorflow",
     "tensorflow_datasets",
     "torch",
+    "uvicorn",
     "wandb",
 }
 COMMANDS = (
@@ -65,6 +69,7 @@ COMMANDS = (
     "puma_jax.index",
     "puma_jax.prune",
     "puma_jax.search.__main__",
+    "puma_jax.serve",
     "puma_jax.train",
     "puma_jax.verify",
 )

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -20,6 +17,7 @@ from puma_jax.export import engines, golden
 from puma_jax.export.__main__ import main as export
 from puma_jax.export.agreement import Agreement, kind_of, table
 from tests import reference
+from tests.service.serving import serving
 
 KINDS = ("huggingface", "sentence-transformers", "stablehlo")
 
@@ -200,62 +198,15 @@ def test_a_folder_that_is_no_export_is_refused(tmp_path):
         kind_of(tmp_path)
 
 
-@pytest.fixture
-def server(model):
-    """A service that answers as ours does, from an embedder; texts of the key "key" alone."""
-    embedder, alone = Embedder.load(model, dtype="float32"), threading.Lock()
-
-    def item(content):
-        raw = {}
-        for part in content:
-            if part["type"] == "text":
-                raw["text"] = part["text"]
-            else:
-                data = part["image_url"]["url"].partition(";base64,")[2]
-                raw["image"] = base64.b64decode(data)
-        return raw
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if self.headers["Authorization"] != "Bearer key":
-                return self.answer(401, {"message": "the key is missing or wrong"})
-            if self.path == "/v2/embed":
-                items = [golden.GoldenItem("", item(one["content"])) for one in body["inputs"]]
-                with alone:  # filters of warnings are those of all threads
-                    vectors = golden.encode(embedder, items)
-                return self.answer(200, {"embeddings": {"float": vectors.tolist()}})
-            system, user = body["messages"]
-            raw = item(user["content"]) | {"instruction": system["content"]}
-            with alone:
-                vector = embedder.encode([raw])[0]
-            return self.answer(200, {"data": [{"embedding": vector.tolist()}]})
-
-        def answer(self, status, value):
-            content = json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_):
-            """Print nothing."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
-        thread.join()
-
-
-def test_a_service_is_asked_for_all_items(agreement, server):
-    found = agreement.check_service(f"{server}/", "key")
-    assert (found.verdict, found.compared) == ("equal", len(agreement.items))
-    refused = agreement.check_service(server, None)
+def test_a_running_service_is_asked_for_all_items(agreement, model):
+    with serving(Embedder.load(model, dtype="float32"), None, "key") as live:
+        found = agreement.check_service(f"{live.url}/", "key")
+        refused = agreement.check_service(live.url, None)
+    assert (found.verdict, found.compared) == ("equal", len(agreement.items)), found.note
     assert refused.verdict == "failed"
     assert "/v2/embed answers 401: " in refused.note
-    gone = agreement.check_service("http://127.0.0.1:9", None)
+    gone = agreement.check_service(live.url, "key")
+    assert gone.verdict == "failed"
     assert "cannot be reached" in gone.note
 
 
