@@ -198,6 +198,7 @@ def test_a_folder_that_is_no_export_is_refused(tmp_path):
         kind_of(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore::puma_jax.data.prompts.TextTruncationWarning")
 def test_a_running_service_is_asked_for_all_items(agreement, model):
     with serving(Embedder.load(model, dtype="float32"), None, "key") as live:
         found = agreement.check_service(f"{live.url}/", "key")
