@@ -8,8 +8,9 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 if TYPE_CHECKING:
     from puma_jax.embedder import Embedder
+    from puma_jax.reranker import Reranker
 
-__all__ = ["Embedder"]
+__all__ = ["Embedder", "Reranker"]
 
 __version__ = "0.1.0"
 
@@ -20,4 +21,8 @@ def __getattr__(name: str) -> object:
         from puma_jax.embedder import Embedder
 
         return Embedder
+    if name == "Reranker":
+        from puma_jax.reranker import Reranker
+
+        return Reranker
     raise AttributeError(f"module 'puma_jax' has no attribute {name!r}")

@@ -19,6 +19,7 @@ COMMANDS = {
     "search": ("puma_jax.search", "Search an index or a folder of vectors from the shell"),
     "serve": ("puma_jax.serve", "Serve embeddings, search and a page over HTTP"),
     "export": ("puma_jax.export", "Export a model, or vectors, for other software"),
+    "verify": ("puma_jax.verify", "Check that all engines and exports give the same vectors"),
     "build": ("puma_jax.data.builder", "Tokenize a benchmark ahead of training"),
     "mbeir": ("puma_jax.data.mbeir", "Check a benchmark in M-BEIR layout"),
     "openmoji": ("puma_jax.data.openmoji", "Build the demo benchmark of emoji"),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import jax
 import numpy as np
@@ -27,11 +27,12 @@ from puma_jax.config import (
     PromptConfig,
     require,
 )
-from puma_jax.data.images import ImageSource, read_patches
+from puma_jax.data.images import read_patches
 from puma_jax.data.items import Item
 from puma_jax.data.prompts import Processor
+from puma_jax.data.raw_items import RawItem, check_text, checked
 from puma_jax.data.tokenizer import load_tokenizer
-from puma_jax.errors import ImageError, ItemError
+from puma_jax.errors import ItemError
 from puma_jax.forward import Forward, Running, check_vectors, first_values, shape_for
 from puma_jax.model import encoder, hf
 from puma_jax.model.encoder import Encoder
@@ -42,12 +43,6 @@ from puma_jax.progress import Progress
 from puma_jax.rows import PackedShape
 from puma_jax.schema import shown
 from puma_jax.typing import Float, ndarray
-
-RawItem = Mapping[str, Any]
-"""An item: {"text": str}, {"image": path, bytes, PIL image or uint8 array}, or both.
-
-{"instruction": str} beside them is the instruction of this item alone.
-"""
 
 # Items are packed this many chunks at a time: more chunks leave less padding.
 _CHUNKS_IN_WINDOW = 8
@@ -217,11 +212,11 @@ class Embedder:
             ImageError: The image cannot be read.
             LongTextError: Instruction and text have too many tokens, and are not to be truncated.
         """
-        text, image, own = _checked(item)
+        text, image, own = checked(item)
         if own is not None and instruction is not None:
             raise ItemError("an instruction is given with the item, and another one for all")
         instruction = own if instruction is None else instruction
-        _check_text("instruction", instruction)
+        check_text("instruction", instruction)
         full = self._processor.read(text, instruction)
         if image is None:
             return self._processor.item(full, instruction=instruction, truncate=truncate)
@@ -246,6 +241,7 @@ class Embedder:
         shape: PackedShape | None = None,
         progress: bool = True,
         name: Callable[[int], str] | None = None,
+        normalize: bool = True,
     ) -> Float[ndarray, "n width"]:
         """Return one unit vector per item, in the order of the items.
 
@@ -264,6 +260,7 @@ class Embedder:
                 and pack items alike; see `shape_for`. By default the first items decide.
             progress: Whether to show a progress bar if the work takes more than two seconds.
             name: Returns what a message calls the item of a number; "item 3" by default.
+            normalize: Whether to scale vectors to length 1.
 
         Raises:
             ConfigError: `dimensions` is not the width of a vector or less.
@@ -284,7 +281,7 @@ class Embedder:
         tokens = tokens_per_chunk or _default_tokens()
         window_tokens = tokens * _CHUNKS_IN_WINDOW * (data_shards(self.mesh) if self.mesh else 1)
         forward = Forward(
-            self.params, self.config.vision, self.compute, self.mesh, self._known_shapes
+            self.params, self.config.vision, self.compute, self.mesh, self._known_shapes, normalize
         )
         bar = Progress(
             total=len(items) if isinstance(items, Sequence) else None,
@@ -389,35 +386,3 @@ class LazyParams:
 
 def _default_tokens() -> int:
     return 2048 if jax.default_backend() == "cpu" else 16384
-
-
-def _checked(item: RawItem | str) -> tuple[str | None, ImageSource | None, str | None]:
-    """Return text, image and instruction of an item, once the types of the first two are right."""
-    if isinstance(item, str):
-        item = {"text": item}
-    if not isinstance(item, Mapping):
-        raise ItemError(
-            f'an item is a {type(item).__name__}, expected a text or {{"text": ..., "image": ...}}'
-        )
-    unknown = set(item) - {"text", "image", "instruction"}
-    if unknown:
-        raise ItemError(f"unknown fields {sorted(unknown)}, expected text, image and instruction")
-    text, image, instruction = (item.get(name) for name in ("text", "image", "instruction"))
-    if text is None and image is None and instruction is None:
-        raise ItemError("neither text nor image")
-    _check_text("text", text)
-    if not isinstance(image, ImageSource | None):
-        raise ImageError(
-            f"image is a {type(image).__name__}, expected a path, bytes, a PIL image or an array"
-        )
-    return text, image, instruction
-
-
-def _check_text(name: str, text: object) -> None:
-    """Refuse what is no text, or holds lone surrogates, which no tokenizer reads."""
-    if not isinstance(text, str | None):
-        raise ItemError(f"{name} is a {type(text).__name__}, expected a str")
-    try:
-        (text or "").encode()
-    except UnicodeEncodeError as error:
-        raise ItemError(f"{name} is not valid Unicode: {error.reason}") from None

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import tyro
 
-from puma_jax import Embedder, cli
+from puma_jax import Embedder, Reranker, cli
 from puma_jax.artifacts import atomic_folder, check_output, write_json, write_text
 from puma_jax.config import DType
 from puma_jax.data import mbeir
@@ -22,8 +23,9 @@ from puma_jax.data.mbeir import Benchmark
 from puma_jax.errors import ConfigError, DataError
 from puma_jax.evaluation import published
 from puma_jax.evaluation.encoding import ItemEncoder
-from puma_jax.evaluation.evaluation import Evaluation, Subset, evaluate_selection
-from puma_jax.evaluation.report_page import evaluation_sections, page
+from puma_jax.evaluation.evaluation import KS, Evaluation, Subset, evaluate_selection
+from puma_jax.evaluation.report_page import evaluation_sections, page, reranked_section
+from puma_jax.evaluation.reranking import rerank
 from puma_jax.evaluation.results import compare, differing, read_evaluations
 from puma_jax.evaluation.selection import Selection, select
 from puma_jax.evaluation.vector_folder import VectorFolder, vector_folder
@@ -46,6 +48,8 @@ def main(
     on_bad_record: OnBadRecord = "error",
     vectors_dir: Path | None = None,
     compare_with: tuple[Path, ...] = (),
+    reranker: str | None = None,
+    rerank_top: int = 50,
     dtype: DType | None = None,
     ret_token: str | None = None,
     tokens_per_chunk: int | None = None,
@@ -69,6 +73,10 @@ def main(
             for them: the same command then resumes after a kill. They stay in memory by default.
         compare_with: Files results.json of other models or of training runs, or result.json of
             their stages, to print in the same table.
+        reranker: Hugging Face folder or hub id of a reranker, such as Qwen/Qwen3-VL-Reranker-2B.
+            It orders the first documents of each query and pool anew, and the results of both are
+            written.
+        rerank_top: Number of documents of each query and pool that the reranker scores.
         dtype: Dtype of weights and activations. The dtype of the model's files by default.
         ret_token: Token that ends every item, such as "<|video_pad|>"; for models without a spare
             row for [RET]. The one saved with the model, or [RET], by default.
@@ -84,6 +92,8 @@ def main(
         *vectors_dir.absolute().parents,
     ):
         raise ConfigError(f"vectors_dir {vectors_dir} lies in {out}: choose a folder outside of it")
+    if rerank_top < 1:
+        raise ConfigError(f"rerank_top is {rerank_top}, expected at least 1")
     others = _others(compare_with)
     benchmark = mbeir.discover(data_root)
     if sets:
@@ -93,6 +103,7 @@ def main(
     )
     devices = make_mesh(mesh, jax.local_devices())
     embedder = Embedder.load(model, dtype=dtype, ret_token=ret_token, mesh=devices)
+    reader = None if reranker is None else Reranker.load(reranker, dtype=dtype, mesh=devices)
     print(describe(embedder.compute), flush=True)
     with contextlib.ExitStack() as stack:
         vectors = None
@@ -102,6 +113,7 @@ def main(
         evaluation = evaluate_selection(
             selection,
             ItemEncoder(embedder, tokens_per_chunk),
+            ks={*KS, rerank_top} if reader else KS,
             on_bad_record=on_bad_record,
             vectors=vectors,
             progress=multihost.is_process_zero(),
@@ -109,8 +121,26 @@ def main(
         # What was measured is told before anything can fail, and vectors are kept until it is safe.
         _print(evaluation, vectors, {**others, str(out): evaluation}, whole=subset is None)
         results = {"model": model, "benchmark": str(data_root), **evaluation.to_json()}
-        multihost.on_process_zero(lambda: _write(out, results, selection, evaluation))
+        reranked = None
+        if reader is not None:
+            reranked = rerank(
+                selection,
+                evaluation,
+                functools.partial(
+                    reader.score_pairs, tokens_per_chunk=tokens_per_chunk, progress=False
+                ),
+                top=rerank_top,
+                progress=multihost.is_process_zero(),
+            )
+            print(f"\nFirst {rerank_top} documents reranked by {reranker}:\n{reranked.table()}\n")
+            print(compare({model: evaluation, f"{model} + {reranker}": reranked}), flush=True)
+        said = {"reranker": reranker, "rerank_top": rerank_top}
+        multihost.on_process_zero(
+            lambda: _write(out, results, selection, evaluation, reranked, said)
+        )
     print(f"Numbers are in {out / 'results.json'}, ranked documents in {out / 'runs'}")
+    if reranker is not None:
+        print(f"Those of reranking are in {out / 'reranked.json'} and {out / 'reranked-runs'}")
     print(f"To see what was found, open {out / 'report.html'} in a browser")
 
 
@@ -161,14 +191,33 @@ def _print(
 
 
 def _write(
-    out: Path, results: dict[str, Any], selection: Selection, evaluation: Evaluation
+    out: Path,
+    results: dict[str, Any],
+    selection: Selection,
+    evaluation: Evaluation,
+    reranked: Evaluation | None,
+    said: dict[str, Any],
 ) -> None:
-    """Write numbers, ranked documents and page; the folder appears whole, or not at all."""
+    """Write numbers, ranked documents and page; the folder appears whole, or not at all.
+
+    Args:
+        out: Folder to write.
+        results: Content of results.json.
+        selection: What was evaluated.
+        evaluation: Its evaluation.
+        reranked: The evaluation after reranking, if there was any.
+        said: What reranked.json tells of the reranker.
+    """
     with atomic_folder(out) as folder:
         write_json(folder / "results.json", results)
         evaluation.write_runs(folder / "runs")
         title = f"{results['model']} on {selection.split} of {results['benchmark']}"
-        write_text(folder / "report.html", page(title, evaluation_sections(selection, evaluation)))
+        sections = [*evaluation_sections(selection, evaluation)]
+        if reranked is not None:
+            write_json(folder / "reranked.json", results | said | reranked.to_json())
+            reranked.write_runs(folder / "reranked-runs")
+            sections += reranked_section(reranked, **said)
+        write_text(folder / "report.html", page(title, sections))
 
 
 def only(benchmark: Benchmark, names: tuple[str, ...]) -> Benchmark:

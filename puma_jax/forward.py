@@ -30,14 +30,28 @@ from puma_jax.typing import Array, Float, ndarray
 _WASTE = (4, 3)
 
 
+Compiled = Callable[[Encoder, PackedBatch, ComputeConfig, int], Array]
+
+
 @functools.cache
-def vectors_of_rows() -> Callable[[Encoder, PackedBatch, ComputeConfig, int], Array]:
+def vectors_of_rows() -> Compiled:
     """Return the compiled function from rows to the unit vectors of all slots."""
+    return _compiled(encoder.l2_normalize)
+
+
+@functools.cache
+def states_of_rows() -> Compiled:
+    """Return the compiled function from rows to the states of all slots, float32."""
+    return _compiled(lambda states: states)
+
+
+def _compiled(finish: Callable[[Array], Array]) -> Compiled:
+    """Return the compiled function from rows to what `finish` makes of the pooled states."""
     # XLA multiplies bfloat16 in float32 on CPUs. By default it widens the weights of all layers
     # ahead of the loop over them, in every chunk: two more times the memory of the weights.
     by_layer = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
     return jax.jit(
-        lambda params, rows, compute, data_shards: encoder.l2_normalize(
+        lambda params, rows, compute, data_shards: finish(
             encoder.encode(params, rows, compute, data_shards=data_shards)
         ),
         static_argnames=("compute", "data_shards"),
@@ -112,6 +126,8 @@ class Forward:
     """Devices that share the rows of a chunk; None runs on the device of the weights."""
     known_shapes: list[PackedShape] = field(default_factory=list)
     """Shapes of earlier calls, whose programs are compiled. New ones are added."""
+    normalize: bool = True
+    """Whether vectors are scaled to length 1."""
 
     def start(
         self, items: Sequence[Item], shape: PackedShape | None, tokens: int
@@ -138,7 +154,8 @@ class Forward:
         # A window of texts alone among others is encoded without the vision tower.
         filled = shape if patches.any() else replace(shape, patch_rows=0)
         batch = fill(items, packing, filled, self.vision)
-        encode, shards = vectors_of_rows(), shape.data_shards
+        encode = vectors_of_rows() if self.normalize else states_of_rows()
+        shards = shape.data_shards
         vectors = map_chunks(
             lambda chunk: encode(self.params, chunk, self.compute, shards), batch, self.mesh
         )

@@ -205,6 +205,19 @@ def save_folder(model, folder: Path, **kwargs) -> Path:
     return folder
 
 
+def save_reranker(
+    folder: Path, *, tie: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Save a random Qwen3-VL with a head, and a tokenizer that knows yes and no."""
+    model, tokenizer = random_model(qwen3_vl_config(tie=tie), seed=3), byte_tokenizer()
+    tokenizer.add_tokens(["yes", "no"])
+    with torch.no_grad():  # scores near 0 or 1 would hide differences
+        model.lm_head.weight[tokenizer.convert_tokens_to_ids(["yes", "no"])] *= 0.2
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer
+
+
 def rename_to_later_generation(source: Path, target: Path) -> Path:
     """Copy a single-file folder, its tensors named as transformers ≥ 4.52 wrote them."""
     target.mkdir(parents=True)

@@ -30,10 +30,11 @@ FLOORS = (
     ("data", "parallel"),
     ("forward",),
     ("embedder",),
+    ("reranker",),
     ("search",),
     ("evaluation", "service"),
     ("training", "export"),
-    ("train", "evaluate", "embed", "mine", "index", "prune", "compose", "serve"),
+    ("train", "evaluate", "embed", "mine", "index", "prune", "compose", "serve", "verify"),
     ("__main__",),
 )
 OPTIONAL = {
@@ -71,6 +72,7 @@ COMMANDS = (
     "puma_jax.search.__main__",
     "puma_jax.serve",
     "puma_jax.train",
+    "puma_jax.verify",
 )
 
 

@@ -7,10 +7,10 @@ the same result on any number of devices; see `search.topk`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,9 @@ from puma_jax.typing import Bool, Float, Int, ndarray
 
 __all__ = ["Encode", "Evaluation", "Subset", "evaluate", "evaluate_selection"]
 
+KS = (1, 5, 10, 20, 50)
+"""Depths at which hits are counted by default."""
+
 _TILE = 4096
 
 
@@ -38,7 +41,7 @@ def evaluate(
     model: Embedder | Encode,
     *,
     split: str = "test",
-    ks: Collection[int] = (1, 5, 10, 20, 50),
+    ks: Collection[int] = KS,
     limits: Subset | None = None,
     on_bad_record: OnBadRecord = "error",
     vectors: VectorFolder | None = None,
@@ -73,7 +76,7 @@ def evaluate_selection(
     selection: Selection,
     model: Embedder | Encode,
     *,
-    ks: Collection[int] = (1, 5, 10, 20, 50),
+    ks: Collection[int] = KS,
     on_bad_record: OnBadRecord = "error",
     vectors: VectorFolder | None = None,
     progress: bool = True,
@@ -247,32 +250,50 @@ def _result(
     selection: Selection, query_set: QuerySet, found: dict[Pool, SearchResult], ks: Collection[int]
 ) -> SetResult:
     """Return the hit rates of a query set."""
-    k, count = headline_k(query_set.name), len(query_set.qids)
-    rank = {
-        pool: first_relevant(of_pool.rows, query_set.relevant) for pool, of_pool in found.items()
-    }
-    hits = {
-        pool: {at: float(np.mean(of_pool < at)) for at in sorted({*ks, k})}
-        for pool, of_pool in rank.items()
-    }
-    # An empty place, row -1, has no id and counts as the right modality.
-    target = modality_code(TASKS[query_set.task][1])
-    wrong = np.append(selection.modalities, target)[found["global"].rows] != target
+    k = headline_k(query_set.name)
     names = np.array([*selection.dids, None], object)
     return SetResult(
         name=query_set.name,
         task=query_set.task,
-        queries=count,
+        queries=len(query_set.qids),
         documents=len(query_set.pool),
         k=k,
-        hits=hits,
-        interval={
-            pool: bootstrap_interval([of_pool[k]], [count]) for pool, of_pool in hits.items()
-        },
-        wrong_modality={at: float(np.mean(wrong[:, :at].any(1))) for at in sorted({1, *ks})},
+        **rates(selection, query_set, {pool: one.rows for pool, one in found.items()}, ks),
         left_out=query_set.left_out(),
         runs={
             pool: Run(query_set.qids, names[of_pool.rows], of_pool.scores, of_pool.rows)
             for pool, of_pool in found.items()
         },
     )
+
+
+def rates(
+    selection: Selection,
+    query_set: QuerySet,
+    found: Mapping[Pool, Int[ndarray, "queries depth"]],
+    ks: Collection[int],
+) -> dict[str, Any]:
+    """Return the fields of a `SetResult` that follow from what its queries found.
+
+    Args:
+        selection: What was evaluated.
+        query_set: The queries.
+        found: Rows of documents that they found in each pool, best first.
+        ks: Depths at which hits are counted, besides the headline's.
+    """
+    k, count = headline_k(query_set.name), len(query_set.qids)
+    rank = {pool: first_relevant(rows, query_set.relevant) for pool, rows in found.items()}
+    hits = {
+        pool: {at: float(np.mean(of_pool < at)) for at in sorted({*ks, k})}
+        for pool, of_pool in rank.items()
+    }
+    # An empty place, row -1, has no id and counts as the right modality.
+    target = modality_code(TASKS[query_set.task][1])
+    wrong = np.append(selection.modalities, target)[found["global"]] != target
+    return {
+        "hits": hits,
+        "interval": {
+            pool: bootstrap_interval([of_pool[k]], [count]) for pool, of_pool in hits.items()
+        },
+        "wrong_modality": {at: float(np.mean(wrong[:, :at].any(1))) for at in sorted({1, *ks})},
+    }

@@ -260,8 +260,8 @@ class Evaluation:
                 run.write(Path(folder) / name, tag)
 
 
-_NOT_READ = ("model", "benchmark", "mean", "interval")
-"""Fields of results.json that say what was evaluated, or follow from the others."""
+_NOT_READ = ("model", "benchmark", "reranker", "rerank_top", "mean", "interval")
+"""Fields of files of results that say what was evaluated, or follow from the others."""
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -90,6 +90,12 @@ def evaluation_sections(selection: Selection, evaluation: Evaluation) -> Iterato
         yield from _set_section(selection, query_set, result)
 
 
+def reranked_section(evaluation: Evaluation, reranker: str, rerank_top: int) -> Iterator[str]:
+    """Yield the section of an evaluation whose first documents a reranker ordered anew."""
+    yield f"<h2>Hit rates after reranking</h2>\n<p>The first {rerank_top} documents of each query "
+    yield f"and pool, ordered by {escape(reranker)}.</p>\n{table(evaluation.table())}"
+
+
 def _set_section(selection: Selection, query_set: QuerySet, result: SetResult) -> Iterator[str]:
     rates = ", ".join(f"{pool} {100 * result.hits[pool][result.k]:.1f}" for pool in POOLS)
     yield f"<h3>{escape(result.title)} · hit@{result.k} {rates}</h3>\n"

@@ -16,7 +16,7 @@ from puma_jax.artifacts import atomic_folder, check_output
 from puma_jax.config import DType
 from puma_jax.errors import ConfigError
 from puma_jax.evaluation.results import read_evaluation
-from puma_jax.export import sentence_transformers, stablehlo
+from puma_jax.export import golden, sentence_transformers, stablehlo
 from puma_jax.export.card import model_card, training_of
 from puma_jax.export.vectors import Format, write_vectors
 from puma_jax.model.encoder import parse_layers
@@ -87,6 +87,7 @@ def main(
             embedder, kind, name, license_name=license, training=training, evaluation=evaluation
         )
         (partial / "README.md").write_text(card, "utf-8")
+        golden.write(embedder, partial)
     print(f"{kind}: {embedder.config.decoder.layers} layers in {out}")
 
 

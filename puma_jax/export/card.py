@@ -43,6 +43,7 @@ _IMAGES = {
     "training. Bring gray images of 16 bits to 8 bits first, or they turn white.",
 }
 """How each kind of export reads images."""
+_VERIFICATION = "## Verification"
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,23 @@ def model_card(
         f"## License\n\n{_license(license_name, base, training)}",
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
+
+
+def with_verification(card: str, table: str) -> str:
+    """Return a card with the table of `puma_jax.verify`, in place of an older one.
+
+    Args:
+        card: The card in markdown.
+        table: What the command prints.
+    """
+    before, _, rest = card.partition(f"{_VERIFICATION}\n")
+    after = rest.partition("\n## ")
+    text = (
+        "Largest differences from puma_jax in float32 on its golden items, by "
+        f"`python -m puma_jax.verify`:\n\n{table}"
+    )
+    kept = f"## {after[2].strip()}" if after[2] else ""
+    return "\n\n".join(filter(None, [before.strip(), kept, f"{_VERIFICATION}\n\n{text}"])) + "\n"
 
 
 def _what_it_is(embedder: Embedder) -> str:

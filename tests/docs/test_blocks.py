@@ -18,7 +18,7 @@ from puma_jax.export import __main__ as export
 from puma_jax.search.corpus import open_corpus
 from puma_jax.search.embedding import embed
 from tests.docs.pages import PAGES, ROOT, blocks, languages, name_of
-from tests.reference import random_image
+from tests.reference import random_image, save_reranker
 from tests.service.serving import serving, small_embedder
 
 WITH_CODE = [page for page in PAGES if blocks(page, "python")]
@@ -53,6 +53,7 @@ def world(tiny, tmp_path_factory):
     )
     embed(open_corpus(folder), embedder, here / "runs/vectors", items_per_shard=3)
     random_image(120, 80).save(here / "bike.jpg")
+    save_reranker(here / "reranker")
     metrics = {"stage": "mac", "step": 10, "loss": 5.5}
     (here / "runs/demo-quick/metrics.jsonl").write_text(json.dumps(metrics) + "\n")
     (here / "mine/photos").mkdir(parents=True)
@@ -75,7 +76,11 @@ def run_page(world, tiny, monkeypatch):
 
     def run(page, **small):
         names: dict = {"__name__": "page"}
-        replaced = SMALL | {"Qwen/Qwen2-VL-2B-Instruct": str(tiny.folder)} | small
+        models = {
+            "Qwen/Qwen2-VL-2B-Instruct": str(tiny.folder),
+            "Qwen/Qwen3-VL-Reranker-2B": str(world / "reranker"),
+        }
+        replaced = SMALL | models | small
         for number, code in enumerate(blocks(ROOT / page, "python"), 1):
             if "embedder.save(" in code:
                 shutil.rmtree(world / "my-puma")
