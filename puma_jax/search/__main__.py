@@ -49,6 +49,7 @@ def main(
     model: str | None = None,
     dtype: DType | None = None,
     ret_token: str | None = None,
+    adapter: str | None = None,
     instruction: str | None = None,
     k: int = 10,
     filter: str | None = None,  # noqa: A002
@@ -72,6 +73,8 @@ def main(
         dtype: Dtype of weights and activations. By default the one of the documents.
         ret_token: Token that ends every item, such as "<|video_pad|>". By default the one of the
             documents.
+        adapter: PEFT folder or hub id of an adapter on the model. By default the one
+            of the documents, or none with --model.
         instruction: Instruction before the text of the query, such as "Find a photo."
         k: Number of documents to find.
         filter: Documents to choose from, by their fields: price < 20 and color == "red".
@@ -95,13 +98,13 @@ def main(
                 f"{uri} is no database, expected a file that ends in .db or the address of a "
                 "Milvus server: for a folder of vectors give --vectors"
             )
-        source = ModelSource.of(model, dtype, ret_token)
+        source = ModelSource.of(model, dtype, ret_token, adapter)
         embedder = source.load()
         vectors = vectors or Path("runs", f"{items.absolute().name}-vectors")
         _bring_up_to_date(items, vectors, uri, collection, source, embedder)
     index = open_index(uri if uri is not None else str(vectors), collection=collection)
     try:
-        embedder = embedder or _model_of(index, model, dtype, ret_token)
+        embedder = embedder or _model_of(index, model, dtype, ret_token, adapter)
         check_model(embedder, index.model)
         started = time.monotonic()
         query = {"text": text or None, "image": image}
@@ -187,6 +190,7 @@ def _model_of(
     model: str | None,
     dtype: DType | None,
     ret_token: str | None,
+    adapter: str | None,
 ) -> Embedder:
     """Return the model of an index, from where it was loaded then or from where one says.
 
@@ -201,10 +205,10 @@ def _model_of(
             raise SearchError(
                 f"the model of the index was {known.model}, which is gone: give it with --model"
             )
-        model = known.model
+        model, adapter = known.model, adapter or known.adapter
     if known is not None:
         dtype, ret_token = dtype or known.dtype, ret_token or known.ret_token
-    return ModelSource.of(model, dtype, ret_token).load()
+    return ModelSource.of(model, dtype, ret_token, adapter).load()
 
 
 if __name__ == "__main__":
