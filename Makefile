@@ -6,7 +6,7 @@ BIN     = $(VENV)/bin
 DEMO    = $(VENV)/.demo
 STAMP   = $(VENV)/.test
 
-.PHONY: demo test check docs docs-serve format data clean
+.PHONY: demo serve test check docs docs-serve format data clean
 
 # PRESET=full trains for longer. Run it again after a stop, and it goes on.
 PRESET ?= quick
@@ -14,6 +14,19 @@ demo: $(DEMO)
 	$(BIN)/python -m puma_jax.data.openmoji --out runs/openmoji
 	$(BIN)/python -m puma_jax.train --config configs/openmoji.py --preset $(PRESET) \
 		--workdir runs/demo-$(PRESET)
+	$(EMBED_DEMO)
+	@echo 'Search:       $(BIN)/puma-jax search --vectors $(VECTORS) --text "red apple"'
+	@echo 'Open a page:  make serve$(if $(filter-out quick,$(PRESET)), PRESET=$(PRESET))'
+
+# The page on what the demo has trained, at http://127.0.0.1:8000
+serve: $(DEMO)
+	$(EMBED_DEMO)
+	$(BIN)/python -m puma_jax.serve --model runs/demo-$(PRESET)/mac --uri $(VECTORS) \
+		--service.instruction "Find the drawing with this name."
+
+VECTORS    = runs/vectors-$(PRESET)
+EMBED_DEMO = $(BIN)/python -m puma_jax.embed --model runs/demo-$(PRESET)/mac --out $(VECTORS) \
+	--items runs/openmoji/cand_pool/global/mbeir_union_test_cand_pool.jsonl
 
 # Most of a test is one thread that compiles: two at a time take little more than half as long.
 WORKERS ?= 2
@@ -47,7 +60,7 @@ $(STAMP): $(DEMO)
 $(DEMO): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "puma_jax needs Python 3.11 or newer, found " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[demo]'
+	$(BIN)/pip install --quiet --editable '.[demo,serve]'
 	touch $@
 
 clean:

@@ -206,16 +206,20 @@ class Embedder:
             source=self._source,
         )
 
-    def preprocess(self, item: RawItem | str, instruction: str | None = None) -> Item:
+    def preprocess(
+        self, item: RawItem | str, instruction: str | None = None, *, truncate: bool = True
+    ) -> Item:
         """Return the tokens of an item and the patches of its image.
 
         Args:
             item: Text, image or both.
             instruction: Instruction of a query; see `encode`.
+            truncate: Whether to truncate a text of too many tokens, with a warning for the first.
 
         Raises:
             ItemError: The item has neither text nor image, or a field of the wrong kind.
             ImageError: The image cannot be read.
+            LongTextError: Instruction and text have too many tokens, and are not to be truncated.
         """
         text, image, own = _checked(item)
         if own is not None and instruction is not None:
@@ -224,9 +228,13 @@ class Embedder:
         _check_text("instruction", instruction)
         full = self._processor.read(text, instruction)
         if image is None:
-            return self._processor.item(full, instruction=instruction)
+            return self._processor.item(full, instruction=instruction, truncate=truncate)
         patches, grid = read_patches(image, self.config.vision, self.config.images)
-        return self._processor.item(full, patches, grid, instruction)
+        return self._processor.item(full, patches, grid, instruction, truncate=truncate)
+
+    def largest_item(self, *, image: bool) -> tuple[int, int]:
+        """Return the most tokens and patches that an item has, with or without an image."""
+        return self._processor.largest_item(image=image)
 
     def shape_for(self, items: Sequence[Item], tokens_per_chunk: int | None = None) -> PackedShape:
         """Return the packed shape that items like these fill well; see `encode`."""

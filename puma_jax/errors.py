@@ -70,6 +70,10 @@ class ImageError(ItemError):
     """An image that cannot be opened, decoded, or resized within the model's limits."""
 
 
+class LongTextError(ItemError):
+    """A text of more tokens than the model reads, where it must not be truncated."""
+
+
 class PackingError(PumaError):
     """An item that does not fit into the rows it should be packed in."""
 

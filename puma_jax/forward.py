@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import jax
@@ -155,25 +155,57 @@ class Forward:
         if not patches.any():
             new = replace(new, patch_rows=0)
 
-        def cost(shape: PackedShape, chunks: int) -> int:
-            return chunks * (shape.rows * shape.length + shape.patch_rows * shape.patch_length)
-
         chunks = place(lengths, patches, new).chunks
         if chunks == 1:
             new = _rounded_up(new)
-        limit = cost(new, chunks) * (_WASTE[0] if chunks == 1 else _WASTE[1] if chunks <= 8 else 1)
-        costs = {}
-        # Texts alone have programs of their own, without a vision tower.
-        for known in (k for k in self.known_shapes if bool(k.patch_rows) == bool(patches.any())):
-            with contextlib.suppress(PackingError):
-                needed = place(lengths, patches, known).chunks
-                if needed <= 2 * chunks:
-                    costs[known] = cost(known, needed)
+        limit = _cost(new, chunks) * (_WASTE[0] if chunks == 1 else _WASTE[1] if chunks <= 8 else 1)
+        needed = _chunks_needed(lengths, patches, self.known_shapes)
+        costs = {
+            known: _cost(known, count) for known, count in needed.items() if count <= 2 * chunks
+        }
         best = min(costs, key=lambda shape: costs[shape], default=None)
         if best is not None and costs[best] <= limit:
             return best
         self.known_shapes.append(new)
         return new
+
+
+def cheapest_shape(items: Sequence[Item], costs: Mapping[PackedShape, float]) -> PackedShape:
+    """Return the shape, out of some, in which some items are encoded soonest.
+
+    Args:
+        items: Items to encode together, in as many chunks as they need.
+        costs: Shapes whose programs are compiled, and what a chunk of each costs, such as seconds.
+            Texts alone take those without patch rows.
+
+    Raises:
+        PackingError: An item is larger than all shapes allow.
+    """
+    lengths, patches = _sizes(items)
+    needed = _chunks_needed(lengths, patches, list(costs))
+    if not needed:
+        raise PackingError(
+            f"items of up to {lengths.max()} tokens and {patches.max()} patches fit none of "
+            f"{len(costs)} shapes: use shapes with larger rows"
+        )
+    return min(needed, key=lambda shape: needed[shape] * costs[shape])
+
+
+def _chunks_needed(
+    lengths: ndarray, patches: ndarray, shapes: Sequence[PackedShape]
+) -> dict[PackedShape, int]:
+    """Return how many chunks items take in each of the shapes that hold them."""
+    needed = {}
+    # Texts alone have programs of their own, without a vision tower.
+    for shape in (shape for shape in shapes if bool(shape.patch_rows) == bool(patches.any())):
+        with contextlib.suppress(PackingError):
+            needed[shape] = place(lengths, patches, shape).chunks
+    return needed
+
+
+def _cost(shape: PackedShape, chunks: int) -> int:
+    """Return the tokens and patches, with padding, that chunks of a shape hold."""
+    return chunks * (shape.rows * shape.length + shape.patch_rows * shape.patch_length)
 
 
 def _rounded_up(shape: PackedShape) -> PackedShape:

@@ -31,17 +31,20 @@ FLOORS = (
     ("forward",),
     ("embedder",),
     ("search",),
-    ("evaluation",),
+    ("evaluation", "service"),
     ("training", "export"),
-    ("train", "evaluate", "embed", "index", "prune", "compose"),
+    ("train", "evaluate", "embed", "index", "prune", "compose", "serve"),
+    ("__main__",),
 )
 OPTIONAL = {
     "datasets",
     "faiss",
+    "fastapi",
     "grain",
     "lance",
     "mteb",
     "orbax",
+    "prometheus_client",
     "milvus_lite",
     "pyarrow",
     "pymilvus",
@@ -50,6 +53,7 @@ OPTIONAL = {
     "tensorflow",
     "tensorflow_datasets",
     "torch",
+    "uvicorn",
     "wandb",
 }
 COMMANDS = (
@@ -64,6 +68,7 @@ COMMANDS = (
     "puma_jax.index",
     "puma_jax.prune",
     "puma_jax.search.__main__",
+    "puma_jax.serve",
     "puma_jax.train",
 )
 

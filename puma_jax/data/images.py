@@ -6,6 +6,7 @@ The arithmetic of sizes and the order of patches are those of transformers' `Qwe
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -123,6 +124,19 @@ def patch_counts(
     rows, columns = resized_sizes(heights[there], widths[there], vision, limits)
     counts[there] = rows * columns // vision.patch_size**2
     return counts
+
+
+def most_patches(vision: VisionConfig, limits: ImageConfig) -> int:
+    """Return a number of patches that no image exceeds.
+
+    It is the area of `max_pixels` for nearly all images. Those whose short side would be less than
+    one visual token, or which are enlarged to `min_pixels`, may come out larger.
+    """
+    unit = (vision.patch_size * vision.merge_size) ** 2
+    most, least = limits.max_pixels / unit, limits.min_pixels / unit
+    thin = math.sqrt(MOST_ELONGATED * most)
+    enlarged = least + math.sqrt(MOST_ELONGATED * least) + math.sqrt(least) + 1
+    return math.ceil(max(most, thin, enlarged)) * vision.merged
 
 
 def patchify(

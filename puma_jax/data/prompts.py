@@ -17,13 +17,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from puma_jax.artifacts import write_json
 from puma_jax.config import ModelConfig, PromptStyle
+from puma_jax.data.images import most_patches
 from puma_jax.data.items import Item, TokenizedTemplate, TokenizedText
 from puma_jax.data.texts import normalize_text
-from puma_jax.errors import CheckpointError, ItemError
+from puma_jax.errors import CheckpointError, ItemError, LongTextError
 from puma_jax.schema import shown
 from puma_jax.typing import UInt8, ndarray
 
@@ -172,6 +174,8 @@ class Processor:
         patches: UInt8[ndarray, "patches values"] | None = None,
         grid: tuple[int, int] = (0, 0),
         instruction: str | None = None,
+        *,
+        truncate: bool = True,
     ) -> Item:
         """Return the item for a text (may be empty), an image (may be None) or both.
 
@@ -180,19 +184,23 @@ class Processor:
             patches: The patches of an image, from `images.patchify`.
             grid: Rows and columns of the patches.
             instruction: Instruction of the item, unless `text` holds it.
+            truncate: Whether to truncate a text of too many tokens; see `tokenize_text`.
 
         Raises:
             ItemError: There is neither text nor image, and the prompt has nothing in their place.
+            LongTextError: The text has too many tokens, and is not to be truncated.
         """
         if not text and patches is None and not self._strings.no_text:
             raise ItemError("an item has neither text nor image")
         before: tuple[int, ...] = ()
         if instruction and self._strings.after_instruction:
             before = self.tokenize_instruction(instruction)
-        tokens = self.tokenize_text(text, image=patches is not None).tokens
+        tokens = self.tokenize_text(text, image=patches is not None, truncate=truncate).tokens
         return self.template.assemble((*before, *tokens), patches, grid, instruction=len(before))
 
-    def tokenize_text(self, text: str, *, image: bool, instructed: bool = False) -> TokenizedText:
+    def tokenize_text(
+        self, text: str, *, image: bool, instructed: bool = False, truncate: bool = True
+    ) -> TokenizedText:
         """Return the tokens of a text and of the prompt suffix.
 
         Args:
@@ -200,6 +208,11 @@ class Processor:
             image: Whether an image comes before it.
             instructed: Whether an instruction with its newline comes before it; an empty text then
                 adds no line of its own.
+            truncate: Whether a text of more than `max_text_tokens` is truncated, with a warning for
+                the first one, or is an error.
+
+        Raises:
+            LongTextError: The text has too many tokens, and is not to be truncated.
         """
         strings = self._strings
         if not image and strings.after_instruction:
@@ -212,9 +225,28 @@ class Processor:
         start, limit = text[: self._most_characters], self.config.prompt.max_text_tokens
         alone = self._encode(start)
         if len(alone) > limit:
-            self._warn_once(len(alone), counted=len(start) == len(text))
+            counted = len(start) == len(text)
+            if not truncate:
+                raise LongTextError(
+                    f"a text has {'' if counted else 'more than '}{len(alone):,} tokens, the model "
+                    f"reads {limit:,} (PromptConfig.max_text_tokens): shorten it"
+                )
+            self._warn_once(len(alone), counted=counted)
             return TokenizedText((*alone[:limit], *self._encode(suffix)), limit)
         return TokenizedText(self._encode(text + suffix), len(alone))
+
+    def largest_item(self, *, image: bool) -> tuple[int, int]:
+        """Return the most tokens and patches that an item has, with or without an image.
+
+        An instruction in a turn of its own is not truncated: it counts as `max_text_tokens`.
+        """
+        template, config = self.template, self.config
+        patches = most_patches(config.vision, config.images) if image else 0
+        limit = config.prompt.max_text_tokens
+        suffix = template.suffix_both if image else template.suffix_text
+        own_turn = limit if template.after_instruction is not None else 0
+        tokens = np.array([limit + len(suffix) + own_turn])
+        return int(template.item_lengths(tokens, np.array([patches]))[0]), patches
 
     def tokenize_instruction(self, instruction: str) -> tuple[int, ...]:
         """Return the tokens of an instruction and its newline.

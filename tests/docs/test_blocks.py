@@ -19,6 +19,7 @@ from puma_jax.search.corpus import open_corpus
 from puma_jax.search.embedding import embed
 from tests.docs.pages import PAGES, ROOT, blocks, languages, name_of
 from tests.reference import random_image
+from tests.service.serving import serving, small_embedder
 
 WITH_CODE = [page for page in PAGES if blocks(page, "python")]
 # What stands for the real thing, which is too large for a test.
@@ -86,7 +87,7 @@ def run_page(world, tiny, monkeypatch):
     return run
 
 
-SPECIAL = {"README.md", "docs/data.md", "docs/evaluate.md", "docs/export.md"}
+SPECIAL = {"README.md", "docs/data.md", "docs/evaluate.md", "docs/export.md", "docs/serve.md"}
 PLAIN = [name_of(page) for page in WITH_CODE if name_of(page) not in SPECIAL]
 
 
@@ -127,6 +128,13 @@ def test_mteb_runs_our_model(run_page, monkeypatch):
     monkeypatch.setattr(mteb, "evaluate", evaluate)
     run_page("docs/evaluate.md", **{"results.to_dataframe()": "results"})
     assert seen == [("me/my-puma", "step-3000", ["NanoSciFactRetrieval", "NIGHTSI2IRetrieval"])]
+
+
+def test_a_client_gets_a_vector_of_the_service(run_page, tiny):
+    with serving(small_embedder(tiny.folder), None, name="mac") as live:
+        names = run_page("docs/serve.md", **{"http://127.0.0.1:8000": live.url})
+        names["client"].close()
+    assert len(names["vector"]) == 64
 
 
 def test_exports_give_the_vectors_of_the_embedder(world, no_videos, monkeypatch):

@@ -1,0 +1,1 @@
+"""The HTTP service: embeddings, search, and the page that shows it."""
