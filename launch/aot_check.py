@@ -1,7 +1,7 @@
 """Check without a TPU whether a training stage fits a TPU slice: libtpu compiles for it here.
 
     pip install -e '.[tpu]'
-    python launch/aot_check.py --config configs/puma_qwen2vl_7b.py --stage mac --topology v5e-16 \
+    python launch/aot_check.py --config configs/puma.py --stage mac --topology v5e-16 \
         --mesh.data 1 --mesh.fsdp 16
 
 No weight and no image is read; only shapes are compiled. The output is the memory of a chip, the

@@ -12,7 +12,7 @@ from typing import Annotated
 import jax
 import tyro
 
-from puma_jax import Embedder, cli
+from puma_jax import cli
 from puma_jax.config import DType
 from puma_jax.data.lines import OnBadRecord
 from puma_jax.errors import ConfigError
@@ -41,6 +41,7 @@ def main(
     on_bad_record: OnBadRecord = "error",
     dtype: DType | None = None,
     ret_token: str | None = None,
+    adapter: str | None = None,
     mesh: MeshConfig = _ALL_DEVICES,
     part: str | None = None,
     columns: Annotated[Columns, tyro.conf.arg(name="")] = _COLUMNS,
@@ -65,6 +66,8 @@ def main(
         dtype: Dtype of weights and activations. The dtype of the model's files by default.
         ret_token: Token that ends every item, such as "<|video_pad|>"; for models without a spare
             row for [RET]. The one saved with the model, or [RET], by default.
+        adapter: PEFT folder or hub id of an adapter on the model, merged when it is read. None by
+            default.
         mesh: How the local devices share the work.
         part: Share of the shards to embed: "2/8" takes every eighth shard from number 2 on, for
             several machines that write one folder. The share of this process by default.
@@ -75,9 +78,8 @@ def main(
     corpus = open_corpus(items, images, columns)
     for note in corpus.notes():
         print(note, flush=True)
-    embedder = Embedder.load(
-        model, dtype=dtype, ret_token=ret_token, mesh=make_mesh(mesh, jax.local_devices())
-    )
+    source = ModelSource.of(model, dtype, ret_token, adapter)
+    embedder = source.load(make_mesh(mesh, jax.local_devices()))
     print(describe(embedder.compute), flush=True)
     number, parts = parse_part(part)
     done = embed(
@@ -89,7 +91,7 @@ def main(
         items_per_shard=items_per_shard,
         on_bad_record=on_bad_record,
         part=(number, parts),
-        source=ModelSource.of(model, dtype, ret_token),
+        source=source,
     )
     print(f"Part {number}/{parts}: {done}" if parts > 1 else done)
     if done.complete:

@@ -36,6 +36,7 @@ from puma_jax.errors import ItemError
 from puma_jax.forward import Forward, Running, check_vectors, first_values, shape_for
 from puma_jax.model import encoder, hf
 from puma_jax.model.encoder import Encoder
+from puma_jax.model.peft import Adapter, open_adapted
 from puma_jax.model.tree import named_leaves
 from puma_jax.parallel import rules
 from puma_jax.parallel.mesh import data_shards
@@ -92,6 +93,7 @@ class Embedder:
         prompt: PromptConfig | None = None,
         ret_token: str | None = None,
         mesh: Mesh | None = None,
+        adapter: str | os.PathLike[str] | None = None,
     ) -> Embedder:
         """Open a model; its weights are read when they are first needed.
 
@@ -109,6 +111,8 @@ class Embedder:
                 token table has no row for a new token.
             mesh: Devices that share the work, from `parallel.mesh.make_mesh`; each reads its part
                 of the weights, by `parallel.rules`. None uses the first device.
+            adapter: PEFT folder or hub id of an adapter on the model, which is merged when the
+                weights are read; see `peft.open_adapter`.
 
         Raises:
             ConfigError: `dtype` is not supported, or the model pools without a `ret_token`.
@@ -120,7 +124,7 @@ class Embedder:
                 dtype in get_args(DType),
                 f"dtype {shown(dtype)} is not one of {', '.join(get_args(DType))}",
             )
-        checkpoint = hf.open_checkpoint(source)
+        checkpoint, opened = open_adapted(source, adapter)
         prompt = prompt or checkpoint.config.prompt
         if ret_token is not None:
             require(
@@ -136,7 +140,7 @@ class Embedder:
         layers = tuple(range(config.decoder.layers))
         return cls(
             config,
-            LazyParams(dataclasses.replace(checkpoint, config=config), layers, dtype, mesh),
+            LazyParams(dataclasses.replace(checkpoint, config=config), layers, dtype, mesh, opened),
             load_tokenizer(checkpoint.folder),
             compute=compute or ComputeConfig(dtype=dtype),
             mesh=mesh,
@@ -377,11 +381,18 @@ class LazyParams:
     layers: tuple[int, ...]
     dtype: str
     mesh: Mesh | None
+    adapter: Adapter | None = None
+    """An adapter to merge into them."""
 
     def read(self) -> Encoder:
         """Read the weights, each device its part, and return the model."""
-        shardings = rules.sharding_fn(self.mesh, self.checkpoint.config) if self.mesh else None
-        return self.checkpoint.read(self.layers, dtype=self.dtype, shardings=shardings)
+        shardings: hf.Shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        if self.mesh is not None:
+            shardings = rules.sharding_fn(self.mesh, self.checkpoint.config)
+        params = self.checkpoint.read(self.layers, dtype=self.dtype, shardings=shardings)
+        if self.adapter is None:
+            return params
+        return self.adapter.merge_into(params, self.layers, shardings=shardings)
 
 
 def _default_tokens() -> int:

@@ -52,6 +52,7 @@ def main(
     rerank_top: int = 50,
     dtype: DType | None = None,
     ret_token: str | None = None,
+    adapter: str | None = None,
     tokens_per_chunk: int | None = None,
     mesh: MeshConfig = _ALL_DEVICES,
     distributed: DistributedConfig = _ALONE,
@@ -80,6 +81,8 @@ def main(
         dtype: Dtype of weights and activations. The dtype of the model's files by default.
         ret_token: Token that ends every item, such as "<|video_pad|>"; for models without a spare
             row for [RET]. The one saved with the model, or [RET], by default.
+        adapter: PEFT folder or hub id of an adapter on the model, merged when it is read. None by
+            default.
         tokens_per_chunk: Approximate tokens that a device processes at a time; no result depends on
             it. Small on a CPU and large on an accelerator by default.
         mesh: How the devices of a process share the work.
@@ -102,7 +105,7 @@ def main(
         benchmark, split, Subset(*subset) if subset else None, on_bad_record=on_bad_record
     )
     devices = make_mesh(mesh, jax.local_devices())
-    embedder = Embedder.load(model, dtype=dtype, ret_token=ret_token, mesh=devices)
+    embedder = Embedder.load(model, dtype=dtype, ret_token=ret_token, mesh=devices, adapter=adapter)
     reader = None if reranker is None else Reranker.load(reranker, dtype=dtype, mesh=devices)
     print(describe(embedder.compute), flush=True)
     with contextlib.ExitStack() as stack:
@@ -120,7 +123,8 @@ def main(
         )
         # What was measured is told before anything can fail, and vectors are kept until it is safe.
         _print(evaluation, vectors, {**others, str(out): evaluation}, whole=subset is None)
-        results = {"model": model, "benchmark": str(data_root), **evaluation.to_json()}
+        name = model if adapter is None else f"{model} with {adapter}"
+        results = {"model": name, "benchmark": str(data_root), **evaluation.to_json()}
         reranked = None
         if reader is not None:
             reranked = rerank(
@@ -133,7 +137,7 @@ def main(
                 progress=multihost.is_process_zero(),
             )
             print(f"\nFirst {rerank_top} documents reranked by {reranker}:\n{reranked.table()}\n")
-            print(compare({model: evaluation, f"{model} + {reranker}": reranked}), flush=True)
+            print(compare({name: evaluation, f"{name} + {reranker}": reranked}), flush=True)
         said = {"reranker": reranker, "rerank_top": rerank_top}
         multihost.on_process_zero(
             lambda: _write(out, results, selection, evaluation, reranked, said)

@@ -12,7 +12,13 @@ from puma_jax.artifacts import check_output
 from puma_jax.model.encoder import parse_layers
 
 
-def main(model: str, keep_layers: str, out: Path, ret_token: str | None = None) -> None:
+def main(
+    model: str,
+    keep_layers: str,
+    out: Path,
+    ret_token: str | None = None,
+    adapter: str | None = None,
+) -> None:
     """Write a model with some of the decoder layers of another.
 
     Args:
@@ -21,10 +27,13 @@ def main(model: str, keep_layers: str, out: Path, ret_token: str | None = None) 
         out: Folder to write; must not exist, or be empty.
         ret_token: Token that ends every item, such as "<|video_pad|>"; for models without a spare
             row for [RET]. The one saved with the model, or [RET], by default.
+        adapter: PEFT folder or hub id of an adapter on the model, merged when it is read. None by
+            default.
     """
     check_output(out)
     layers = parse_layers(keep_layers)
-    embedder = Embedder.load(model, dtype=None, ret_token=ret_token).keep_layers(layers)
+    embedder = Embedder.load(model, dtype=None, ret_token=ret_token, adapter=adapter)
+    embedder = embedder.keep_layers(layers)
     print(
         f"Reading {embedder.config.decoder.layers} layers of {model}, writing {out} ...", flush=True
     )

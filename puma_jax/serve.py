@@ -29,6 +29,7 @@ def main(
     collection: str = "items",
     dtype: DType | None = None,
     ret_token: str | None = None,
+    adapter: str | None = None,
     mesh: MeshConfig = _ALL_DEVICES,
     service: ServiceConfig = _DEFAULTS,
 ) -> None:
@@ -43,6 +44,8 @@ def main(
         dtype: Dtype of weights and activations. By default the one of the documents.
         ret_token: Token that ends every item, such as "<|video_pad|>"; for models without a spare
             row for [RET]. By default the one of the documents.
+        adapter: PEFT folder or hub id of an adapter on the model, merged when it is read. By
+            default the one of the documents.
         mesh: How the local devices share the work.
         service: Settings of the service.
     """
@@ -55,7 +58,8 @@ def main(
 
     with bound_socket(service) as listener:
         index = None if uri is None else open_index(uri, collection=collection)
-        source = source_for(index.source if index else None, model, dtype, ret_token)
+        known = index.source if index is not None else None
+        source = source_for(known, model, dtype, ret_token, adapter)
         embedder = source.load(make_mesh(mesh, jax.local_devices()))
         print(describe(embedder.compute), flush=True)
         if index is not None:

@@ -35,6 +35,7 @@ def main(
     keep_layers: str | None = None,
     dtype: DType | None = None,
     ret_token: str | None = None,
+    adapter: str | None = None,
     license: str | None = None,  # noqa: A002
     results: Path | None = None,
 ) -> None:
@@ -55,6 +56,8 @@ def main(
         dtype: Dtype of the weights. The dtype of the model's files by default.
         ret_token: Token that ends every item, such as "<|video_pad|>"; for models without a spare
             row for [RET]. The one saved with the model, or [RET], by default.
+        adapter: PEFT folder or hub id of an adapter on the model, merged when it is read. None by
+            default.
         license: SPDX name for the card. By default the card refers to the base model's license.
         results: File results.json of `puma_jax.evaluate` for the card. By default the results of
             the training run whose workdir holds the model.
@@ -71,11 +74,11 @@ def main(
     layers = None if keep_layers is None else parse_layers(keep_layers)
     evaluation = None if results is None else read_evaluation(results)
     training = training_of(Path(model))
-    embedder = Embedder.load(model, dtype=dtype, ret_token=ret_token)
+    embedder = Embedder.load(model, dtype=dtype, ret_token=ret_token, adapter=adapter)
     if layers is not None:
         embedder = embedder.keep_layers(layers)
-    if layers is not None and evaluation is None:
-        training = None  # the run's results are not those of a model pruned again
+    if (layers is not None or adapter is not None) and evaluation is None:
+        training = None  # the run's results are not those of a model changed again
     write = {
         "huggingface": embedder.save,
         "stablehlo": lambda folder: stablehlo.write(embedder, folder),

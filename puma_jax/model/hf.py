@@ -93,7 +93,7 @@ class Checkpoint:
 
         def read_leaf(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
             sharding = shardings(name, leaf) if callable(shardings) else shardings
-            tensors = _tensor_names(self.config, name, chosen)
+            tensors = tensor_names(self.config, name, chosen)
 
             def read_part(index: Any) -> ndarray:
                 return self._read_part(name, tensors, index, leaf)
@@ -194,7 +194,7 @@ def write_checkpoint(
     shards: list[list[tuple[str, str, int | None]]] = [[]]
     room, total = max_shard_bytes, 0
     for name, leaf in leaves.items():
-        tensors = _tensor_names(config, name, range(config.decoder.layers))
+        tensors = tensor_names(config, name, range(config.decoder.layers))
         size = leaf.nbytes // len(tensors)
         for number, tensor in enumerate(tensors):
             if size > room and shards[-1]:
@@ -245,15 +245,20 @@ def _copy(values: Any, index: tuple[slice, ...], slot: ndarray, *, transposed: b
         here = slice(start, min(start + _BLOCK_ROWS, len(rows)))
         there = slice(rows[here.start], rows[here.stop - 1] + 1)
         if not transposed:
-            slot[here] = _cast(values[(there, *index[1:])], slot.dtype)
+            slot[here] = cast(values[(there, *index[1:])], slot.dtype)
         elif len(shape) == 2:
-            slot[:, here] = _cast(values[there, index[0]], slot.dtype).T
+            slot[:, here] = cast(values[there, index[0]], slot.dtype).T
         else:
             block = values[there]
-            slot[:, here] = _cast(block.reshape(len(block), -1)[:, index[0]], slot.dtype).T
+            slot[:, here] = cast(block.reshape(len(block), -1)[:, index[0]], slot.dtype).T
 
 
-def _cast(block: ndarray, dtype: np.dtype) -> ndarray:
+def cast(block: ndarray, dtype: np.dtype) -> ndarray:
+    """Return values in another dtype.
+
+    Raises:
+        OverflowError: A value is not finite once it has the dtype.
+    """
     with np.errstate(over="ignore"):
         cast = block.astype(dtype, copy=False)
     if not _all_finite(cast):
@@ -272,7 +277,7 @@ def _all_finite(values: ndarray) -> bool:
     return int(exponents.max(initial=0)) < 0x7F80
 
 
-def _tensor_names(config: ModelConfig, name: str, decoder_layers: Sequence[int]) -> list[str]:
+def tensor_names(config: ModelConfig, name: str, decoder_layers: Sequence[int]) -> list[str]:
     """Return the keys of the tensors that make up a leaf, one for each layer if it is stacked."""
     pattern = family_of(config.family).weights[name]
     if not stacked(name):
@@ -292,7 +297,7 @@ def tensor_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     expected = {}
     for name, leaf in named_leaves(abstract(config)).items():
         shape = leaf.shape[1:] if stacked(name) else leaf.shape
-        for tensor in _tensor_names(config, name, range(config.decoder.layers)):
+        for tensor in tensor_names(config, name, range(config.decoder.layers)):
             expected[tensor] = on_disk.get(tensor, shape[::-1] if _is_kernel(name) else shape)
     return expected
 
@@ -307,15 +312,30 @@ def _check_tensors(folder: Path, config: ModelConfig, found: dict[str, Tensor]) 
         if name not in expected and name not in ignored
     ]
     wrong += [
-        f"{name} has shape {list(found[name].shape)}, expected {list(shape)}"
+        line
         for name, shape in expected.items()
-        if name in found and found[name].shape != shape
+        if name in found
+        for line in mismatches(found[name], name, shape)
     ]
-    wrong += [
-        f"{name} is of dtype {found[name].dtype}, expected one of {', '.join(_DTYPES)}"
-        for name in expected
-        if name in found and found[name].dtype not in _DTYPES
-    ]
+    refuse(folder, wrong)
+
+
+def mismatches(tensor: Tensor, name: str, shape: tuple[int, ...]) -> list[str]:
+    """Return what is wrong with a tensor that is to be of this shape, by this name."""
+    wrong = []
+    if tensor.shape != shape:
+        wrong.append(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+    if tensor.dtype not in _DTYPES:
+        wrong.append(f"{name} is of dtype {tensor.dtype}, expected one of {', '.join(_DTYPES)}")
+    return wrong
+
+
+def refuse(folder: Path, wrong: Sequence[str]) -> None:
+    """Raise one error that lists what is wrong with the tensors of a folder, if anything is.
+
+    Raises:
+        CheckpointError: The list is not empty.
+    """
     if wrong:
         listed = "; ".join(wrong[:_MOST_LISTED])
         more = f"; and {len(wrong) - _MOST_LISTED} more" if len(wrong) > _MOST_LISTED else ""

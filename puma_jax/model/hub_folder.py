@@ -130,8 +130,8 @@ def _read_model_json(folder: Path) -> dict[str, Any]:
     if adapter.is_file() and not (folder / "config.json").exists():
         base = _read_optional(adapter).get("base_model_name_or_path")
         raise CheckpointError(
-            f"{folder} holds an adapter of PEFT for {shown(base)}, not a model: merge it first, "
-            "with merge_and_unload() of peft, and save what that returns"
+            f"{folder} holds an adapter of PEFT for {shown(base)}, not a model: load that model, "
+            "and this folder as its adapter (--adapter)"
         )
     return read_json(folder / "config.json", error=CheckpointError)
 

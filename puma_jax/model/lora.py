@@ -21,7 +21,7 @@ def add_lora(params: Encoder, config: LoraConfig, key: PRNGKeyArray) -> Encoder:
     A is drawn as the weights of a linear are and B is zero, so that the model computes what it did
     before. Both are float32, whatever the dtype of the base weights.
     """
-    params = _copy(params)
+    params = copy(params)
     linears = dict(_decoder_linears(params))
     # Keys follow the linears, not the order in which the targets are written.
     for (name, linear), key_a in zip(
@@ -43,8 +43,8 @@ def merge(params: Encoder) -> Encoder:
 
     The sum is taken in float32 and rounded once, to the dtype of W.
     """
-    params = _copy(params)
-    for _, linear in _decoder_linears(params):
+    params = copy(params)
+    for _, linear in linears(params):
         if linear.lora_a is None or linear.lora_b is None:
             continue
         kernel = linear.kernel[...]
@@ -61,9 +61,19 @@ def is_lora(name: str) -> bool:
     return name.endswith((".lora_a", ".lora_b"))
 
 
-def _copy(params: Encoder) -> Encoder:
+def copy(params: Encoder) -> Encoder:
     """Return new modules around the same arrays, so that the caller's modules stay as they are."""
     return jax.tree.map(lambda leaf: leaf, params)
+
+
+def linears(module: nnx.Module, at: str = "") -> Iterator[tuple[str, Linear]]:
+    """Yield every linear of a model with its path, such as "decoder.layers.mlp.up"."""
+    for name, value in vars(module).items():
+        path = f"{at}.{name}" if at else name
+        if isinstance(value, Linear):
+            yield path, value
+        elif isinstance(value, nnx.Module):
+            yield from linears(value, path)
 
 
 def _decoder_linears(params: Encoder) -> Iterator[tuple[str, Linear]]:

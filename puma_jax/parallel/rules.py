@@ -54,6 +54,8 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"vision\.(blocks|merger|deepstack)\.down\.bias", PartitionSpec()),
     (r"vision\.patch_embedding\.projection\.bias", PartitionSpec()),
     (r"vision\.positions\.table", PartitionSpec(None, FSDP_AXIS)),
+    # They are merged as soon as they are read.
+    (r"vision\.[\w.]+\.lora_[ab]", PartitionSpec()),
     (r"((attention|mlp|query|key)_)?norm\.(scale|bias)", PartitionSpec()),
 )
 

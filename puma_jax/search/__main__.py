@@ -47,6 +47,7 @@ def main(
     model: str | None = None,
     dtype: DType | None = None,
     ret_token: str | None = None,
+    adapter: str | None = None,
     instruction: str | None = None,
     k: int = 10,
     filter: str | None = None,  # noqa: A002
@@ -70,6 +71,8 @@ def main(
         dtype: Dtype of weights and activations. By default the one of the documents.
         ret_token: Token that ends every item, such as "<|video_pad|>". By default the one of the
             documents.
+        adapter: PEFT folder or hub id of an adapter on the model. By default the one
+            of the documents, or none with --model.
         instruction: Instruction before the text of the query, such as "Find a photo."
         k: Number of documents to find.
         filter: Documents to choose from, by their fields: price < 20 and color == "red".
@@ -93,13 +96,13 @@ def main(
                 f"{uri} is no database, expected a file that ends in .db or the address of a "
                 "Milvus server: for a folder of vectors give --vectors"
             )
-        source = ModelSource.of(model, dtype, ret_token)
+        source = ModelSource.of(model, dtype, ret_token, adapter)
         embedder = source.load()
         vectors = vectors or Path("runs", f"{items.absolute().name}-vectors")
         _bring_up_to_date(items, vectors, uri, collection, source, embedder)
     index = open_index(uri if uri is not None else str(vectors), collection=collection)
     try:
-        embedder = embedder or source_for(index.source, model, dtype, ret_token).load()
+        embedder = embedder or source_for(index.source, model, dtype, ret_token, adapter).load()
         check_model(embedder, index.model)
         started = time.monotonic()
         query = {"text": text or None, "image": image}

@@ -21,16 +21,34 @@ class ModelSource:
     """Hub id, or absolute path of a folder."""
     dtype: DType | None = None
     ret_token: str | None = None
+    adapter: str | None = None
+    """Hub id, or absolute path of a folder."""
 
     @classmethod
-    def of(cls, model: str, dtype: DType | None, ret_token: str | None) -> ModelSource:
-        """Return the source of a model that is a folder or a hub id."""
-        folder = os.path.abspath(model) if Path(model).is_dir() else model
-        return cls(folder, dtype, ret_token)
+    def of(
+        cls, model: str, dtype: DType | None, ret_token: str | None, adapter: str | None = None
+    ) -> ModelSource:
+        """Return the source of a model, and of an adapter on it, that are folders or hub ids."""
+        found = None if adapter is None else _absolute(adapter)
+        return cls(_absolute(model), dtype, ret_token, found)
 
     def load(self, mesh: Mesh | None = None) -> Embedder:
-        """Return the model, on a mesh if there is one; weights are read when they are needed."""
-        return Embedder.load(self.model, dtype=self.dtype, ret_token=self.ret_token, mesh=mesh)
+        """Return the model; its weights are read when they are needed.
+
+        Args:
+            mesh: As in `Embedder.load`.
+        """
+        return Embedder.load(
+            self.model,
+            dtype=self.dtype,
+            ret_token=self.ret_token,
+            mesh=mesh,
+            adapter=self.adapter,
+        )
+
+
+def _absolute(location: str) -> str:
+    return os.path.abspath(location) if Path(location).is_dir() else location
 
 
 def source_for(
@@ -38,14 +56,16 @@ def source_for(
     model: str | None = None,
     dtype: DType | None = None,
     ret_token: str | None = None,
+    adapter: str | None = None,
 ) -> ModelSource:
     """Return where to load the model of an index from: where one says, or where it was then.
 
     Args:
         known: What the index knows of its model, if anything.
-        model: Folder or hub id that comes first, as do the other arguments.
-        dtype: Dtype of weights and activations.
-        ret_token: Token that ends every item.
+        model: Folder or hub id that comes first; its adapter is then the one given, or none.
+        dtype: Dtype of weights and activations, which comes first.
+        ret_token: Token that ends every item, which comes first.
+        adapter: Folder or hub id of an adapter on the model.
 
     Raises:
         SearchError: No model is given, and the index does not know its own, or it is gone.
@@ -53,14 +73,14 @@ def source_for(
     if known is not None:
         dtype, ret_token = dtype or known.dtype, ret_token or known.ret_token
     if model is not None:
-        return ModelSource.of(model, dtype, ret_token)
+        return ModelSource.of(model, dtype, ret_token, adapter)
     if known is None:
         raise SearchError("the index does not say where its model is: give it with --model")
     if known.model.startswith("/") and not Path(known.model).is_dir():
         raise SearchError(
             f"the model of the index was {known.model}, which is gone: give it with --model"
         )
-    return ModelSource(known.model, dtype, ret_token)
+    return ModelSource.of(known.model, dtype, ret_token, adapter or known.adapter)
 
 
 def check_model(embedder: Embedder, fingerprint: str) -> None:

@@ -16,6 +16,7 @@ from puma_jax.data.store import Store
 from puma_jax.data.vocabulary import SMALLEST
 from puma_jax.errors import ArtifactError, ConfigError, LayerSelectionError
 from puma_jax.model import encoder, hf
+from puma_jax.model.peft import open_adapted
 from puma_jax.parallel import rules
 from puma_jax.training.config import TrainConfig
 from puma_jax.training.scratch import model_config
@@ -65,14 +66,17 @@ def base_configs(config: TrainConfig, workdir: Path) -> dict[str, ModelConfig]:
         CheckpointError: A stage starts from, or has finished with, a folder that holds no whole
             model.
         ConfigError: The sizes of the model from scratch do not fit together, or a stage trains
-            widths that its model does not have.
+            widths that its model does not have, or cannot train its adapter further.
         LayerSelectionError: A stage keeps layers that its base model lacks.
     """
     model = None if config.scratch is None else _scratch(config)
     found = {}
     for name, stage in config.stages.items():
         if stage.model is not None:
-            model = hf.open_checkpoint(stage.model).config
+            checkpoint, adapter = open_adapted(stage.model, stage.adapter)
+            model = checkpoint.config
+            if adapter is not None and stage.trains_lora:
+                adapter.lora_config(stage.lora.dropout)
         assert model is not None  # a TrainConfig has a model to start from
         model = with_inputs(model, config)
         found[name] = model

@@ -131,6 +131,9 @@ class StageConfig:
     model: str | None = None
     """Hugging Face folder or hub id to start from; None takes the model of the stage before, or
     for the first stage the one made from scratch."""
+    adapter: str | None = None
+    """PEFT folder or hub id of an adapter on `model`. If adapters are trained, this one is trained
+    further, with the rank, alpha and targets it has; otherwise it is merged first."""
     keep_layers: str = ""
     """Decoder layers to keep: "12" for the first twelve, or indices such as "0-10,27"; empty keeps
     all. With distillation, the removed layers remain as part of the teacher."""
@@ -159,11 +162,25 @@ class StageConfig:
             f"a stage has steps {self.steps} and epochs {self.epochs}: give one of them, or 0 to "
             "train nothing",
         )
+        require(
+            self.adapter is None or self.model is not None,
+            f"stage.adapter {self.adapter} needs stage.model, the model that it is on",
+        )
+        require(
+            self.adapter is None or not (self.trains_lora and self.distill.on),
+            f"stage.adapter {self.adapter} cannot be trained further with distillation: its "
+            "teacher would lack it; merge it first, with python -m puma_jax.export huggingface",
+        )
 
     @property
     def trains(self) -> bool:
         """Whether the stage has steps."""
         return bool(self.steps or self.epochs)
+
+    @property
+    def trains_lora(self) -> bool:
+        """Whether the stage has steps that train adapters."""
+        return self.trains and self.trainable == "lora"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ workdir/
   stages/{stage}/        what the stage is of: its settings, its base model, its data
   checkpoints/{stage}/   Orbax checkpoints, deleted when the stage is finished
   teacher/{stage}/       cached states of the teacher, deleted likewise
-  {stage}/               model of the stage: a Hugging Face folder, adapters merged
+  {stage}/               model of the stage: a Hugging Face folder, adapters merged; and in
+    adapter/             the adapters alone, for PEFT, if nothing else was trained
   results/{stage}/       results on the benchmark: numbers, TREC run files, a page with pictures
   metrics.jsonl          metrics of steps and evaluations; with tensorboard/ beside it
   report.html            tables, learning curves, and links to the pages of the stages
@@ -28,7 +29,7 @@ from typing import Any
 
 import jax
 
-from puma_jax.artifacts import lock, write_json
+from puma_jax.artifacts import atomic_folder, lock, write_json
 from puma_jax.data.mbeir import discover
 from puma_jax.data.pipeline import Loader
 from puma_jax.data.prompts import Processor, prompt_fingerprint
@@ -41,8 +42,10 @@ from puma_jax.evaluation.selection import select
 from puma_jax.files import sha256_of
 from puma_jax.model import hf
 from puma_jax.model.attention import describe
+from puma_jax.model.peft import open_adapted
 from puma_jax.parallel import multihost
 from puma_jax.parallel.mesh import make_mesh
+from puma_jax.training.adapter import write_adapter
 from puma_jax.training.checkpoint import versions
 from puma_jax.training.checks import base_configs, check_run
 from puma_jax.training.config import TrainConfig
@@ -181,9 +184,13 @@ def _run_stage(
     reuse: Path | None,
 ) -> None:
     """Train one stage, or take it from another run, and write its model into the workdir."""
-    checkpoint = hf.open_checkpoint(folder)
+    checkpoint, adapter = open_adapted(folder, config.stages[name].adapter)
     store = None if data is None else data[0].store
-    job = multihost.from_process_zero(lambda: stage_job(name, config, checkpoint.folder, store))
+    job = multihost.from_process_zero(
+        lambda: stage_job(
+            name, config, checkpoint.folder, None if adapter is None else adapter.folder, store
+        )
+    )
     begun = (workdir / "stages" / name).exists()
     multihost.on_process_zero(lambda: claim_stage(workdir, name, job))
     if reuse is not None and not begun:
@@ -194,9 +201,9 @@ def _run_stage(
         print(f"{name}: not taken from {reuse}: {reason}", flush=True)
     if data is None:
         print(f"{name}: trains nothing (no steps, no epochs), only keeps layers", flush=True)
-        embedder = _pruned(name, config, checkpoint)
+        stage, embedder = None, _pruned(name, config, checkpoint)
     else:
-        stage = build_stage(name, config, checkpoint, data, job, workdir, mesh)
+        stage = build_stage(name, config, checkpoint, data, job, workdir, mesh, adapter)
         metric_writer = MetricWriter(workdir, config.log, as_json(config))
         try:
             checkpoints = workdir / "checkpoints" / name
@@ -205,14 +212,34 @@ def _run_stage(
             metric_writer.close()
         embedder = stage.embedder()
         embedder.params = multihost.gather_to_host(embedder.params)
-    multihost.on_process_zero(lambda: embedder.save(workdir / name))
+    _save(workdir / name, embedder, stage, str(folder))
+
+
+def _save(folder: Path, embedder: Embedder, stage: Stage | None, base: str) -> None:
+    """Write the model of a stage, and its adapters for PEFT if it trained nothing else."""
+    adapters = {} if stage is None else multihost.gather_to_host(stage.adapters())
+
+    def write() -> None:
+        with atomic_folder(folder) as partial:
+            embedder.save(partial)
+            if stage is not None and adapters:
+                write_adapter(partial / "adapter", stage.model, adapters, stage.config, base)
+
+    multihost.on_process_zero(write)
 
 
 def _pruned(name: str, config: TrainConfig, checkpoint: hf.Checkpoint) -> Embedder:
     """Return the model of a stage that trains nothing, in the dtype of its files."""
     base = with_inputs(checkpoint.config, config)
-    embedder = Embedder.load(checkpoint.folder, dtype=None, images=base.images, prompt=base.prompt)
-    return embedder.keep_layers(kept_layers(config.stages[name], base.decoder.layers))
+    stage = config.stages[name]
+    embedder = Embedder.load(
+        checkpoint.folder,
+        dtype=None,
+        images=base.images,
+        prompt=base.prompt,
+        adapter=stage.adapter,
+    )
+    return embedder.keep_layers(kept_layers(stage, base.decoder.layers))
 
 
 def _measure(config: TrainConfig) -> Measure:

@@ -24,7 +24,9 @@ from puma_jax.data.tokenizer import load_tokenizer
 from puma_jax.embedder import Embedder
 from puma_jax.model import hf, lora
 from puma_jax.model.encoder import Encoder, keep_layers, layer_indices, parse_layers
-from puma_jax.model.tree import assemble, partition
+from puma_jax.model.families import family_of
+from puma_jax.model.peft import Adapter
+from puma_jax.model.tree import assemble, named_leaves, partition
 from puma_jax.parallel import multihost, rules
 from puma_jax.parallel.mesh import data_shards, replicated
 from puma_jax.training import cache
@@ -62,6 +64,12 @@ class Stage:
     step: jax.stages.Wrapped
     """`step.make_step` under `jax.jit`; it donates the state."""
 
+    def adapters(self) -> Leaves:
+        """Return the adapters if they are all that makes the model, in a family of transformers."""
+        if self.config.train_vision or family_of(self.model.family).backbone_architecture is None:
+            return {}
+        return {name: leaf for name, leaf in self.state.trained.items() if lora.is_lora(name)}
+
     def embedder(self) -> Embedder:
         """Return an embedder of the student as it is now, adapters merged."""
         leaves = {**self.frozen_params.student, **self.state.trained}
@@ -84,6 +92,7 @@ def build_stage(
     job: dict[str, Any],
     workdir: Path,
     mesh: jax.sharding.Mesh,
+    adapter: Adapter | None = None,
 ) -> Stage:
     """Return a stage before its first step.
 
@@ -95,8 +104,11 @@ def build_stage(
         job: All that decides the model of the stage, from `workdir.stage_job`.
         workdir: Folder of the run.
         mesh: Devices to train on.
+        adapter: Adapter on the model; it is trained further if the stage trains adapters.
     """
     stage = config.stages[name]
+    if adapter is not None and stage.trainable == "lora":
+        stage = dataclasses.replace(stage, lora=adapter.lora_config(stage.lora.dropout))
     base_config = with_inputs(checkpoint.config, config)
     processor = Processor(load_tokenizer(checkpoint.folder), base_config)
     loader, steps = data
@@ -108,12 +120,17 @@ def build_stage(
     model = base_config.with_layers(tuple(base_config.kept_layers[index] for index in kept))
     if stage.trains:
         model = dataclasses.replace(model, widths=stage.loss.widths)
+    # Without a teacher, removed layers are never read.
+    layers = tuple(range(base_config.decoder.layers)) if stage.distill.on else kept
+    shardings = rules.sharding_fn(mesh, base_config)
     base = dataclasses.replace(checkpoint, config=base_config).read(
-        # Without a teacher, removed layers are never read.
-        None if stage.distill.on else kept,
-        dtype=param_dtype(stage, config.compute),
-        shardings=rules.sharding_fn(mesh, base_config),
+        layers, dtype=param_dtype(stage, config.compute), shardings=shardings
     )
+    if adapter is not None:
+        if stage.trainable == "lora":
+            base = adapter.add_to(base, layers, shardings=shardings, dropout=stage.lora.dropout)
+        else:
+            base = adapter.merge_into(base, layers, shardings=shardings)
     student, trained, frozen_params = build_student(
         stage, config.compute, base_config, base, student_key
     )
@@ -127,7 +144,7 @@ def build_stage(
     def init(trained: Leaves) -> TrainState:
         return init_state(stage, steps, trained)
 
-    shardings = rules.shardings(jax.eval_shape(init, trained), mesh, model)
+    of_state = rules.shardings(jax.eval_shape(init, trained), mesh, model)
     return Stage(
         name=name,
         config=stage,
@@ -142,12 +159,12 @@ def build_stage(
         loader=loader,
         teacher_cache=teacher_cache,
         frozen_params=frozen_params,
-        state=jax.jit(init, out_shardings=shardings)(trained),
+        state=jax.jit(init, out_shardings=of_state)(trained),
         step=build_step(
             stage,
             steps,
             structure,
-            shardings,
+            of_state,
             compute=config.compute,
             mesh=mesh,
             dropout_key=dropout_key,
@@ -249,12 +266,13 @@ def build_student(
         config: Config of the stage.
         compute: How to run; frozen leaves of the student are cast to its dtype.
         base_config: Config of the whole base model.
-        base: The whole base model if the stage distills; otherwise only the layers it keeps.
-        key: Key from which new adapters are drawn.
+        base: The whole base model if the stage distills; otherwise only the layers it keeps, with
+            the adapters on them that are trained further.
+        key: Key from which new adapters are drawn, if there are none.
     """
     kept = kept_layers(config, base_config.decoder.layers)
     student = keep_layers(base_config, base, kept)[1] if config.distill.on else base
-    if config.trainable == "lora":
+    if config.trainable == "lora" and not any(map(lora.is_lora, named_leaves(base))):
         student = lora.add_lora(student, config.lora, key)
     trained, frozen = partition(student, lambda leaf: is_trained(leaf, config))
     frozen = {leaf: value.astype(compute.dtype) for leaf, value in frozen.items()}

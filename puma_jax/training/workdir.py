@@ -114,13 +114,16 @@ def data_folder(workdir: Path, root: Path, fingerprint: Mapping[str, Any]) -> Pa
     return workdir / "data" / f"{path.name or 'root'}-{sha256_of([str(path), fingerprint])[:8]}"
 
 
-def stage_job(name: str, config: TrainConfig, base: Path, store: Store | None) -> dict[str, Any]:
+def stage_job(
+    name: str, config: TrainConfig, base: Path, adapter: Path | None, store: Store | None
+) -> dict[str, Any]:
     """Return all that decides the model of a stage, as JSON values.
 
     Args:
         name: Name of the stage. It decides nothing, but its place among the stages does.
         config: Config of the run.
         base: Folder of the model that the stage starts from.
+        adapter: Folder of the adapter on it, if it has one.
         store: Training data of the stage; None if it trains nothing.
 
     Raises:
@@ -132,11 +135,14 @@ def stage_job(name: str, config: TrainConfig, base: Path, store: Store | None) -
     return {
         "number": list(config.stages).index(name),
         "settings": {
-            field: value for field, value in settings.items() if field not in ("model", "data_root")
+            field: value
+            for field, value in settings.items()
+            if field not in ("model", "adapter", "data_root")
         },
         **{field: values[field] for field in ("seed", "images", "prompt", "compute")},
         "on_bad_record": config.data.on_bad_record,
         "base": model_digest(base),
+        "adapter": None if adapter is None else model_digest(adapter),
         "data": None if store is None else _data_digest(store),
     }
 

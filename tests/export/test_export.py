@@ -4,17 +4,23 @@ import json
 import resource
 from pathlib import Path
 
+import jax
 import pytest
 
-from puma_jax import Embedder
+from puma_jax import Embedder, prune
+from puma_jax.config import LoraConfig
 from puma_jax.errors import ArtifactError, ConfigError, DataError, LayerSelectionError
 from puma_jax.evaluation.report import Evaluation, SetResult
 from puma_jax.export import stablehlo
 from puma_jax.export.__main__ import main
 from puma_jax.export.card import Run, Training, training_of
 from puma_jax.files import as_json as json_text
+from puma_jax.model.lora import add_lora, is_lora
+from puma_jax.model.tree import partition
 from puma_jax.schema import from_json
 from puma_jax.train import load_config
+from puma_jax.training.adapter import write_adapter
+from puma_jax.training.config import StageConfig
 from puma_jax.training.run import as_json
 from tests.fuzz import Target, check_only_declared_errors
 
@@ -57,6 +63,22 @@ def test_a_folder_for_transformers_is_the_model_with_a_card(workdir, tmp_path):
         assert f"| {stage['optimizer']['learning_rate']:g} |" in card.replace("  ", " ")
     assert "cirr task 7  it → i" in card
     assert "50.0 ± 5.0" in card
+
+
+def test_an_adapter_is_merged_into_what_is_exported_and_pruned(tiny, tmp_path):
+    params = add_lora(tiny.params, LoraConfig(rank=2), jax.random.key(0))
+    leaves = {name: leaf + 0.05 for name, leaf in partition(params, is_lora)[0].items()}
+    stage = StageConfig(steps=1, lora=LoraConfig(rank=2))
+    write_adapter(tmp_path / "adapter", tiny.config, leaves, stage, "base")
+    model, adapter = str(tiny.folder), str(tmp_path / "adapter")
+    main("huggingface", model, tmp_path / "whole", adapter=adapter)
+    prune.main(model, "2", tmp_path / "pruned", adapter=adapter)
+    expected = Embedder.load(model, dtype=None, adapter=adapter)
+    plain = Embedder.load(model, dtype=None)
+    assert Embedder.load(tmp_path / "whole", dtype=None).fingerprint == expected.fingerprint
+    pruned = Embedder.load(tmp_path / "pruned", dtype=None)
+    assert pruned.fingerprint == expected.keep_layers(2).fingerprint
+    assert pruned.fingerprint != plain.keep_layers(2).fingerprint
 
 
 def test_a_card_tells_of_the_stages_that_made_the_model():

@@ -54,6 +54,36 @@ def weights(folder: Path) -> Target:
     return Target(path, lambda: Embedder.load(saved, dtype="float32").fingerprint)
 
 
+def of_adapter(name: str) -> Build:
+    """Return a builder of a file of an adapter, as a stage of training writes it."""
+
+    def build(folder: Path) -> Target:
+        import jax
+
+        from puma_jax.config import LoraConfig
+        from puma_jax.model.lora import add_lora, is_lora
+        from puma_jax.model.tree import partition
+        from puma_jax.training.adapter import write_adapter
+        from puma_jax.training.config import StageConfig
+
+        embedder = Embedder.load(model(folder), dtype="float32")
+        lora = LoraConfig(rank=2, targets=("query",))
+        adapted = add_lora(embedder.params, lora, jax.random.key(0))
+        leaves, _ = partition(adapted, is_lora)
+        stage = StageConfig(steps=1, lora=lora)
+        write_adapter(folder / "adapter", embedder.config, leaves, stage, "base")
+        return Target(
+            folder / "adapter" / name,
+            lambda: (
+                Embedder.load(
+                    folder / "model", dtype="float32", adapter=folder / "adapter"
+                ).fingerprint
+            ),
+        )
+
+    return build
+
+
 def of_vectors(name: str) -> Build:
     """Return a builder of a file in a folder of vectors, read by search."""
 
@@ -251,6 +281,9 @@ FORMATS: dict[str, Build] = {
     "model index": of_model("model.safetensors.index.json"),
     "model images": of_model("preprocessor_config.json"),
     "model weights": weights,
+    "adapter config": of_adapter("adapter_config.json"),
+    "adapter model": of_adapter("puma_jax.json"),
+    "adapter weights": of_adapter("adapter_model.safetensors"),
     "tokenizer": of_model("tokenizer.json"),
     "tokenizer config": of_model("tokenizer_config.json"),
     "benchmark queries": of_benchmark("query/**/*.jsonl"),

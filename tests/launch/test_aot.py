@@ -19,7 +19,7 @@ from puma_jax.parallel.mesh import MeshConfig, make_mesh
 from puma_jax.train import load_config
 
 ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "configs/puma_qwen2vl_7b.py"
+RECIPE = ROOT / "configs/puma.py"
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="compiles for TPUs: pip install -e '.[tpu]'",

@@ -8,18 +8,25 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from puma_jax import Embedder
+from puma_jax import embed as embed_command
+from puma_jax.config import LoraConfig
 from puma_jax.errors import SearchError
+from puma_jax.model.lora import add_lora, is_lora
+from puma_jax.model.tree import partition
 from puma_jax.search import __main__ as command
 from puma_jax.search.corpus import open_corpus
 from puma_jax.search.embedding import embed
 from puma_jax.search.index import Document, Hit
 from puma_jax.search.model_source import ModelSource
 from puma_jax.search.page import results_page
+from puma_jax.training.adapter import write_adapter
+from puma_jax.training.config import StageConfig
 from tests.reference import random_image
 
 # It sets up logging when it is imported, which closes handlers: not while output is captured.
@@ -126,6 +133,23 @@ def test_another_model_is_refused(vectors, tiny, tmp_path):
     Embedder.load(tiny.folder, dtype="float32").keep_layers(2).save(tmp_path / "other")
     with pytest.raises(SearchError, match="the index was made by another model"):
         command.main("shoe", vectors=vectors, model=str(tmp_path / "other"))
+
+
+def test_an_index_remembers_the_adapter_of_its_model(shop, tiny, tmp_path, capsys):
+    adapter = tmp_path / "adapter"
+    params = add_lora(tiny.params, LoraConfig(rank=2), jax.random.key(0))
+    leaves = {name: leaf + 0.05 for name, leaf in partition(params, is_lora)[0].items()}
+    write_adapter(adapter, tiny.config, leaves, StageConfig(steps=1, lora=LoraConfig(rank=2)), "b")
+    model = str(tiny.folder)
+    embed_command.main(
+        model, shop / "items.jsonl", tmp_path / "v", dtype="float32", adapter=str(adapter)
+    )
+    (document,) = Embedder.load(model, dtype="float32", adapter=adapter).encode(["shoe [bold]0"])
+    (query,) = Embedder.load(model, dtype="float32", adapter=adapter).encode(["shoe"])
+    scores = {hit["id"]: hit["score"] for hit in found(capsys, vectors=tmp_path / "v", text="shoe")}
+    np.testing.assert_allclose(scores["n0"], document @ query, atol=1e-6)
+    with pytest.raises(SearchError, match="the index was made by another model"):
+        command.main("shoe", vectors=tmp_path / "v", model=model)
 
 
 def test_a_model_that_is_gone_is_named(shop, tiny, tmp_path):

@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from puma_jax.config import ImageConfig
+from puma_jax.model.hf import open_checkpoint
 from puma_jax.train import load_config
+from puma_jax.training.checks import base_configs
 from tests.data.fake_mbeir import write_test_sets, write_union
 from tests.training.test_run import run
 
@@ -17,7 +20,7 @@ def test_every_config_can_be_read(path):
 
 
 def test_the_recipe_is_the_papers():
-    config = load_config(CONFIGS / "puma_qwen2vl_7b.py")()
+    config = load_config(CONFIGS / "puma.py")()
     distil, mac = config.stages["distil"], config.stages["mac"]
     assert (distil.keep_layers, distil.plan.batch_size, mac.plan.batch_size) == ("12", 288, 600)
     assert (distil.epochs, mac.epochs) == (2, 2)
@@ -36,16 +39,50 @@ def test_the_recipe_is_the_papers():
         assert (optimizer.warmup_ratio, optimizer.weight_decay) == (0.03, 0.0)
 
 
-def test_the_papers_recipe_runs_on_a_small_model(tiny, tmp_path):
-    root = write_test_sets(write_union(tmp_path / "benchmark"))
-    flags = [
-        *("--model", str(tiny.folder), "--stages.distil.data-root", str(root)),
-        *("--stages.distil.keep-layers", "2", "--data.workers", "0"),
-        *("--evaluation.every-steps", "0"),  # the sets have no queries of split val
-    ]
+def test_the_recipe_takes_a_base_of_every_family(family, tmp_path):
+    side = family.config.vision.patch_size * family.config.vision.merge_size
+    config = load_config(CONFIGS / "puma.py")(str(family.folder), "3", side)
+    bases = base_configs(config, tmp_path)
+    assert bases["distil"].decoder.layers == 4
+    assert bases["mac"].kept_layers == (0, 1, 2)
+    # The same number of visual tokens, whatever their size.
+    assert bases["mac"].images == ImageConfig(4 * side**2, 300 * side**2)
+    assert bases["mac"].prompt.max_text_tokens == 450
+
+
+def test_an_embedder_is_pruned_with_its_own_prompt_by_the_whole_of_it_on_the_benchmark():
+    config = load_config(CONFIGS / "puma_qwen3vl_embedding_2b.py")()
+    distil = config.stages["distil"]
+    assert (config.prompt, config.images, distil.data_root) == (None, None, None)
+    assert (distil.keep_layers, distil.plan.instructions) == ("12", True)
+    assert distil.distill.on
+
+
+def small(tmp_path, model):
+    """Flags that make two steps of each stage on a small model, with a benchmark."""
+    flags = ["--model", str(model), "--data.workers", "0", "--evaluation.every-steps", "0"]
     for name in ("distil", "mac"):
         flags += [f"--stages.{name}.epochs", "0", f"--stages.{name}.steps", "2"]
         flags += [f"--stages.{name}.grad-cache-chunks", "2", f"--stages.{name}.lora.rank", "4"]
-    done = run(tmp_path / "run", root, *flags, config=CONFIGS / "puma_qwen2vl_2b.py")
+    return write_test_sets(write_union(tmp_path / "benchmark")), flags
+
+
+def test_the_papers_recipe_runs_on_a_small_model(tiny, tmp_path):
+    root, flags = small(tmp_path, tiny.folder)
+    flags += ["--keep-layers", "2", "--stages.distil.data-root", str(root)]
+    done = run(tmp_path / "run", root, *flags, config=CONFIGS / "puma.py")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run/mac/model.safetensors").exists()
+    assert (tmp_path / "run/mac/adapter/adapter_model.safetensors").exists()
+
+
+def test_the_recipe_of_an_embedder_runs_on_a_small_model(deepstack, tmp_path):
+    model = tmp_path / "Qwen3-VL-Embedding-tiny"  # by this name it is recognized
+    model.symlink_to(deepstack.folder)
+    root, flags = small(tmp_path, model)
+    flags += ["--keep-layers", "3"]
+    recipe = CONFIGS / "puma_qwen3vl_embedding_2b.py"
+    done = run(tmp_path / "run", root, *flags, config=recipe)
+    assert done.returncode == 0, done.stderr
+    config = open_checkpoint(tmp_path / "run/mac").config
+    assert (config.kept_layers, config.prompt.pooling) == ((0, 1, 2), "last")

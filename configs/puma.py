@@ -3,8 +3,11 @@
 (paper) marks values of the paper's text, (code) those of the released code.
 
     python -m puma_jax.data.text_pairs --table nli_for_simcse.csv --out data/nli
-    python -m puma_jax.train --config configs/puma_qwen2vl_7b.py --workdir runs/puma \
+    python -m puma_jax.train --config configs/puma.py --workdir runs/puma \
         --data.root data/M-BEIR --stages.distil.data-root data/nli
+
+`--model Qwen/Qwen2-VL-2B-Instruct` takes another base. One with visual tokens of another size takes
+`--token-side` too: `--model Qwen/Qwen3-VL-4B-Instruct --token-side 32`.
 """
 
 from __future__ import annotations
@@ -24,16 +27,22 @@ from puma_jax.training.config import (
 )
 
 
-def get_config(model: str = "Qwen/Qwen2-VL-7B-Instruct") -> TrainConfig:
+def get_config(
+    model: str = "Qwen/Qwen2-VL-7B-Instruct", keep_layers: str = "12", token_side: int = 28
+) -> TrainConfig:
     """Return the recipe.
 
     Args:
         model: Hugging Face folder or hub id to start from.
+        keep_layers: Decoder layers to keep: "12" for the first twelve, or indices such as
+            "0-10,27".
+        token_side: Side of a visual token in pixels: 28 for Qwen2-VL and Qwen2.5-VL, 32 for
+            Qwen3-VL.
     """
     return TrainConfig(
         data=DataConfig(root=Path("data/M-BEIR"), workers=8),
-        # 4 · 28² to 300 · 28² pixels: at most 300 visual tokens (paper).
-        images=ImageConfig(min_pixels=4 * 28**2, max_pixels=300 * 28**2),
+        # 4 to 300 visual tokens (paper).
+        images=ImageConfig(min_pixels=4 * token_side**2, max_pixels=300 * token_side**2),
         # Text is truncated to 450 tokens (code). The released code numbers positions in one
         # dimension; serving engines compute M-RoPE.
         prompt=PromptConfig(max_text_tokens=450, positions="mrope"),
@@ -42,7 +51,7 @@ def get_config(model: str = "Qwen/Qwen2-VL-7B-Instruct") -> TrainConfig:
             "distil": StageConfig(
                 model=model,
                 epochs=2.0,  # (paper)
-                keep_layers="12",  # the first 12 of 28 (code)
+                keep_layers=keep_layers,  # the first 12 of 28 (code)
                 data_root=Path("data/nli"),  # nli_for_simcse.csv, sent0 and sent1 (code)
                 plan=PlanConfig(batch_size=288, instructions=False),  # (code)
                 grad_cache_chunks=4,
