@@ -10,7 +10,6 @@ from pathlib import Path
 
 _MOST_BYTES = 4 * 2**30
 _SETTINGS = {
-    "JAX_COMPILATION_CACHE_DIR": "",
     "JAX_COMPILATION_CACHE_MAX_SIZE": str(_MOST_BYTES),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
 }
@@ -22,13 +21,14 @@ def enable() -> None:
     JAX's environment variables come first: JAX_COMPILATION_CACHE_DIR is another folder, and
     JAX_ENABLE_COMPILATION_CACHE=false turns it off.
     """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return  # its size, too, is that of whoever chose it
+    try:
+        folder().mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that cannot be written: programs are compiled each time
+        return
     settings = {**_SETTINGS, "JAX_COMPILATION_CACHE_DIR": str(folder())}
     missing = {name: value for name, value in settings.items() if name not in os.environ}
-    if "JAX_COMPILATION_CACHE_DIR" in missing:
-        try:
-            folder().mkdir(parents=True, exist_ok=True)
-        except OSError:  # a home that cannot be written: programs are compiled each time
-            return
     os.environ.update(missing)  # for processes that this one starts, and where JAX comes later
     jax = sys.modules.get("jax")
     if jax is not None:
