@@ -27,7 +27,8 @@ def test_pairs_come_back_as_the_csv_module_wrote_them(tmp_path):
         writer = csv.writer(file)
         writer.writerow(["", "sent1", "hard_neg", "sent0"])
         writer.writerows([row, second, "no", first] for row, (first, second) in enumerate(pairs))
-    assert list(read_text_pairs(path)) == [(first.strip(), second) for first, second in pairs]
+    expected = [(first.strip(), second, "no") for first, second in pairs]
+    assert list(read_text_pairs(path)) == expected
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_a_bad_row_is_named_and_can_be_skipped(tmp_path, row, message):
         list(read_text_pairs(path))
     skipped = BadRecords()
     pairs = list(read_text_pairs(path, on_bad_record="skip", skipped=skipped))
-    assert pairs == [("a", "b"), ("d", "e")]
+    assert pairs == [("a", "b", "c"), ("d", "e", None)]
     assert skipped.count == 1
 
 
@@ -81,6 +82,9 @@ def test_pairs_become_a_benchmark_that_is_built_like_any_other(tmp_path, tiny):
         asked, found = store.query(row), store.candidate(store.table.positive_row[row])
         assert tuple(asked.plain_tokens) == tiny.processor.tokenize_text(first, image=False).tokens
         assert tuple(found.tokens) == tiny.processor.tokenize_text(second, image=False).tokens
+    negatives = [store.candidate(row) for row in store.table.negative_row]
+    texts = [tiny.processor.tokenize_text(text, image=False).tokens for text in ("X.", "Y.")]
+    assert [tuple(found.tokens) for found in negatives] == texts
 
 
 def test_documents_repeated_in_a_table_are_no_negatives_of_each_other(tmp_path, tiny):

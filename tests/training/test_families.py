@@ -107,7 +107,7 @@ def test_a_stage_prunes_and_trains_a_published_embedder_with_its_own_prompt(
     run(config, tmp_path / "run")
     trained = Embedder.load(tmp_path / "run/cut", dtype="float32")
     base = Embedder.load(folder, dtype="float32", images=config.images).keep_layers(3)
-    assert trained.config == base.config
+    assert trained.config == dataclasses.replace(base.config, widths=(8,))
     assert trained.config.prompt.pooling == "last"
     items = ["A text.", {"image": random_image(50, 70)}]
     assert np.abs(trained.encode(items) - base.encode(items)).max() > 1e-4
@@ -126,7 +126,8 @@ def test_a_text_decoder_trains_on_texts(tmp_path):
     model = reference.random_model(reference.text_config("llama", layers=2))
     folder = reference.save_folder(model, tmp_path / "llama")
     table = tmp_path / "pairs.csv"
-    table.write_text("sent0,sent1\n" + "".join(f"a text {n},it is {n}\n" for n in range(24)))
+    rows = [f"a text {n},it is {n},it is not {n}\n" for n in range(24)]
+    table.write_text("sent0,sent1,hard_neg\n" + "".join(rows))
     text_pairs.main(table=table, out=tmp_path / "pairs")
     config = config_of(folder, tmp_path / "pairs", "1", 28)
     run(config, tmp_path / "run")

@@ -169,7 +169,7 @@ def test_damaged_text_pairs_are_errors_or_sound(tmp_path):
     for content in damaged(["\n".join(PAIR_ROWS)], 750, random.Random(2)):
         path.write_bytes(b"sent0,sent1,hard_neg\n" + content + b"\n" + PAIR_ROWS[0].encode())
         for pair in read_text_pairs(path, on_bad_record="skip", skipped=skipped):
-            assert all(pair)
+            assert all((pair.query, pair.positive, pair.negative != ""))
             accepted += 1
     assert accepted > 750
     assert skipped.count > 100
