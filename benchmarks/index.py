@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--queries", type=int, default=500)
     parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--kinds", nargs="+", default=["FLAT", "HNSW"])
     arguments = parser.parse_args()
     rng = np.random.default_rng(0)
     shape = arguments.items, arguments.width
@@ -112,7 +113,7 @@ def main() -> None:
     print(f"{machine.describe()}: {arguments.items:,} × {arguments.width} float32, first {K}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_folder(Path(scratch) / "vectors", vectors)
-        for kind in ("FLAT", "HNSW"):
+        for kind in arguments.kinds:
             start = time.perf_counter()
             index_vectors(
                 folder, f"{scratch}/{kind}.db", index_type=kind, progress=False
@@ -127,7 +128,7 @@ def main() -> None:
         found = [[int(hit.document.id) for hit in hits] for hits in index.search(queries, K)]
         assert found == exact.tolist(), "the exact index must find what top_k does"
         report("exact, no database", index, queries, exact, arguments.clients)
-        for kind in ("FLAT", "HNSW"):
+        for kind in arguments.kinds:
             index = MilvusIndex(f"{scratch}/{kind}.db")
             report(f"Milvus Lite {kind}", index, queries, exact, arguments.clients)
             index.close()
