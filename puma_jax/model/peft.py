@@ -93,11 +93,12 @@ class Adapter:
         return LoraConfig(self.rank, self.scale * self.rank, dropout, targets)
 
     def with_inputs(self, config: ModelConfig) -> ModelConfig:
-        """Return the config of the model with the adapter's prompt and image limits, if any."""
+        """Return the config of the model with the adapter's prompt, limits and widths, if any."""
         if self.saved is None:
             return config
         images = self.saved.images or config.images
-        return dataclasses.replace(config, prompt=self.saved.prompt, images=images)
+        saved = self.saved
+        return dataclasses.replace(config, prompt=saved.prompt, images=images, widths=saved.widths)
 
     def add_to(
         self,
