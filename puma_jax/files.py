@@ -93,7 +93,7 @@ def parse_json(content: bytes) -> Any:
 
 @dataclass(frozen=True)
 class Digest:
-    """What tells one state of a file from another."""
+    """Size, time and SHA-256 of a file, which tell one state of it from another."""
 
     bytes: int
     modified_ns: int

@@ -71,7 +71,7 @@ class Mined:
     unanswered: int
     """Queries without negatives, because none of their answers is among the documents."""
     skipped: BadRecords
-    """What could not be read."""
+    """Counts the records that could not be read, with the first messages."""
 
 
 def mine(

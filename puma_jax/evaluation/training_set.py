@@ -172,7 +172,7 @@ class _QueryReader:
         self._numbers: dict[str, int] = {}
         """The number of each qid."""
         self._number, self._own = array("q"), array("q")
-        """Of each query, the number of its qid, and the document it equals; -1 for none."""
+        """The number of each query's qid, and the document that the query equals; -1 for none."""
         self.used: set[int] = set()
         """Numbers of the pools that hold an answer."""
         self._asked, self._answer = array("q"), array("q")

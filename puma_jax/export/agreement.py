@@ -30,9 +30,9 @@ class Tolerance(NamedTuple):
     """The largest differences that are fine."""
 
     cosine: float
-    """Of 1 − cosine, over the items."""
+    """Largest 1 − cosine of an item's two vectors."""
     value: float
-    """Of a value, over the items."""
+    """Largest difference of one value of an item's two vectors."""
 
 
 TOLERANCES: dict[DType, Tolerance] = {

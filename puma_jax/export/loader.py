@@ -55,7 +55,7 @@ class Embedder:
 
     @functools.cached_property
     def _decoded(self):
-        """What opens an image, upright and in RGB; Pillow is needed for images alone."""
+        """The function that opens an image upright and in RGB; only images need Pillow."""
         return runpy.run_path(str(self.folder / "decode.py"))["decoded"]
 
     def _padded(self, arrays):
