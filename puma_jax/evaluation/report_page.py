@@ -5,18 +5,15 @@ The page is one HTML file: thumbnails and styles are in it, and nothing is fetch
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from puma_jax.data.images import open_image
+from puma_jax.data.decode import DecodeError
 from puma_jax.data.mbeir import TASKS, modality_code
-from puma_jax.errors import ImageError
+from puma_jax.data.thumbnails import thumbnail_uri
 from puma_jax.evaluation.report import POOLS, Evaluation, SetResult
 from puma_jax.evaluation.selection import QuerySet, Selection
 
@@ -131,15 +128,9 @@ def _item(image: Any, text: str | None, kind: str) -> str:
     return f'<div class="item {kind}" title="{escape(words)}">{picture}<p>{escape(shown)}</p></div>'
 
 
-@lru_cache(maxsize=4096)
 def _thumbnail(path: Path) -> str:
     """Return an img element that holds a small picture; a word where it cannot be read."""
     try:
-        picture = open_image(path)
-    except ImageError:
+        return f'<img alt="" src="{thumbnail_uri(path, _SIDE)}">'
+    except DecodeError:
         return "<p>image cannot be read</p>"
-    picture.thumbnail((_SIDE, _SIDE))
-    data = io.BytesIO()
-    picture.save(data, "WEBP", quality=80)
-    encoded = base64.b64encode(data.getvalue()).decode()
-    return f'<img alt="" src="data:image/webp;base64,{encoded}">'

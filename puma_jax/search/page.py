@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Sequence
 
-from PIL import Image
-
-from puma_jax.data.decode import DecodeError, decoded
+from puma_jax.data.decode import DecodeError
+from puma_jax.data.thumbnails import thumbnail_uri
 from puma_jax.errors import printable
 from puma_jax.search.index import Hit
 
@@ -53,7 +50,7 @@ def results_page(
         about: One line below the query.
     """
     title = _escaped(text or "Documents like this image")
-    query = f'<img src="{_thumbnail(image)}" alt="image of the query">' if image else ""
+    query = f'<img src="{thumbnail_uri(image, _PIXELS)}" alt="image of the query">' if image else ""
     results = "\n".join(_result(rank, hit) for rank, hit in enumerate(hits, 1))
     return f"""<!doctype html>
 <html lang="en">
@@ -84,23 +81,9 @@ def _result(rank: int, hit: Hit) -> str:
 
 def _picture(path: str, name: str) -> str:
     try:
-        return f'<img src="{_thumbnail(path)}" alt="{_escaped(name)}" loading="lazy">'
+        return f'<img src="{thumbnail_uri(path, _PIXELS)}" alt="{_escaped(name)}" loading="lazy">'
     except DecodeError:
         return '<p class="none">The image cannot be read.</p>'
-
-
-def _thumbnail(path: str) -> str:
-    """Return a small copy of an image as a data URI.
-
-    Raises:
-        DecodeError: The image cannot be read.
-    """
-    with decoded(path) as image:
-        small = image.copy()
-    small.thumbnail((_PIXELS, _PIXELS), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    small.save(file, "JPEG", quality=82)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _escaped(text: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from puma_jax.data.decode import DecodeError, decoded, displayed_size
+from puma_jax.data.thumbnails import thumbnail
 from puma_jax.errors import ImageError
 from puma_jax.service.request_errors import RequestError
 from puma_jax.service.settings import ServiceConfig
@@ -107,25 +108,19 @@ def document_image(path: Path, width: int | None) -> tuple[bytes, str]:
 @functools.lru_cache(maxsize=_THUMBNAILS_KEPT)
 def _thumbnail(path: Path, modified_ns: int, width: int) -> bytes:
     """Return an image in WebP, made smaller if it is wider; a changed file is read again."""
-    with decoded(path) as image:
-        image.thumbnail((width, 4 * width))
-        return _encoded(image, "WEBP", quality=82)
+    return thumbnail(path, width, 4 * width)
 
 
 def _as_jpeg(path: Path) -> bytes:
     try:
         with decoded(path) as image:
-            return _encoded(image, "JPEG", quality=90)
+            out = io.BytesIO()
+            image.save(out, "JPEG", quality=90)
+            return out.getvalue()
     except DecodeError as error:
         raise RequestError(
             404, "image_gone", f"the image of this document cannot be read: {_reason(error)}"
         ) from None
-
-
-def _encoded(image: Image.Image, name: str, quality: int) -> bytes:
-    out = io.BytesIO()
-    image.save(out, name, quality=quality)
-    return out.getvalue()
 
 
 def _reason(error: Exception) -> str:

@@ -219,7 +219,7 @@ def test_the_page_has_its_pictures_in_it_and_no_markup_of_others(tmp_path):
     assert len(images) == 2
     for source in images:
         kind, _, content = source.partition(",")
-        assert kind == "data:image/jpeg;base64"
+        assert kind == "data:image/webp;base64"
         with Image.open(io.BytesIO(base64.b64decode(content))) as image:
             assert max(image.size) == 640
     texts = "".join(read.texts)
