@@ -6,6 +6,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -23,6 +24,16 @@ _HELD_BYTES = 4 * 2**30
 """Vectors that need no more than this in float32 are held in memory, others are read each time."""
 _FILTERS_HELD = 64
 _ROWS_AT_ONCE = 16384
+
+
+@dataclass(eq=False)
+class _Call:
+    """A call of `ExactIndex.search`, and what was found: scores and rows of each query."""
+
+    vectors: Float[ndarray, "queries width"]
+    k: int
+    among: tuple[Modality | None, str | None]
+    found: list[list[tuple[float, int]]] | None = None
 
 
 class ExactIndex:
@@ -57,6 +68,7 @@ class ExactIndex:
         self._held = self._read() if held else None
         # A product of matrices takes all cores: several at once only slow each other down.
         self._alone = threading.Lock()
+        self._waiting: list[_Call] = []
         self._matching = lru_cache(_FILTERS_HELD)(self._match)
 
     def __len__(self) -> int:
@@ -70,19 +82,24 @@ class ExactIndex:
         modality: Modality | None = None,
         filter: str | None = None,  # noqa: A002
     ) -> list[list[Hit]]:
-        """Return the k best documents of each query; see `Index.search`."""
+        """Return the k best documents of each query; see `Index.search`.
+
+        Calls of several threads that wait at the same time share one pass over the vectors.
+        """
         check_queries(vectors, k, self.width)
         mask = self._matching(modality, filter)
-        rows = None if mask.all() else np.flatnonzero(mask)
+        call = _Call(vectors, k, (modality, filter))
+        self._waiting.append(call)
         with self._alone:
-            scores, places = top_k(vectors, self._pool(rows), k)
+            try:
+                if call.found is None:
+                    calls = [each for each in self._waiting if each.among == call.among]
+                    self._answer([each for each in calls if each.found is None], mask)
+            finally:
+                self._waiting.remove(call)
+        assert call.found is not None
         return [
-            [
-                Hit(self._documents[place if rows is None else rows[place]], float(score))
-                for score, place in zip(of_query, found, strict=True)
-                if place >= 0
-            ]
-            for of_query, found in zip(scores, places, strict=True)
+            [Hit(self._documents[row], score) for score, row in of_query] for of_query in call.found
         ]
 
     def documents(self, ids: Sequence[str]) -> list[Document | None]:
@@ -103,6 +120,26 @@ class ExactIndex:
     def close(self) -> None:
         """Let go of the vectors."""
         self._held = None
+
+    def _answer(self, calls: list[_Call], mask: Bool[ndarray, "n"]) -> None:
+        """Find what calls among the same documents ask for, in one pass."""
+        rows = None if mask.all() else np.flatnonzero(mask)
+        queries = np.concatenate([call.vectors for call in calls])
+        scores, places = top_k(queries, self._pool(rows), max(call.k for call in calls))
+        first = 0
+        for call in calls:
+            of_call = slice(first, first + len(call.vectors))
+            first += len(call.vectors)
+            call.found = [
+                [
+                    (float(score), int(place if rows is None else rows[place]))
+                    for score, place in zip(*of_query, strict=True)
+                    if place >= 0
+                ]
+                for of_query in zip(
+                    scores[of_call, : call.k], places[of_call, : call.k], strict=True
+                )
+            ]
 
     def _pool(self, rows: Int[ndarray, "n"] | None) -> Iterator[Float[ndarray, "_ width"]]:
         """Yield the vectors of some rows, which ascend, or of all."""
@@ -149,10 +186,13 @@ def check_queries(vectors: Float[ndarray, "queries width"], k: int, width: int) 
     """Refuse queries that no index can answer.
 
     Raises:
-        SearchError: k is below 1, or the vectors are not as wide as those of the index.
+        SearchError: k is below 1, the vectors are not as wide as those of the index, or hold NaN or
+            infinity.
     """
     if k < 1:
         raise SearchError(f"k is {k}, expected at least 1")
+    if not np.isfinite(vectors).all():
+        raise SearchError("the vector of the query holds NaN or infinity, expected finite numbers")
     if vectors.shape[1] != width:
         raise SearchError(
             f"the query has {vectors.shape[1]} values and the index {width}: "

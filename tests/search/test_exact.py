@@ -1,6 +1,7 @@
 """The exact index finds what a plain sort of all inner products finds."""
 
 import threading
+import time
 
 import faiss
 import numpy as np
@@ -151,3 +152,40 @@ def test_an_address_is_opened_or_refused(folder, tmp_path):
         open_index(tmp_path / "nothing")
     with pytest.raises(VectorsError, match=r"manifest\.json"):
         open_index(tmp_path)
+
+
+def test_calls_that_wait_share_one_pass_and_get_their_own_answers(index, queries, monkeypatch):
+    """Other filters and other k beside, and one that cannot be answered."""
+    passes, go = [], threading.Event()
+
+    def slow_top_k(vectors, pool, k):
+        go.wait()
+        passes.append(len(vectors))
+        return top_k(vectors, pool, k)
+
+    calls = [{"k": 1 + n % 5} for n in range(8)] + [{"k": 3, "filter": "price < 20"}] * 3
+    expected = [index.search(queries[n % 5 :][:1], **call) for n, call in enumerate(calls)]
+    monkeypatch.setattr(exact, "top_k", slow_top_k)
+    found = {}
+
+    def ask(n, call):
+        found[n] = index.search(queries[n % 5 :][:1], **call)
+
+    threads = [threading.Thread(target=ask, args=each) for each in enumerate(calls)]
+    for thread in threads:
+        thread.start()
+    with pytest.raises(SearchError, match="holds NaN or infinity"):
+        index.search(queries * np.float32("nan"), 3)
+    while len(index._waiting) < len(calls):
+        time.sleep(0.001)
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert sum(passes) == len(calls)
+    assert len(passes) <= 3  # the first, the others without a filter, those with one
+    for n, hits in enumerate(expected):
+        (of_one,), (same,) = hits, found[n]
+        assert [hit.document.id for hit in same] == [hit.document.id for hit in of_one]
+        np.testing.assert_allclose(
+            [hit.score for hit in same], [hit.score for hit in of_one], rtol=0, atol=1e-6
+        )
