@@ -31,6 +31,7 @@ from puma_jax.search.topk import top_k
 
 CENTERS = 1000
 K = 10
+FILTERED = 3  # queries with a filter: Milvus Lite takes seconds for each
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -82,15 +83,15 @@ def report(name: str, index: Index, queries: np.ndarray, exact: np.ndarray, clie
     recall = np.mean(
         [len({*rows} & {*right}) / K for rows, right in zip(found, exact.tolist(), strict=True)]
     )
-    line = f"{name:18} {recall:9.4f}"
+    print(f"{name:18} {recall:9.4f}", end="", flush=True)
     for count in (1, clients):
         start = time.perf_counter()
         seconds = latencies(index, queries, count)
         rate = len(queries) / (time.perf_counter() - start)
         p50, p99 = statistics.median(seconds), float(np.quantile(seconds, 0.99))
-        line += f"  {p50 * 1e3:7.1f} / {p99 * 1e3:7.1f} ms {rate:7.0f}/s"
-    chosen = latencies(index, queries, 1, filter=f"price < {len(index) // 2}")
-    print(f"{line}  {statistics.median(chosen) * 1e3:7.1f} ms", flush=True)
+        print(f"  {p50 * 1e3:7.1f} / {p99 * 1e3:7.1f} ms {rate:7.0f}/s", end="", flush=True)
+    chosen = latencies(index, queries[:FILTERED], 1, filter=f"price < {len(index) // 2}")
+    print(f"  {statistics.median(chosen) * 1e3:7.1f} ms", flush=True)
 
 
 def main() -> None:
