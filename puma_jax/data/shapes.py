@@ -1,4 +1,4 @@
-"""The shape of rows that wastes the least space for given items."""
+"""The shape of rows that costs the least for given items."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from puma_jax.typing import Int, ndarray
 
 _WIDEST = 1024
 _WIDEST_IN_TRAINING = 2048
+# At rows of this length attention, which compares all tokens of a row, takes as long as the rest of
+# a layer of Qwen2-VL-2B; in a smaller model it does so at shorter ones.
+_ATTENTION_LENGTH = 16384
 # Room for steps that were not looked at: a little in rows, more in slots, which cost nothing.
 _HEADROOM = 1.005
 _SLOT_HEADROOM = 1.5
@@ -80,14 +83,19 @@ def _few_rows(sizes: ndarray) -> tuple[int, int]:
 
 
 def _least_waste(sizes: ndarray) -> tuple[int, int]:
-    """Return the row length, a multiple of the tile, that wastes the least, and the rows needed."""
+    """Return the row length, a multiple of the tile, that costs the least, and the rows needed."""
     if not len(sizes):
         return TILE, 0
     shortest = -(-int(sizes.max()) // TILE) * TILE
     candidates = range(shortest, max(shortest, _WIDEST) + TILE, TILE)
     needed = {length: rows_needed(sizes, length) for length in candidates}
-    length = min(candidates, key=lambda length: length * needed[length])
+    length = min(candidates, key=lambda length: _cost(needed[length], length))
     return length, needed[length]
+
+
+def _cost(rows: int, length: int) -> float:
+    """Return what rows cost, in tokens that attend to nothing."""
+    return rows * length * (1 + length / _ATTENTION_LENGTH)
 
 
 def _power_of_two(size: int, least: int) -> int:
@@ -104,9 +112,8 @@ def batch_shape(
 ) -> PackedShape:
     """Return the smallest shape of a chunk that holds the batches of all these steps.
 
-    Row lengths are multiples of the tile, and every data shard has the same number of rows. Among
-    shapes that waste equally little, the one with the shortest rows is taken, because the cost of
-    attention grows with them. There always is a shape: where every slot has a row of its own, an
+    Row lengths are multiples of the tile, and every data shard has the same number of rows. Long
+    rows waste fewer tokens, but the cost of attention grows with them. There always is a shape: where every slot has a row of its own, an
     item that finds a slot finds a row.
 
     Args:
@@ -126,7 +133,7 @@ def batch_shape(
             _row_choices([step[i] for step in seen], cells, largest[i], sampled, tries)
             for i in (0, 1)
         )
-        for (rows, length), (rows_of_patches, patch_length) in _tightest_first(
+        for (rows, length), (rows_of_patches, patch_length) in _cheapest_first(
             token_rows, patch_rows
         ):
             shape = PackedShape(
@@ -142,21 +149,19 @@ def batch_shape(
     raise AssertionError("unreachable")
 
 
-def _tightest_first(
+def _cheapest_first(
     token_rows: list[tuple[int, int]], patch_rows: list[tuple[int, int]]
 ) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Return all pairs of choices, each list sorted by its room: those with the least room first.
+    """Return all pairs of choices, each list sorted by its cost: those that cost the least first.
 
-    Tokens and patches count alike, each as a share of the tightest choice.
+    Tokens and patches count alike, each as a share of the cheapest choice.
     """
-    least = [rows * length or 1 for rows, length in (token_rows[0], patch_rows[0])]
+    least = [_cost(*choices[0]) or 1 for choices in (token_rows, patch_rows)]
 
-    def room(choice: tuple[tuple[int, int], tuple[int, int]]) -> float:
-        return sum(
-            rows * length / tightest for (rows, length), tightest in zip(choice, least, strict=True)
-        )
+    def cost(choice: tuple[tuple[int, int], tuple[int, int]]) -> float:
+        return sum(_cost(*rows) / lowest for rows, lowest in zip(choice, least, strict=True))
 
-    return sorted(itertools.product(token_rows, patch_rows), key=room)
+    return sorted(itertools.product(token_rows, patch_rows), key=cost)
 
 
 def _fullest(steps: Sequence[tuple[ndarray, ndarray]]) -> list[tuple[ndarray, ndarray]]:
@@ -169,7 +174,7 @@ def _fullest(steps: Sequence[tuple[ndarray, ndarray]]) -> list[tuple[ndarray, nd
 def _row_choices(
     sizes: list[ndarray], cells: int, longest: int, sampled: bool, tries: int
 ) -> list[tuple[int, int]]:
-    """Return (rows in a cell, row length) pairs that could hold all sizes, the smallest first.
+    """Return (rows in a cell, row length) pairs that could hold all sizes, the cheapest first.
 
     The rows of the first try are a lower bound; every later try has more of them.
     """
@@ -185,4 +190,4 @@ def _row_choices(
             total = max(total, filled.mean() + _DEVIATIONS * filled.std())
         rows = max(1, int(np.ceil(total * (16 + tries) / (16 * cells))))
         choices += [(rows, length), (rows + 1, length)]
-    return sorted(choices, key=lambda choice: (choice[0] * choice[1], choice[1]))
+    return sorted(choices, key=lambda choice: _cost(*choice))
