@@ -12,6 +12,7 @@ COMMANDS = {
     "train": ("puma_jax.train", "Train a model from a recipe; resumes after a stop"),
     "prune": ("puma_jax.prune", "Keep some decoder layers of a model"),
     "compose": ("puma_jax.compose", "Join a text decoder and a vision tower into one model"),
+    "merge": ("puma_jax.merge", "Average models, or checkpoints of a training run"),
     "evaluate": ("puma_jax.evaluate", "Evaluate a model on a benchmark in M-BEIR layout"),
     "mine": ("puma_jax.mine", "Find hard negatives for training queries; resumes after a stop"),
     "embed": ("puma_jax.embed", "Embed a corpus into a folder of vectors; resumes after a stop"),

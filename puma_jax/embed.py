@@ -37,6 +37,7 @@ def main(
     images: Path | None = None,
     instruction: str | None = None,
     vectors_dtype: VectorDType = "float32",
+    dimensions: int | None = None,
     items_per_shard: int = 16384,
     on_bad_record: OnBadRecord = "error",
     dtype: DType | None = None,
@@ -59,7 +60,8 @@ def main(
             that leads out of it is an error. By default the benchmark's root for a pool, and the
             file's own folder for JSON lines.
         instruction: Instruction to put before the text of every item, for queries. None by default.
-        vectors_dtype: Dtype of the vectors on disk.
+        vectors_dtype: Dtype of the vectors on disk; ubinary is one bit for each value.
+        dimensions: Values to keep of each vector, the first ones. All by default.
         items_per_shard: Items in a shard; a stop loses the work on one shard at most.
         on_bad_record: "error" stops at an item that cannot be read, "skip" notes it in the shard's
             skipped.txt and continues.
@@ -88,6 +90,7 @@ def main(
         out,
         instruction=instruction,
         vectors_dtype=vectors_dtype,
+        dimensions=dimensions,
         items_per_shard=items_per_shard,
         on_bad_record=on_bad_record,
         part=(number, parts),

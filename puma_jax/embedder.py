@@ -267,7 +267,7 @@ class Embedder:
             normalize: Whether to scale vectors to length 1.
 
         Raises:
-            ConfigError: `dimensions` is not the width of a vector or less.
+            ConfigError: See `check_dimensions`.
             EvaluationError: A vector is not finite, or zero.
             ItemError: An item has neither text nor image, or a field of the wrong kind.
             ImageError: An image cannot be read.
@@ -277,11 +277,7 @@ class Embedder:
                 "encode takes a list of items and was given a single one: encode([item])[0] is its "
                 "vector"
             )
-        if dimensions is not None:
-            require(
-                1 <= dimensions <= self.embedding_dim,
-                f"dimensions {dimensions} must be in [1, {self.embedding_dim}]",
-            )
+        self.check_dimensions(dimensions)
         tokens = tokens_per_chunk or _default_tokens()
         window_tokens = tokens * _CHUNKS_IN_WINDOW * (data_shards(self.mesh) if self.mesh else 1)
         forward = Forward(
@@ -308,6 +304,13 @@ class Embedder:
         name = name or "item {}".format
         check_vectors(result, name)
         return result if dimensions is None else first_values(result, dimensions, name)
+
+    def check_dimensions(self, dimensions: int | None) -> None:
+        """Raise a ConfigError for a number of values that vectors do not have; None means all."""
+        require(
+            dimensions is None or 1 <= dimensions <= self.embedding_dim,
+            f"dimensions {dimensions} must be in [1, {self.embedding_dim}]",
+        )
 
     def save(
         self,

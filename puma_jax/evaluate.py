@@ -23,11 +23,18 @@ from puma_jax.data.mbeir import Benchmark
 from puma_jax.errors import ConfigError, DataError
 from puma_jax.evaluation import published
 from puma_jax.evaluation.encoding import ItemEncoder
-from puma_jax.evaluation.evaluation import KS, Evaluation, Subset, evaluate_selection
+from puma_jax.evaluation.evaluation import KS, Evaluation, Subset, embed_selection
 from puma_jax.evaluation.report_page import evaluation_sections, page, reranked_section
 from puma_jax.evaluation.reranking import rerank
 from puma_jax.evaluation.results import compare, differing, read_evaluations
 from puma_jax.evaluation.selection import Selection, select
+from puma_jax.evaluation.sizes import (
+    StoredPrecision,
+    evaluate_sizes,
+    sizes_json,
+    sizes_of,
+    sizes_table,
+)
 from puma_jax.evaluation.vector_folder import VectorFolder, vector_folder
 from puma_jax.model.attention import describe
 from puma_jax.parallel import multihost
@@ -50,6 +57,9 @@ def main(
     compare_with: tuple[Path, ...] = (),
     reranker: str | None = None,
     rerank_top: int = 50,
+    precision: tuple[StoredPrecision, ...] = (),
+    dimensions: tuple[int, ...] = (),
+    rescore_multiplier: int = 4,
     dtype: DType | None = None,
     ret_token: str | None = None,
     adapter: str | None = None,
@@ -78,6 +88,11 @@ def main(
             It orders the first documents of each query and pool anew, and the results of both are
             written.
         rerank_top: Number of documents of each query and pool that the reranker scores.
+        precision: Precisions in which document vectors are stored, to print what each keeps of the
+            hit rates: int8, and ubinary, one bit for each value.
+        dimensions: Numbers of values to keep of each vector, likewise. All of them by default.
+        rescore_multiplier: With ubinary, this many times the deepest k that is counted, 50, are
+            found by their bits and scored anew by the float32 vector of the query.
         dtype: Dtype of weights and activations. The dtype of the model's files by default.
         ret_token: Token that ends every item, such as "<|video_pad|>"; for models without a spare
             row for [RET]. The one saved with the model, or [RET], by default.
@@ -95,8 +110,9 @@ def main(
         *vectors_dir.absolute().parents,
     ):
         raise ConfigError(f"vectors_dir {vectors_dir} lies in {out}: choose a folder outside of it")
-    if rerank_top < 1:
-        raise ConfigError(f"rerank_top is {rerank_top}, expected at least 1")
+    for name, value in (("rerank_top", rerank_top), ("rescore_multiplier", rescore_multiplier)):
+        if value < 1:
+            raise ConfigError(f"{name} is {value}, expected at least 1")
     others = _others(compare_with)
     benchmark = mbeir.discover(data_root)
     if sets:
@@ -106,6 +122,9 @@ def main(
     )
     devices = make_mesh(mesh, jax.local_devices())
     embedder = Embedder.load(model, dtype=dtype, ret_token=ret_token, mesh=devices, adapter=adapter)
+    sizes = []
+    if precision or dimensions:
+        sizes = sizes_of(precision, dimensions, embedder.embedding_dim)
     reader = None if reranker is None else Reranker.load(reranker, dtype=dtype, mesh=devices)
     print(describe(embedder.compute), flush=True)
     with contextlib.ExitStack() as stack:
@@ -113,18 +132,25 @@ def main(
         if vectors_dir is not None:
             job = [_what_decides_vectors(embedder, selection), tokens_per_chunk, sets, subset]
             vectors = stack.enter_context(vector_folder(vectors_dir, job))
-        evaluation = evaluate_selection(
+        embedded = embed_selection(
             selection,
             ItemEncoder(embedder, tokens_per_chunk),
-            ks={*KS, rerank_top} if reader else KS,
             on_bad_record=on_bad_record,
             vectors=vectors,
             progress=multihost.is_process_zero(),
+        )
+        evaluation = embedded.evaluate(
+            ks={*KS, rerank_top} if reader else KS, progress=multihost.is_process_zero()
         )
         # What was measured is told before anything can fail, and vectors are kept until it is safe.
         _print(evaluation, vectors, {**others, str(out): evaluation}, whole=subset is None)
         name = model if adapter is None else f"{model} with {adapter}"
         results = {"model": name, "benchmark": str(data_root), **evaluation.to_json()}
+        of_sizes = evaluate_sizes(
+            embedded, sizes, multiplier=rescore_multiplier, progress=multihost.is_process_zero()
+        )
+        if of_sizes:
+            print(f"\n{sizes_table(evaluation, of_sizes)}", flush=True)
         reranked = None
         if reader is not None:
             reranked = rerank(
@@ -140,7 +166,15 @@ def main(
             print(compare({name: evaluation, f"{name} + {reranker}": reranked}), flush=True)
         said = {"reranker": reranker, "rerank_top": rerank_top}
         multihost.on_process_zero(
-            lambda: _write(out, results, selection, evaluation, reranked, said)
+            lambda: _write(
+                out,
+                results,
+                selection,
+                evaluation,
+                reranked,
+                said,
+                sizes_json(of_sizes, rescore_multiplier) if of_sizes else None,
+            )
         )
     print(f"Numbers are in {out / 'results.json'}, ranked documents in {out / 'runs'}")
     if reranker is not None:
@@ -201,6 +235,7 @@ def _write(
     evaluation: Evaluation,
     reranked: Evaluation | None,
     said: dict[str, Any],
+    sizes: dict[str, Any] | None,
 ) -> None:
     """Write numbers, ranked documents and page; the folder appears whole, or not at all.
 
@@ -211,10 +246,13 @@ def _write(
         evaluation: Its evaluation.
         reranked: The evaluation after reranking, if there was any.
         said: What reranked.json tells of the reranker.
+        sizes: What sizes.json holds, if smaller vectors were evaluated.
     """
     with atomic_folder(out) as folder:
         write_json(folder / "results.json", results)
         evaluation.write_runs(folder / "runs")
+        if sizes is not None:
+            write_json(folder / "sizes.json", sizes)
         title = f"{results['model']} on {selection.split} of {results['benchmark']}"
         sections = [*evaluation_sections(selection, evaluation)]
         if reranked is not None:

@@ -34,7 +34,7 @@ FLOORS = (
     ("search",),
     ("evaluation", "service"),
     ("training", "export"),
-    ("train", "evaluate", "embed", "mine", "index", "prune", "compose", "serve", "verify"),
+    ("train", "evaluate", "embed", "mine", "index", "prune", "compose", "merge", "serve", "verify"),
     ("__main__",),
 )
 OPTIONAL = {
@@ -67,6 +67,7 @@ COMMANDS = (
     "puma_jax.evaluate",
     "puma_jax.export.__main__",
     "puma_jax.index",
+    "puma_jax.merge",
     "puma_jax.mine",
     "puma_jax.prune",
     "puma_jax.search.__main__",

@@ -7,25 +7,24 @@ the same result on any number of devices; see `search.topk`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from puma_jax.data.lines import OnBadRecord
+from puma_jax.data.lines import BadRecords, OnBadRecord
 from puma_jax.data.mbeir import TASKS, Benchmark, modality_code
 from puma_jax.embedder import Embedder
 from puma_jax.errors import ConfigError, DataError
 from puma_jax.evaluation.encoding import Batches, Encode, ItemEncoder, Sources
 from puma_jax.evaluation.metrics import bootstrap_interval, first_relevant
+from puma_jax.evaluation.pool_search import Rows, SearchResult, search_pool
 from puma_jax.evaluation.ranking import Run
 from puma_jax.evaluation.report import Evaluation, Pool, SetResult, headline_k
 from puma_jax.evaluation.selection import QuerySet, Selection, Subset, select
-from puma_jax.evaluation.vector_folder import GatheredRows, VectorFolder
+from puma_jax.evaluation.vector_folder import VectorFolder
 from puma_jax.progress import Progress
-from puma_jax.search.topk import top_k
 from puma_jax.typing import Bool, Float, Int, ndarray
 
 __all__ = ["Encode", "Evaluation", "Subset", "evaluate", "evaluate_selection"]
@@ -33,7 +32,8 @@ __all__ = ["Encode", "Evaluation", "Subset", "evaluate", "evaluate_selection"]
 KS = (1, 5, 10, 20, 50)
 """Depths at which hits are counted by default."""
 
-_TILE = 4096
+Search = Callable[[slice, Int[ndarray, "documents"], int, Progress], SearchResult]
+"""Returns what some queries find in a pool, so deep; the bar counts pairs of both."""
 
 
 def evaluate(
@@ -83,16 +83,99 @@ def evaluate_selection(
 ) -> Evaluation:
     """Return the hit rates of a model on a selection, which can be evaluated many times.
 
-    Arguments are those of `evaluate`.
+    Arguments are those of `evaluate`, and errors those of `embed_selection`.
 
     Raises:
         ConfigError: A k is below 1.
-        DataError: An item cannot be read and `on_bad_record` is "error", or too few can.
-        EvaluationError: `model` does not return one finite vector for each item.
     """
     if min(ks, default=1) < 1:
         raise ConfigError(f"k is {min(ks)}, expected at least 1")
-    depth = max((*ks, *(headline_k(query_set.name) for query_set in selection.sets)))
+    embedded = embed_selection(
+        selection, model, on_bad_record=on_bad_record, vectors=vectors, progress=progress
+    )
+    return embedded.evaluate(ks=ks, progress=progress)
+
+
+@dataclass(frozen=True)
+class EmbeddedSelection:
+    """The vectors of a selection, and what of it can be read."""
+
+    selection: Selection
+    queries: Float[ndarray, "queries width"]
+    """Those of the readable queries of all sets, set after set."""
+    documents: Rows
+    """By rows of the selection; of representatives only."""
+    sets: list[QuerySet]
+    """The sets, without what cannot be read."""
+    pool: Int[ndarray, "documents"]
+    """Readable documents of the global pool."""
+    skipped: BadRecords
+
+    def evaluate(
+        self, search: Search | None = None, *, ks: Collection[int] = KS, progress: bool = True
+    ) -> Evaluation:
+        """Return the hit rates on all sets.
+
+        Args:
+            search: Finds the documents of a pool; by default those with the highest inner products.
+            ks: Depths at which hits are counted, besides the k of each set's headline number.
+            progress: Whether to show a progress bar.
+        """
+        depth = max((*ks, *(headline_k(query_set.name) for query_set in self.sets)))
+        pairs = sum(len(found.qids) * (len(found.pool) + len(self.pool)) for found in self.sets)
+        bar = Progress(
+            total=pairs, desc="searching", unit="score", unit_scale=True, disable=not progress
+        )
+        search = search or self.search
+        with bar:
+            # All queries are searched together, so that the global pool is read once.
+            in_global_pool = search(slice(None), self.pool, depth, bar)
+            results, start = [], 0
+            for query_set in self.sets:
+                own = slice(start, start + len(query_set.qids))
+                start = own.stop
+                found: dict[Pool, SearchResult] = {
+                    "local": search(own, query_set.pool, depth, bar),
+                    "global": SearchResult(in_global_pool.scores[own], in_global_pool.rows[own]),
+                }
+                results.append(_result(self.selection, query_set, found, ks))
+        return Evaluation(
+            split=self.selection.split,
+            documents=len(self.pool),
+            sets=tuple(results),
+            skipped=self.skipped.count,
+            skipped_messages=tuple(self.skipped.messages),
+            unused_files=self.selection.unused_files,
+        )
+
+    def search(
+        self, own: slice, pool: Int[ndarray, "documents"], depth: int, bar: Progress
+    ) -> SearchResult:
+        """Return the best documents of a pool for some queries; see `search_pool`."""
+        return search_pool(
+            self.queries[own],
+            documents=self.documents,
+            representative=self.selection.representative,
+            pool=pool,
+            depth=depth,
+            bar=bar,
+        )
+
+
+def embed_selection(
+    selection: Selection,
+    model: Embedder | Encode,
+    *,
+    on_bad_record: OnBadRecord = "error",
+    vectors: VectorFolder | None = None,
+    progress: bool = True,
+) -> EmbeddedSelection:
+    """Return the vectors of a selection. Arguments are those of `evaluate`.
+
+    Raises:
+        DataError: An item cannot be read and `on_bad_record` is "error", or too few can.
+        EvaluationError: `model` does not return one finite vector for each item.
+    """
     order = selection.reading_order()
     total = len(order) + sum(len(query_set.items) for query_set in selection.sets)
     bar = Progress(
@@ -113,39 +196,13 @@ def evaluate_selection(
             ),
             order,
         )
-    queries = queries[np.flatnonzero(readable)]
-    sets = _readable_sets(selection, readable, of_representative[selection.representative])
-    pool = selection.pool[of_representative[selection.representative[selection.pool]]]
-    pairs = sum(len(found.qids) * (len(found.pool) + len(pool)) for found in sets)
-    searching = Progress(
-        total=pairs, desc="searching", unit="score", unit_scale=True, disable=not progress
-    )
-    with searching:
-        search = partial(
-            _search,
-            documents=documents,
-            representative=selection.representative,
-            depth=depth,
-            bar=searching,
-        )
-        # All queries are searched together, so that the global pool is read once.
-        in_global_pool = search(queries, pool=pool)
-        results, start = [], 0
-        for query_set in sets:
-            own = slice(start, start + len(query_set.qids))
-            start = own.stop
-            found: dict[Pool, SearchResult] = {
-                "local": search(queries[own], pool=query_set.pool),
-                "global": SearchResult(in_global_pool.scores[own], in_global_pool.rows[own]),
-            }
-            results.append(_result(selection, query_set, found, ks))
-    return Evaluation(
-        split=selection.split,
-        documents=len(pool),
-        sets=tuple(results),
-        skipped=skipped.count,
-        skipped_messages=tuple(skipped.messages),
-        unused_files=selection.unused_files,
+    return EmbeddedSelection(
+        selection,
+        queries[np.flatnonzero(readable)],
+        documents,
+        _readable_sets(selection, readable, of_representative[selection.representative]),
+        selection.pool[of_representative[selection.representative[selection.pool]]],
+        skipped,
     )
 
 
@@ -172,78 +229,6 @@ def _readable_sets(
         query_set.readable(part, documents)
         for query_set, part in zip(selection.sets, parts, strict=True)
     ]
-
-
-class SearchResult(NamedTuple):
-    """Scores and documents that queries found, best first."""
-
-    scores: Float[ndarray, "queries depth"]
-    rows: Int[ndarray, "queries depth"]
-    """Rows of documents in the selection; -1 beyond the end of a small pool."""
-
-
-def _search(
-    queries: Float[ndarray, "queries width"],
-    *,
-    documents: ndarray | GatheredRows,
-    representative: Int[ndarray, "documents"],
-    pool: Int[ndarray, "documents_of_pool"],
-    depth: int,
-    bar: Progress,
-) -> SearchResult:
-    """Return the best documents of a pool for each query.
-
-    Equal documents are searched as one group, through their representative: a matrix product
-    rounds equal rows differently.
-    """
-    _, first_in_pool, group_of, sizes = np.unique(
-        representative[pool], return_index=True, return_inverse=True, return_counts=True
-    )
-    order = np.argsort(first_in_pool)  # groups in the order of their first documents
-    unique = representative[pool[first_in_pool[order]]]
-
-    def tiles() -> Iterator[Float[ndarray, "_ width"]]:
-        for start in range(0, len(unique), _TILE):
-            tile = unique[start : start + _TILE]
-            yield documents[tile]
-            bar.update(len(queries) * len(tile))
-
-    scores, groups = top_k(queries, tiles(), depth)
-    bar.update(len(queries) * (len(pool) - len(unique)))
-    if len(unique) == len(pool):
-        return SearchResult(scores, np.where(groups < 0, -1, pool[groups]))
-    group_of = np.argsort(order)[group_of]
-    members = pool[np.argsort(group_of, kind="stable")]
-    return _expand_groups(scores, groups, sizes[order], members)
-
-
-def _expand_groups(
-    scores: Float[ndarray, "queries depth"],
-    groups: Int[ndarray, "queries depth"],
-    sizes: Int[ndarray, "groups"],
-    members: Int[ndarray, "documents_of_pool"],
-) -> SearchResult:
-    """Return the documents of the groups that were found, at most `depth` for each query.
-
-    Args:
-        scores: Scores of the groups found, best first.
-        groups: The groups found; -1 for none.
-        sizes: Number of equal documents in each group.
-        members: Rows of these documents, group after group, ascending within each.
-    """
-    depth = scores.shape[1]
-    starts, most = np.cumsum(sizes) - sizes, np.minimum(sizes, depth)
-    out = SearchResult(np.full_like(scores, -np.inf), np.full_like(groups, -1))
-    for query, found in enumerate(groups):
-        found = found[found >= 0]
-        taken = most[found]
-        within = np.arange(taken.sum()) - np.repeat(np.cumsum(taken) - taken, taken)
-        rows = members[np.repeat(starts[found], taken) + within]
-        of_row = np.repeat(scores[query, : len(found)], taken)
-        best = np.lexsort((rows, -of_row))[:depth]
-        out.scores[query, : len(best)] = of_row[best]
-        out.rows[query, : len(best)] = rows[best]
-    return out
 
 
 def _result(

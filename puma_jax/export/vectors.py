@@ -33,6 +33,7 @@ from puma_jax.progress import Progress
 from puma_jax.search.arrow import needs
 from puma_jax.search.exact import document_of
 from puma_jax.search.index import Document
+from puma_jax.search.quantize import to_int8
 from puma_jax.search.shards import Vectors
 from puma_jax.typing import Float, ndarray
 
@@ -177,7 +178,7 @@ def _write_u8bin(vectors: Vectors, folder: Path, _: int, bar: Progress) -> dict[
     with open(folder / "vectors.u8bin", "wb") as file:
         _write_header(file, vectors)
         for part, _documents in _batches(vectors, bar):
-            file.write((np.rint(part * (127 / scale)) + 128).astype(np.uint8).tobytes())
+            file.write((to_int8(part, scale)[0].astype(np.int16) + 128).astype(np.uint8).tobytes())
     return {"scale": scale, "offset": 128, "metric": "L2"}
 
 

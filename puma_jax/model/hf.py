@@ -93,19 +93,35 @@ class Checkpoint:
 
         def read_leaf(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
             sharding = shardings(name, leaf) if callable(shardings) else shardings
-            tensors = tensor_names(self.config, name, chosen)
 
             def read_part(index: Any) -> ndarray:
-                return self._read_part(name, tensors, index, leaf)
+                return self.read_part(name, index, leaf, chosen)
 
             return jax.make_array_from_callback(leaf.shape, sharding, read_part)
 
         return map_named(read_leaf, abstract(self.config.with_layers(kept), dtype))
 
-    def _read_part(
-        self, name: str, tensors: list[str], index: tuple[slice, ...], leaf: jax.ShapeDtypeStruct
+    def read_part(
+        self,
+        name: str,
+        index: tuple[slice, ...],
+        leaf: jax.ShapeDtypeStruct,
+        layers: Sequence[int] | None = None,
     ) -> ndarray:
-        """Return `leaf[index]`, read from the one tensor or the stack of tensors it is made of."""
+        """Return `leaf[index]`, read from the one tensor or the stack of tensors it is made of.
+
+        Args:
+            name: Name of the leaf.
+            index: A slice for each axis of the leaf.
+            leaf: Shape of the leaf, and dtype of the result.
+            layers: Decoder layers that the leaf has, if it has layers; None for all.
+
+        Raises:
+            CheckpointError: A value is not finite, or is too large for the dtype.
+        """
+        tensors = tensor_names(
+            self.config, name, range(self.config.decoder.layers) if layers is None else layers
+        )
         ranges = [range(*part.indices(size)) for part, size in zip(index, leaf.shape, strict=True)]
         part = np.empty([len(one) for one in ranges], leaf.dtype)
         if stacked(name):

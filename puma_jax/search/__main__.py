@@ -106,7 +106,9 @@ def main(
         check_model(embedder, index.model)
         started = time.monotonic()
         query = {"text": text or None, "image": image}
-        vector = embedder.encode([query], instruction=instruction, progress=False)
+        vector = embedder.encode(
+            [query], instruction=instruction, dimensions=index.width, progress=False
+        )
         (hits,) = index.search(vector, k, modality=modality, filter=filter)
         about = f"{len(hits)} of {len(index):,} documents in {time.monotonic() - started:.2f} s"
     finally:

@@ -79,6 +79,7 @@ def embed(
     *,
     instruction: str | None = None,
     vectors_dtype: VectorDType = "float32",
+    dimensions: int | None = None,
     items_per_shard: int = 16384,
     on_bad_record: OnBadRecord = "error",
     part: tuple[int, int] = (0, 1),
@@ -100,6 +101,7 @@ def embed(
         folder: Folder of the vectors, see `search.shards`; created if it is missing.
         instruction: Instruction before the text of every item, for queries; None for documents.
         vectors_dtype: Dtype of the vectors on disk.
+        dimensions: Number of values in a vector, see `Embedder.encode`; None for all.
         items_per_shard: Items in a shard, which is the most that a kill loses.
         on_bad_record: "error" stops at an item that cannot be read, "skip" notes it in its shard.
         part: Number of this process and number of processes, which take shards in turn.
@@ -107,7 +109,7 @@ def embed(
         progress: Whether to show a progress bar.
 
     Raises:
-        ConfigError: `part` is out of range, or `items_per_shard` is below 1.
+        ConfigError: `part` or `dimensions` is out of range, or `items_per_shard` is below 1.
         ArtifactError: The folder is another job's, another process writes it, or it cannot be
             written.
         VectorsError: A shard is damaged.
@@ -119,6 +121,7 @@ def embed(
         raise ConfigError(f"part {number}/{parts}: parts are 0/{parts} to {parts - 1}/{parts}")
     if items_per_shard < 1:
         raise ConfigError(f"items per shard are {items_per_shard}, expected at least 1")
+    embedder.check_dimensions(dimensions)
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
         lock(folder, f"part-{number}-of-{parts}" if parts > 1 else ""),
@@ -129,7 +132,7 @@ def embed(
             "corpus": corpus.address,
             "instruction": instruction,
             "dtype": vectors_dtype,
-            "width": embedder.embedding_dim,
+            "width": dimensions or embedder.embedding_dim,
             "items_per_shard": items_per_shard,
         }
         spec = EmbeddingSpec.claim(folder, job, work.shape)
@@ -228,16 +231,17 @@ class _Work:
         return self.embedder.shape_for(items).with_data_shards(1)
 
     def encode(
-        self, rows: Sequence[int], shape: PackedShape, bar: Progress
+        self, rows: Sequence[int], spec: EmbeddingSpec, bar: Progress
     ) -> tuple[dict[int, np.ndarray], dict[int, ItemRecord]]:
         """Return the vectors of some items by row, and the records of all of them."""
         devices = data_shards(self.embedder.mesh) if self.embedder.mesh else 1
-        shape = shape.with_data_shards(devices)
+        shape = spec.shape.with_data_shards(devices)
         # Shuffled, so that long items, short ones and images fill rows of one shape evenly.
         order = np.random.default_rng(0).permutation(rows)
         items = _Preprocessed(self, order.tolist(), bar)
         vectors = self.embedder.encode(
             items,
+            dimensions=spec.width,
             shape=shape,
             progress=False,
             name=lambda number: f'item "{items.records[items.rows[number]].id}"',
@@ -294,7 +298,7 @@ class _Shards:
         )
         bar.update(len(kept))
         fresh = [row for row in rows if row not in kept]
-        vectors, records = self.work.encode(fresh, self.spec.shape, bar)
+        vectors, records = self.work.encode(fresh, self.spec, bar)
         new = stored_tensors(
             np.array([*vectors.values()], np.float32).reshape(-1, self.spec.width), self.spec.dtype
         )

@@ -22,6 +22,7 @@ from puma_jax.search.exact import check_queries, unknown_field
 from puma_jax.search.filters import parse_filter
 from puma_jax.search.index import Document, Hit
 from puma_jax.search.model_source import ModelSource
+from puma_jax.search.quantize import to_int8
 from puma_jax.typing import Float, ndarray
 
 StoredDType = Literal["float32", "float16", "bfloat16", "int8"]
@@ -301,8 +302,7 @@ def is_file(uri: str) -> bool:
 def stored_vectors(vectors: Float[ndarray, "n width"], dtype: StoredDType) -> ndarray:
     """Return vectors as the store takes them; int8 fills its range, for the metric COSINE."""
     if dtype == "int8":
-        largest = np.abs(vectors).max(1, keepdims=True, initial=np.finfo(np.float32).tiny)
-        return np.rint(vectors * (127 / largest)).astype(np.int8)
+        return to_int8(vectors)[0]
     return np.ascontiguousarray(vectors, _NUMPY[dtype])
 
 

@@ -11,7 +11,8 @@ SHA-256 of the image, and further fields. A rerun compares these with the corpus
 differs.
 
 int8 vectors are `round(127 v / s)`; the scale s of each vector is its largest magnitude, and is
-stored with them.
+stored with them. ubinary vectors are one bit for each value, and stand for values ±1/√width; see
+`search.quantize`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from puma_jax.errors import VectorsError
 from puma_jax.files import parse_json, read_object, save_tensors, sha256, sha256_of
 from puma_jax.schema import from_json
 from puma_jax.search.model_source import ModelSource
+from puma_jax.search.quantize import from_bits, from_int8, to_bits, to_int8
 from puma_jax.search.records import ItemRecord
 from puma_jax.search.spec import (
     JOB,
@@ -178,12 +180,13 @@ def count_vectors(folder: Path) -> int:
 
 def stored_tensors(vectors: Float[ndarray, "n width"], dtype: VectorDType) -> dict[str, ndarray]:
     """Return the tensors to store for float32 vectors in a dtype."""
-    if dtype != "int8":
-        kind = np.float32 if dtype == "float32" else ml_dtypes.bfloat16
-        return {"vectors": np.ascontiguousarray(vectors, kind)}
-    scales = np.abs(vectors).max(1, initial=np.finfo(np.float32).tiny)
-    steps = np.rint(vectors * (127 / scales[:, None]))
-    return {"vectors": steps.astype(np.int8), "scales": scales.astype(np.float32)}
+    if dtype == "int8":
+        steps, scales = to_int8(vectors)
+        return {"vectors": steps, "scales": scales}
+    if dtype == "ubinary":
+        return {"vectors": to_bits(vectors)}
+    kind = np.float32 if dtype == "float32" else ml_dtypes.bfloat16
+    return {"vectors": np.ascontiguousarray(vectors, kind)}
 
 
 class Vectors:
@@ -240,9 +243,7 @@ class Vectors:
                 vectors, scales = self._tensors(file, path, shard.items)
                 for start in range(0, shard.items, rows):
                     here = slice(start, min(start + rows, shard.items))
-                    part: ndarray = np.asarray(vectors[here], np.float32)
-                    if scales is not None:
-                        part = part * (scales[here, None] / 127)
+                    part = self._float32(vectors[here], None if scales is None else scales[here])
                     if wanted is not None:
                         inside = wanted[slice(*np.searchsorted(wanted, [here.start, here.stop]))]
                         part = part[inside - start]
@@ -266,15 +267,24 @@ class Vectors:
                 if record.skipped is None:
                     yield record
 
+    def _float32(self, stored: ndarray, scales: ndarray | None) -> Float[ndarray, "n width"]:
+        """Return the vectors that stored ones stand for."""
+        if scales is not None:
+            return from_int8(stored, scales)
+        if self.spec.dtype == "ubinary":
+            return from_bits(stored, self.spec.width)
+        return np.asarray(stored, np.float32)
+
     def _tensors(self, file: Any, path: Path, items: int) -> tuple[Any, ndarray | None]:
         """Return the slice of vectors and the scales of a shard, of the shapes they should have."""
-        dtypes = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
+        dtypes = {"float32": "F32", "bfloat16": "BF16", "int8": "I8", "ubinary": "U8"}
         try:
             vectors = file.get_slice("vectors")
             scales = file.get_tensor("scales") if self.spec.dtype == "int8" else None
         except (SafetensorError, OSError) as error:
             raise VectorsError(f"{path} is damaged: {error}: embed again") from None
-        shape, wanted = tuple(vectors.get_shape()), (items, self.spec.width)
+        width = -(-self.spec.width // 8) if self.spec.dtype == "ubinary" else self.spec.width
+        shape, wanted = tuple(vectors.get_shape()), (items, width)
         if shape != wanted or vectors.get_dtype() != dtypes[self.spec.dtype]:
             raise VectorsError(
                 f"{path} holds {vectors.get_dtype()} {list(shape)}, the manifest says "

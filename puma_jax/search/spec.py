@@ -15,7 +15,7 @@ from puma_jax.schema import Count, CountOrZero
 from puma_jax.search.model_source import ModelSource
 
 JOB = "job.json"
-VectorDType = Literal["float32", "bfloat16", "int8"]
+VectorDType = Literal["float32", "bfloat16", "int8", "ubinary"]
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from puma_jax.service.pictures import (
 from puma_jax.service.request_errors import RequestError
 from puma_jax.service.requests import Body, in_thread_if, parse, parse_form, within
 from puma_jax.service.state import Service
+from puma_jax.service.vectors import shortened
 from puma_jax.typing import Float, ndarray
 
 _FEWEST_FOUND = 16
@@ -135,7 +136,8 @@ class Searcher:
         encoded = await service.batcher.encode([(item, instruction)], truncate=True)
         limit = service.embedder.config.prompt.max_text_tokens
         said = f"the text was truncated to the {limit} tokens that the model reads"
-        return encoded.vectors, instruction, [said] if encoded.truncated else []
+        vectors = shortened(encoded.vectors, self.index.width)
+        return vectors, instruction, [said] if encoded.truncated else []
 
     def _find(self, vectors: Float[ndarray, "1 width"], body: SearchRequest) -> list[Hit]:
         """Return the hits of a query; the document whose like is wanted is not among them."""

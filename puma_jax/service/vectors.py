@@ -7,9 +7,9 @@ from typing import Literal
 
 import numpy as np
 
-from puma_jax.search.shards import stored_tensors
+from puma_jax.search.quantize import quantize
 from puma_jax.service.request_errors import RequestError
-from puma_jax.typing import AnyArray, Float, ndarray
+from puma_jax.typing import Float, ndarray
 
 EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
 
@@ -55,14 +55,7 @@ def quantized(
     """
     if kind == "base64":
         return [base64_of(vector) for vector in vectors]
-    out: AnyArray = vectors
-    if kind in ("int8", "uint8"):
-        steps = stored_tensors(vectors, "int8")["vectors"]
-        out = steps if kind == "int8" else steps.astype(np.int16) + 128
-    elif kind in ("binary", "ubinary"):
-        packed = np.packbits(vectors > 0, axis=1).astype(np.int16)
-        out = packed if kind == "ubinary" else packed - 128
-    return out.tolist()
+    return quantize(vectors, "float32" if kind == "float" else kind).tolist()
 
 
 def base64_of(vector: Float[ndarray, "width"]) -> str:

@@ -10,15 +10,17 @@ finished.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from puma_jax.artifacts import differences, sync, write_json, writing
@@ -28,6 +30,7 @@ from puma_jax.model.tree import named_leaves
 from puma_jax.parallel import multihost
 from puma_jax.schema import shown
 from puma_jax.training.step import TrainState
+from puma_jax.typing import ndarray
 
 _PACKAGES = ("puma-jax", "jax", "flax", "optax", "orbax-checkpoint")
 
@@ -153,10 +156,7 @@ class Checkpoints:
 
     def _choose(self) -> int | None:
         """Return the latest intact step, and remove those after it."""
-        found = sorted(
-            (path for path in self.folder.glob("*") if path.name.isdecimal() and path.is_dir()),
-            key=lambda path: int(path.name),
-        )
+        found = _step_folders(self.folder)
         dropped: list[tuple[Path, str]] = []
         while found and (reason := self._damage(found[-1])):
             dropped.append((found.pop(), reason))
@@ -181,28 +181,93 @@ class Checkpoints:
         Raises:
             CheckpointError: It is intact, and of something else.
         """
-        path = _record_path(folder)
-        if not path.exists():
-            return "was not finished"
-        try:
-            record = read_object(path, _Record, error=CheckpointError)
-            if record != record.complete():
-                return f"is damaged ({path.name})"
-            digests = _digests(folder)
-        except CheckpointError:
-            return f"is damaged ({path.name})"
-        except OSError as error:
-            return f"cannot be read ({error.strerror or error})"
-        for name, there, here in differences(record.about, self._about):
+        about = _read_about(folder)
+        if isinstance(about, str):
+            return about
+        for name, there, here in differences(about, self._about):
             raise CheckpointError(
                 f"{folder} is a checkpoint of another job, which differs in {name} "
                 f"({shown(there)} there, {shown(here)} here): choose another --workdir, or delete "
                 "this folder"
             )
-        for name in sorted({*record.files, *digests}):
-            if record.files.get(name) != digests.get(name):
-                return f"is damaged ({name})"
         return None
+
+
+def intact_steps(folder: Path) -> tuple[dict[int, dict[str, Any]], list[str]]:
+    """Return what each intact step is of, in ascending order, and what is wrong with the others.
+
+    Nothing is removed.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    damaged: list[tuple[Path, str]] = []
+    for path in _step_folders(folder):
+        about = _read_about(path)
+        if isinstance(about, str):
+            damaged.append((path, about))
+        else:
+            found[int(path.name)] = about
+    return found, [_listed([one]) for one in damaged]
+
+
+def trained_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every trained leaf of a step, by name.
+
+    Raises:
+        CheckpointError: The step cannot be read.
+    """
+    with _reading(folder):
+        trained = ocp.metadata(folder).metadata["trained"]
+    return {name: tuple(leaf.shape) for name, leaf in trained.items()}
+
+
+def read_trained(folder: Path, name: str, shape: tuple[int, ...]) -> ndarray:
+    """Return one trained leaf of a step, float32; nothing else is read.
+
+    Raises:
+        CheckpointError: The step cannot be read.
+    """
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    leaf = jax.ShapeDtypeStruct(shape, np.float32, sharding=device)
+    loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
+    options = ocp.options.PyTreeOptions(loading=loading)
+    with _reading(folder), ocp.Context(pytree_options=options):
+        return np.asarray(ocp.load(folder, {"trained": {name: leaf}})["trained"][name])
+
+
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Turn errors of Orbax, which are of many kinds, into one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise CheckpointError(f"{folder} cannot be read: {reason}") from error
+
+
+def _step_folders(folder: Path) -> list[Path]:
+    """Return the folders of all steps, finished or not, in ascending order."""
+    found = (path for path in folder.glob("*") if path.name.isdecimal() and path.is_dir())
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def _read_about(folder: Path) -> dict[str, Any] | str:
+    """Return what an intact step is of, or what is wrong with the step."""
+    path = _record_path(folder)
+    if not path.exists():
+        return "was not finished"
+    try:
+        record = read_object(path, _Record, error=CheckpointError)
+        if record != record.complete():
+            return f"is damaged ({path.name})"
+        digests = _digests(folder)
+    except CheckpointError:
+        return f"is damaged ({path.name})"
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    for name in sorted({*record.files, *digests}):
+        if record.files.get(name) != digests.get(name):
+            return f"is damaged ({name})"
+    return record.about
 
 
 def versions() -> dict[str, str]:

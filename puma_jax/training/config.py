@@ -267,6 +267,8 @@ class CheckpointConfig:
     max_to_keep: Count = 2
     """Latest checkpoints of a stage to keep; older ones are deleted. If the latest is damaged, the
     one before it is used."""
+    keep_finished: bool = False
+    """Keep the checkpoints of a stage when it is finished, for `python -m puma_jax.merge`."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -6,7 +6,8 @@ workdir/
   base/                  base model of a run from scratch, before training
   data/                  built training data of each benchmark
   stages/{stage}/        what the stage is of: its settings, its base model, its data
-  checkpoints/{stage}/   Orbax checkpoints, deleted when the stage is finished
+  checkpoints/{stage}/   Orbax checkpoints, deleted when the stage is finished, unless
+                         checkpoint.keep_finished is set
   teacher/{stage}/       cached states of the teacher, deleted likewise
   {stage}/               model of the stage: a Hugging Face folder, adapters merged; and in
     adapter/             the adapters alone, for PEFT, if nothing else was trained
@@ -135,7 +136,9 @@ def _run_stages(
         folder, out = stage.model or folder, workdir / name
         if not out.exists():
             _run_stage(name, config, folder, data.get(name), workdir, mesh, reuse)
-        multihost.on_process_zero(functools.partial(finish_stage, workdir, name))
+        keep = config.checkpoint.keep_finished
+        finish = functools.partial(finish_stage, workdir, name, keep_checkpoints=keep)
+        multihost.on_process_zero(finish)
         folder = out
     return Path(folder)
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from puma_jax.config import ComputeConfig, ModelConfig
+from puma_jax.config import ComputeConfig, DType, ModelConfig
 from puma_jax.data.builder.build import Settings, build
 from puma_jax.data.pipeline import Loader
 from puma_jax.data.plan import Plan
@@ -117,9 +117,7 @@ def build_stage(
     student_key, dropout_key = jax.random.split(key)
 
     kept = kept_layers(stage, base_config.decoder.layers)
-    model = base_config.with_layers(tuple(base_config.kept_layers[index] for index in kept))
-    if stage.trains:
-        model = dataclasses.replace(model, widths=stage.loss.widths)
+    model = student_config(stage, base_config)
     # Without a teacher, removed layers are never read.
     layers = tuple(range(base_config.decoder.layers)) if stage.distill.on else kept
     shardings = rules.sharding_fn(mesh, base_config)
@@ -354,6 +352,13 @@ def with_inputs(model: ModelConfig, config: TrainConfig) -> ModelConfig:
     )
 
 
+def student_config(config: StageConfig, base_config: ModelConfig) -> ModelConfig:
+    """Return the config of the model that a stage leaves."""
+    kept = kept_layers(config, base_config.decoder.layers)
+    model = base_config.with_layers(tuple(base_config.kept_layers[index] for index in kept))
+    return dataclasses.replace(model, widths=config.loss.widths) if config.trains else model
+
+
 def is_trained(name: str, config: StageConfig) -> bool:
     """Return whether a stage trains the leaf of this name."""
     if name.startswith("vision."):
@@ -361,7 +366,7 @@ def is_trained(name: str, config: StageConfig) -> bool:
     return config.trainable == "full" or lora.is_lora(name)
 
 
-def param_dtype(config: StageConfig, compute: ComputeConfig) -> str:
+def param_dtype(config: StageConfig, compute: ComputeConfig) -> DType:
     """Return the dtype in which a stage reads its base: float32 if it trains any leaf of it."""
     if config.trainable == "full" or config.train_vision:
         return "float32"

@@ -156,12 +156,12 @@ def claim_stage(workdir: Path, name: str, job: dict[str, Any]) -> None:
     claim(workdir / "stages" / name, STAGE_FILE, job, what=f"work on stage {name}")
 
 
-def finish_stage(workdir: Path, name: str) -> None:
+def finish_stage(workdir: Path, name: str, *, keep_checkpoints: bool = False) -> None:
     """Note the digest of a stage's model, and remove what was needed to train it."""
     finished = workdir / "stages" / name / _FINISHED_FILE
     if not finished.exists():
         write_json(finished, dataclasses.asdict(_Finished(model_digest(workdir / name))))
-    for folder in ("checkpoints", "teacher"):
+    for folder in ("teacher",) if keep_checkpoints else ("checkpoints", "teacher"):
         shutil.rmtree(workdir / folder / name, ignore_errors=True)
 
 

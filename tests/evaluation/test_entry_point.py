@@ -96,3 +96,18 @@ def test_an_empty_working_directory_is_filled(tiny, root, tmp_path, capsys, monk
     header = next(line for line in capsys.readouterr().out.splitlines() if "second local" in line)
     assert f"{tmp_path / 'run/first'} local" in header
     assert f"{tmp_path / 'again'} local" in header
+
+
+def test_smaller_vectors_are_printed_and_written(tiny, root, tmp_path, capsys):
+    sizes = {"precision": ("float32", "int8", "ubinary"), "dimensions": (64, 16)}
+    entry_point.main(str(tiny.folder), root, tmp_path / "out", **sizes)
+    printed = capsys.readouterr().out
+    assert "| float32                      |     64 |   256 |" in printed
+    assert "| int8                         |     16 |    20 |" in printed
+    assert "| ubinary, rescored by float32 |     16 |     2 |" in printed
+    whole = json.loads((tmp_path / "out/results.json").read_text())
+    written = json.loads((tmp_path / "out/sizes.json").read_text())
+    assert len(written["sizes"]) == 10
+    assert written["sizes"][0]["evaluation"]["mean"] == whole["mean"]
+    with pytest.raises(ConfigError, match="rescore_multiplier is 0"):
+        entry_point.main(str(tiny.folder), root, tmp_path / "other", rescore_multiplier=0)

@@ -17,8 +17,7 @@ from puma_jax import evaluate as entry_point
 from puma_jax.data import mbeir
 from puma_jax.data.texts import normalize_text
 from puma_jax.errors import ArtifactError, ConfigError, DataError, EvaluationError
-from puma_jax.evaluation import encoding, published
-from puma_jax.evaluation import evaluation as evaluation_module
+from puma_jax.evaluation import encoding, pool_search, published
 from puma_jax.evaluation.evaluation import Evaluation, Subset, evaluate, evaluate_selection
 from puma_jax.evaluation.results import compare
 from puma_jax.evaluation.selection import select
@@ -184,7 +183,7 @@ def test_nothing_depends_on_the_order_of_lines_or_on_batches(root, results, tmp_
         root / QUERIES.format("cirr_task7")
     ).read_bytes()
     monkeypatch.setattr(encoding, "_ITEMS_AT_ONCE", 7)
-    monkeypatch.setattr(evaluation_module, "_TILE", 5)
+    monkeypatch.setattr(pool_search, "_TILE", 5)
     with vector_folder(tmp_path / "vectors", "counts of words") as vectors:
         again = evaluated(other, vectors=vectors)
     assert again == results

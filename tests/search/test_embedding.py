@@ -23,6 +23,7 @@ from puma_jax.errors import (
 )
 from puma_jax.search import embedding
 from puma_jax.search.corpus import open_corpus
+from puma_jax.search.exact import ExactIndex
 from puma_jax.search.shards import Vectors
 from puma_jax.search.topk import top_k
 from tests.data.fake_mbeir import WORDS, image_path, write_images
@@ -118,6 +119,21 @@ def test_smaller_dtypes_are_the_float32_vectors_rounded(tiny, root, whole, tmp_p
         assert (np.abs(small - full) <= largest / 254 * 1.001).all()
     size = (shard(tmp_path / "small", 0) / "vectors.safetensors").stat().st_size
     assert size < 0.6 * (shard(whole, 0) / "vectors.safetensors").stat().st_size
+
+
+def test_fewer_values_are_the_first_ones_and_queries_have_as_many(tiny, root, whole, tmp_path):
+    embed(tiny, root / POOL, tmp_path / "short", dimensions=12, vectors_dtype="ubinary")
+    first = np.where(read(whole)[:, :12] > 0, 1, -1) / np.sqrt(12)
+    np.testing.assert_allclose(read(tmp_path / "short"), first, rtol=1e-6)
+    index = ExactIndex(tmp_path / "short")
+    assert index.width == 12
+    query = Embedder.load(tiny.folder, dtype="float32").encode(["a"], dimensions=index.width)
+    (hits,) = index.search(query, 3)
+    scores = -np.sort(-(query @ first.T))[0, :3]
+    np.testing.assert_allclose([hit.score for hit in hits], scores, atol=1e-6)
+    with pytest.raises(ConfigError, match=r"dimensions 65 must be in \[1, 64\]"):
+        embed(tiny, root / POOL, tmp_path / "wide", dimensions=65)
+    assert not (tmp_path / "wide").exists()
 
 
 def test_json_lines_and_folders_of_images(tiny, embedder, tmp_path):
