@@ -51,10 +51,11 @@ def attention(
         AttentionError: The implementation is unknown or cannot run on this machine. It is never
             replaced by another one silently.
     """
-    target = kernels.Target(_platform(q), str(q.dtype), q.shape[1], q.shape[3])
-    if implementation == "auto":
-        implementation = kernels.choose(target)
-    kernels.check(implementation, target)
+    if implementation != "xla":  # which runs anywhere, also in exports, whose lengths are symbols
+        target = kernels.Target(_platform(q), str(q.dtype), q.shape[1], q.shape[3])
+        if implementation == "auto":
+            implementation = kernels.choose(target)
+        kernels.check(implementation, target)
     return IMPLEMENTATIONS[implementation](q, k, v, segment_ids, causal)
 
 
