@@ -30,7 +30,10 @@ from puma_jax import cli
 from puma_jax.errors import PumaError
 from puma_jax.parallel.multihost import DistributedConfig, initialize
 
-_PACKAGES = "jax jaxlib libtpu jax-cuda12-plugin flax optax orbax-checkpoint transformers puma-jax"
+_PACKAGES = (
+    "jax jaxlib libtpu jax-cuda13-plugin jax-cuda12-plugin tokamax flax optax orbax-checkpoint "
+    "transformers puma-jax"
+)
 _ALONE = DistributedConfig()
 _GATHERED_MIB = 64
 _CLOCK_TOLERANCE_S = 2.0

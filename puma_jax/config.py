@@ -336,8 +336,8 @@ class ComputeConfig:
     dtype: DType = "bfloat16"
     """Dtype of the activations. Norms, softmax, rotary angles and the result are always float32."""
     attention: str = "auto"
-    """Attention implementation, a name in `puma_jax.model.attention.IMPLEMENTATIONS`; "auto" takes
-    "splash" on TPUs for the row lengths it supports, "xla" otherwise."""
+    """Attention implementation: "xla", "splash" (TPUs), "mosaic", "triton", "cudnn" (NVIDIA GPUs);
+    "auto" takes the fastest that this machine runs, and a line at the start says which and why."""
     remat: Remat = "none"
     """Recomputation of each layer in the backward pass: "none", "dots" (all but matrix products),
     or "full"."""

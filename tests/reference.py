@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -374,3 +375,15 @@ def image_processor(limits: ImageConfig, vision: VisionConfig = VISION) -> Qwen2
         image_mean=list(vision.image_mean),
         image_std=list(vision.image_std),
     )
+
+
+def assert_full_precision(program: str) -> None:
+    """Assert that a lowered program multiplies float32 as float32, and that it multiplies any.
+
+    Accelerators round the factors of other products to fewer bits; CPUs do not, so that no number
+    would show it here.
+    """
+    products = re.findall(r"stablehlo\.dot_general .*", program)
+    ours = [line for line in products if re.search(r": \(tensor<[^>]*f32>", line)]
+    assert ours
+    assert not [line for line in ours if line.count("HIGHEST") != 2]

@@ -53,6 +53,7 @@ OPTIONAL = {
     "tensorboardX",
     "tensorflow",
     "tensorflow_datasets",
+    "tokamax",
     "torch",
     "uvicorn",
     "wandb",

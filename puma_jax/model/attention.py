@@ -1,6 +1,6 @@
 """Attention over packed rows: one function, and the kernels that compute it, chosen by name.
 
-A row holds several items. An item is a run of equal segment ids, and attention never crosses from
+A row holds several items. An item is one run of equal segment ids, and attention never crosses from
 one segment to another. Padding is a segment of its own (id 0), so that no row of the softmax is
 empty.
 """
@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from puma_jax.axes import BATCH_AXES, TENSOR_AXIS, TILE
+from puma_jax.axes import BATCH_AXES, TENSOR_AXIS
 from puma_jax.config import ComputeConfig
 from puma_jax.errors import AttentionError
+from puma_jax.model import kernels
+from puma_jax.model.tokamax import tokamax
 from puma_jax.typing import Array, Bool, Float, Int
 
 
@@ -37,10 +39,10 @@ def attention(
         k: Keys.
         v: Values.
         segment_ids: Number of the item at each position; positions of different items do not
-            attend to each other.
+            attend to each other. No number comes back after another one in a row.
         causal: Whether a position attends only to itself and earlier positions in the row.
-        implementation: A name in `IMPLEMENTATIONS`, or "auto": "splash" on TPUs for rows of whole
-            tiles, "xla" everywhere else.
+        implementation: A name in `kernels.NAMES`, or "auto": the fastest kernel that computes such
+            rows here; see `kernels.choose`.
 
     Returns:
         The attended values, in the dtype of `q`; the softmax is float32.
@@ -49,28 +51,21 @@ def attention(
         AttentionError: The implementation is unknown or cannot run on this machine. It is never
             replaced by another one silently.
     """
-    if implementation == "auto":
-        fits = _platform(q) == "tpu" and q.shape[1] % TILE == 0
-        implementation = "splash" if fits else "xla"
-    _check_name(implementation)
+    if implementation != "xla":  # which runs anywhere, also in exports, whose lengths are symbols
+        target = kernels.Target(_platform(q), str(q.dtype), q.shape[1], q.shape[3])
+        if implementation == "auto":
+            implementation = kernels.choose(target)
+        kernels.check(implementation, target)
     return IMPLEMENTATIONS[implementation](q, k, v, segment_ids, causal)
 
 
 def describe(compute: ComputeConfig) -> str:
-    """Return one line that names the implementation used on this machine.
+    """Return one line that names the implementation used on this machine, and why.
 
     Raises:
         AttentionError: The implementation is unknown or cannot run on this machine.
     """
-    name, platform = compute.attention, jax.default_backend()
-    if name == "auto":
-        if platform == "tpu":
-            return f"attention: splash (auto, tpu), xla in rows that are not a multiple of {TILE}"
-        return f"attention: xla (auto, {platform})"
-    _check_name(name)
-    if name == "splash":
-        _check_splash(platform, TILE)
-    return f"attention: {name} ({platform})"
+    return kernels.describe(compute.attention, jax.default_backend(), compute.dtype)
 
 
 def segment_mask(
@@ -111,26 +106,55 @@ def _xla(
     )
 
 
-def _splash(
+def _splash(q: Array, k: Array, v: Array, segment_ids: Array, causal: bool) -> Array:
+    from puma_jax.model.splash import splash  # Pallas takes long to import
+
+    return on_each_device(functools.partial(splash, causal=causal), q, k, v, segment_ids)
+
+
+def _tokamax(kernel: str, q: Array, k: Array, v: Array, segment_ids: Array, causal: bool) -> Array:
+    return on_each_device(
+        functools.partial(tokamax, causal=causal, kernel=kernel), q, k, v, segment_ids
+    )
+
+
+def _cudnn(q: Array, k: Array, v: Array, segment_ids: Array, causal: bool) -> Array:
+    def kernel(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
+        # cuDNN knows lengths and windows but no segments: it adds the mask to the scores.
+        mask = segment_mask(segment_ids, causal)
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+
+    return on_each_device(kernel, q, k, v, segment_ids)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
+    "xla": _xla,
+    "splash": _splash,
+    "mosaic": functools.partial(_tokamax, "mosaic_gpu"),
+    "triton": functools.partial(_tokamax, "triton"),
+    "cudnn": _cudnn,
+}
+
+
+def on_each_device(
+    kernel: Callable[[Array, Array, Array, Array], Array],
     q: Float[Array, "rows length heads dim"],
     k: Float[Array, "rows length kv_heads dim"],
     v: Float[Array, "rows length kv_heads dim"],
     segment_ids: Int[Array, "rows length"],
-    causal: bool,
-    interpret: bool = False,
 ) -> Float[Array, "rows length heads dim"]:
-    """Run the kernel on each device's own rows and heads: XLA cannot partition a kernel."""
-    from puma_jax.model.splash import splash  # Pallas takes long to import
+    """Return what a kernel computes of each device's own rows and heads.
 
-    if not interpret:
-        _check_splash(_platform(q), q.shape[1])
-    kernel = functools.partial(splash, causal=causal, interpret=interpret)
+    XLA cannot partition a kernel. Key heads that do not divide over the devices are repeated until
+    they do; the query heads of one key head stay neighbors.
+
+    Raises:
+        AttentionError: The query heads do not divide over the devices.
+    """
     mesh = _mesh_of(q)
     if mesh is None:
         return kernel(q, k, v, segment_ids)
     rows = _row_axes(mesh, q.shape[0])
-    # Key and value heads that do not divide over the devices are repeated until they do. The query
-    # heads of one key head stay neighbors.
     heads, kv_heads, shards = q.shape[2], k.shape[2], mesh.shape.get(TENSOR_AXIS, 1)
     repeats = math.lcm(kv_heads, shards) // kv_heads
     if heads % (kv_heads * repeats):
@@ -147,29 +171,6 @@ def _splash(
         out_specs=by_head,
         check_vma=False,  # a kernel does not declare over which axes its results vary
     )(q, k, v, segment_ids)
-
-
-IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"xla": _xla, "splash": _splash}
-# cuDNN has no entry: `jax.nn.dot_product_attention` (jax 0.10) passes it lengths and windows but no
-# segments. A mask becomes a bias, whose gradient it then computes as well.
-
-
-def _check_name(implementation: str) -> None:
-    if implementation not in IMPLEMENTATIONS:
-        known = ", ".join(["auto", *IMPLEMENTATIONS])
-        raise AttentionError(f'attention implementation "{implementation}" is not one of {known}')
-
-
-def _check_splash(platform: str, length: int) -> None:
-    if platform != "tpu":
-        raise AttentionError(
-            f'attention "splash" runs on TPUs and this is {platform}: ask for "auto" or "xla"'
-        )
-    if length % TILE:
-        raise AttentionError(
-            f'attention "splash" takes rows of a multiple of {TILE} positions and these have '
-            f'{length}: ask for "auto" or "xla"'
-        )
 
 
 # In a compiled function whose arguments live on a mesh, jax knows the mesh of every value, so that

@@ -17,23 +17,33 @@ _embedding_init = jax.nn.initializers.normal(0.02)
 def matmul(
     x: Float[Array, "*batch inputs"], kernel: Float[Array, "inputs outputs"]
 ) -> Float[Array, "*batch outputs"]:
-    """Return x @ kernel.
+    """Return x @ kernel, of float32 in all of its bits.
 
     The backward pass is written out: jax's own computes the transpose of the kernel's gradient, for
-    which XLA on CPUs computes everything before it column by column, which is far slower.
+    which XLA on CPUs computes everything before it column by column, which is far slower. It is
+    traced where `jax.default_matmul_precision` of the forward pass is over, as the whole function
+    is under a scan: the precision is given here.
     """
-    return x @ kernel
+    return jnp.matmul(x, kernel, precision=_precision(x))
+
+
+def _precision(x: Array) -> jax.lax.Precision | None:
+    """Return the precision of products with x: accelerators round float32 to fewer bits if let."""
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
 def _matmul_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return x @ kernel, (x, kernel)
+    return matmul(x, kernel), (x, kernel)
 
 
 def _matmul_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, kernel = saved
     flat_x, flat_gradient = (values.reshape(-1, values.shape[-1]) for values in (x, gradient))
-    of_kernel = jax.lax.dot_general(flat_x, flat_gradient, (((0,), (0,)), ((), ())))
-    return gradient @ kernel.T, of_kernel
+    precision = _precision(x)
+    of_kernel = jax.lax.dot_general(
+        flat_x, flat_gradient, (((0,), (0,)), ((), ())), precision=precision
+    )
+    return jnp.matmul(gradient, kernel.T, precision=precision), of_kernel
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)

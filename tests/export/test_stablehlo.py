@@ -24,7 +24,7 @@ from puma_jax.data.prompts import Processor, TextTruncationWarning
 from puma_jax.errors import ConfigError
 from puma_jax.export import loader, stablehlo
 from tests.fuzz import Target, check_only_declared_errors
-from tests.reference import SPECIAL, random_image
+from tests.reference import SPECIAL, assert_full_precision, random_image
 
 VARIANTS = {"as_released": PromptConfig(), "bare": PromptConfig(template="bare", positions="1d")}
 INSTRUCTION = "find an image that matches"
@@ -110,6 +110,11 @@ def items_of_all_kinds(folder):
         {"image": gray},
         {"text": "two\nlines"},
     ]
+
+
+def test_float32_keeps_its_bits_in_every_product(written):
+    program = jax.export.deserialize((written[1] / "embed.jax").read_bytes())
+    assert_full_precision(program.mlir_module())
 
 
 def test_vectors_are_the_embedders_where_puma_jax_is_not_installed(written, tmp_path):

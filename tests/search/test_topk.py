@@ -9,6 +9,7 @@ import pytest
 from puma_jax.errors import ConfigError, EvaluationError
 from puma_jax.search import topk
 from puma_jax.search.topk import top_k
+from tests.reference import assert_full_precision
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # SWIG's types have no modules
@@ -188,3 +189,10 @@ def test_documents_that_are_not_numbers_are_named(devices):
         some = devices and jax.devices()[:devices]
         with pytest.raises(EvaluationError, match=r"score of document 4321 is not a finite number"):
             top_k(queries, pool, 5, devices=some)
+
+
+def test_float32_keeps_its_bits_on_devices():
+    queries, tile = unit(0, (3, 16)), unit(1, (256, 16))
+    best = np.zeros((3, 5), np.float32), np.zeros((3, 5), np.int32)
+    lowered = topk._better.lower(*best, queries, tile, np.array([0, 256], np.int32))
+    assert_full_precision(lowered.as_text())

@@ -22,7 +22,7 @@ from puma_jax.training.step import FrozenParams, init_state, make_loss, make_ste
 from puma_jax.training.teacher import make_teacher, split_teacher
 from puma_jax.training.transfer import shard_batch
 from tests.losses import reference
-from tests.reference import FLOAT32
+from tests.reference import FLOAT32, assert_full_precision
 from tests.training.batches import batch_of
 
 PAIRS = 24
@@ -113,6 +113,16 @@ def test_gradients_do_not_depend_on_the_number_of_chunks(tiny):
     assert all(np.linalg.norm(leaf) > 0 for leaf in expected.values())
     for chunks in (2, 8):
         assert_same(gradients(tiny, ALL, one_device(), chunks)[0], expected, 1e-6)
+
+
+@pytest.mark.parametrize(("config", "axes"), [(ALL, (1, 1, 1)), (RING, (8, 1, 1))])
+def test_float32_keeps_its_bits_in_every_product_of_a_step(tiny, config, axes):
+    mesh = make_mesh(MeshConfig(*axes), jax.devices()[: axes[0]])
+    state, frozen_params, loss = prepared(tiny, config, mesh)
+    batch = sharded_batch(tiny, config, mesh, 2)
+    compute = jax.jit(jax.grad(loss, has_aux=True))
+    arguments = state.trained, np.int32(3), frozen_params, batch, None
+    assert_full_precision(compute.lower(*arguments).as_text())
 
 
 @pytest.fixture(scope="module")
