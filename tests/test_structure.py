@@ -34,7 +34,7 @@ FLOORS = (
     ("search",),
     ("evaluation", "service"),
     ("training", "export"),
-    ("train", "evaluate", "embed", "mine", "index", "prune", "compose", "serve", "verify"),
+    ("train", "evaluate", "embed", "mine", "score", "index", "prune", "compose", "serve", "verify"),
     ("__main__",),
 )
 OPTIONAL = {
@@ -69,6 +69,7 @@ COMMANDS = (
     "puma_jax.index",
     "puma_jax.mine",
     "puma_jax.prune",
+    "puma_jax.score",
     "puma_jax.search.__main__",
     "puma_jax.serve",
     "puma_jax.train",
