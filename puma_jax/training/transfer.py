@@ -24,7 +24,7 @@ def shard_batch(batch: Batch, config: LossConfig, mesh: jax.sharding.Mesh) -> Ba
     missing = _missing(len(batch.query), config, mesh)
     out_of_range = batch.rows.pool_index.size * multihost.process_slice(mesh)[1]
 
-    def padded(column: Any, value: float) -> Any:
+    def padded(column: Any, value: int | float | bool) -> Any:
         widths = ((0, missing), *[(0, 0)] * (column.ndim - 1))
         return np.pad(column, widths, constant_values=value)
 
