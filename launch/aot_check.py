@@ -33,6 +33,7 @@ from puma_jax.axes import TENSOR_AXIS
 from puma_jax.config import ModelConfig, VisionConfig
 from puma_jax.data.pipeline import Batch, HardNegatives
 from puma_jax.data.shapes import batch_shape
+from puma_jax.data.table import TeacherScores
 from puma_jax.errors import ConfigError
 from puma_jax.model import encoder, hf, lora
 from puma_jax.model.families import published
@@ -42,6 +43,7 @@ from puma_jax.parallel.mesh import batch_sharding, data_shards, make_mesh, repli
 from puma_jax.rows import PackedBatch, PackedShape
 from puma_jax.train import load_config
 from puma_jax.training.config import StageConfig, TrainConfig
+from puma_jax.training.objective import PairStates
 from puma_jax.training.stages import (
     build_step,
     build_student,
@@ -51,7 +53,6 @@ from puma_jax.training.stages import (
 )
 from puma_jax.training.step import (
     FrozenParams,
-    PairStates,
     TrainState,
     init_state,
 )
@@ -278,12 +279,14 @@ def abstract_batch(
     unit = data_shards(mesh) * (stage.loss.chunk_size or 1)
     column = _array((-(-pairs // unit) * unit,), "int32", everywhere)
     valid = _array(column.shape, "bool", everywhere)
-    negatives = None
+    negatives, scores = None, None
     if stage.plan.hard_negatives:
         further = (*column.shape, stage.plan.hard_negatives)
         columns = [_array(further, "int32", everywhere)] * 3
         negatives = HardNegatives(*columns, valid=_array(further, "bool", everywhere))
-    return Batch(rows, *[column] * 7, valid=valid, negatives=negatives)
+        shapes = column.shape, further
+        scores = TeacherScores(*(_array(shape, "float32", everywhere) for shape in shapes))
+    return Batch(rows, *[column] * 7, valid=valid, negatives=negatives, scores=scores)
 
 
 def report_memory(compiled: jax.stages.Compiled, chip: Chip) -> bool:

@@ -15,6 +15,7 @@ COMMANDS = {
     "merge": ("puma_jax.merge", "Average models, or checkpoints of a training run"),
     "evaluate": ("puma_jax.evaluate", "Evaluate a model on a benchmark in M-BEIR layout"),
     "mine": ("puma_jax.mine", "Find hard negatives for training queries; resumes after a stop"),
+    "score": ("puma_jax.score", "Score positives and negatives with a teacher; resumes likewise"),
     "embed": ("puma_jax.embed", "Embed a corpus into a folder of vectors; resumes after a stop"),
     "index": ("puma_jax.index", "Put a folder of vectors into a Milvus index"),
     "search": ("puma_jax.search", "Search an index or a folder of vectors from the shell"),

@@ -34,11 +34,11 @@ def require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def require_ascending(widths: tuple[int, ...], name: str) -> None:
-    """Raise a ConfigError unless each width is larger than the one before it."""
+def require_ascending(numbers: tuple[int, ...], name: str) -> None:
+    """Raise a ConfigError unless each number is larger than the one before it."""
     require(
-        sorted(set(widths)) == list(widths),
-        f"{name} {list(widths)} must be different widths, the smallest first",
+        sorted(set(numbers)) == list(numbers),
+        f"{name} {list(numbers)} must be different numbers, the smallest first",
     )
 
 
@@ -259,6 +259,8 @@ class ModelConfig:
     # Not in the text that identifies a model: its vectors do not depend on it.
     widths: tuple[Count, ...] = dataclasses.field(default=(), repr=False)
     """Widths, besides the whole one, that the model was trained for; ascending."""
+    exit_layers: tuple[Count, ...] = dataclasses.field(default=(), repr=False)
+    """Numbers of first layers, besides all of them, that the model was trained for; ascending."""
 
     def __post_init__(self) -> None:
         """Fill in `kept_layers` if it is empty, and check that the parts fit together."""
@@ -278,6 +280,12 @@ class ModelConfig:
         require(
             max(self.widths, default=0) < decoder.width,
             f"widths {list(self.widths)} must be below the {decoder.width} values of a vector",
+        )
+        require_ascending(self.exit_layers, "exit_layers")
+        require(
+            max(self.exit_layers, default=0) < decoder.layers,
+            f"exit_layers {list(self.exit_layers)} must be below the {decoder.layers} layers of "
+            "the decoder",
         )
         for name in ("image_token_id", "vision_start_token_id", "vision_end_token_id"):
             require(
@@ -303,11 +311,28 @@ class ModelConfig:
     def with_layers(self, kept: tuple[int, ...]) -> ModelConfig:
         """Return the config of the same model with only these base layers.
 
+        Of `exit_layers`, those remain whose layers are still the first ones.
+
         Raises:
             LayerSelectionError: DeepStack adds features after layers that are not kept in place.
         """
         decoder = dataclasses.replace(self.decoder, layers=len(kept))
-        return dataclasses.replace(self, decoder=decoder, kept_layers=kept)
+        exits = tuple(
+            exit_layer
+            for exit_layer in self.exit_layers
+            if exit_layer < len(kept) and kept[:exit_layer] == self.kept_layers[:exit_layer]
+        )
+        return dataclasses.replace(self, decoder=decoder, kept_layers=kept, exit_layers=exits)
+
+    def trained_for(self, kept: tuple[int, ...]) -> bool:
+        """Return whether the model was trained with these base layers alone, as far as it says.
+
+        A model that was trained for one depth says nothing about others.
+        """
+        if not self.exit_layers:
+            return True
+        depths = (*self.exit_layers, len(self.kept_layers))
+        return len(kept) in depths and kept == self.kept_layers[: len(kept)]
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,8 @@ class Embedder:
     def keep_layers(self, keep: int | Sequence[int]) -> Embedder:
         """Return an embedder with only some of the decoder layers; see `encoder.keep_layers`.
 
+        It warns of a depth that a model trained for several (`config.exit_layers`) was not for.
+
         Raises:
             LayerSelectionError: `keep` is empty, repeats a layer or names one the model lacks.
         """
@@ -192,6 +194,7 @@ class Embedder:
             params = dataclasses.replace(self._params, layers=layers)
         else:
             config, params = encoder.keep_layers(self.config, self._params, keep)
+        encoder.warn_if_untrained(self.config, config.kept_layers)
         return Embedder(
             config,
             params,

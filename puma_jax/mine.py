@@ -7,10 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,13 +15,13 @@ import numpy as np
 import tyro
 
 from puma_jax import Embedder, cli
-from puma_jax.artifacts import atomic_folder, check_output, write_json, writing
+from puma_jax.artifacts import check_output
 from puma_jax.config import DType
 from puma_jax.data import mbeir
-from puma_jax.data.lines import OnBadRecord, json_object, numbered_lines, write_lines
-from puma_jax.errors import ConfigError
+from puma_jax.data.lines import OnBadRecord
 from puma_jax.evaluation.encoding import ItemEncoder
 from puma_jax.evaluation.mining import Mined, MiningConfig, mine
+from puma_jax.evaluation.rewriting import check_places, rewrite
 from puma_jax.evaluation.training_set import TrainingSet, read_training_set
 from puma_jax.evaluation.vector_folder import vector_folder
 from puma_jax.model.attention import describe
@@ -75,7 +71,7 @@ def main(
         distributed: How processes that share the work find each other.
     """
     multihost.initialize(distributed)
-    _check_places(data_root, out, vectors_dir)
+    check_places(data_root, out, vectors_dir)
     multihost.on_process_zero(lambda: check_output(out))
     data = read_training_set(mbeir.discover(data_root), on_bad_record)
     devices = make_mesh(mesh, jax.local_devices())
@@ -101,37 +97,12 @@ def main(
             "fingerprint": embedder.fingerprint,
             **dataclasses.asdict(mining),
         }
-        multihost.on_process_zero(lambda: write_benchmark(data, mined, out, about))
+        multihost.on_process_zero(
+            lambda: rewrite(data, lambda row: _fields(data, mined, row), out, MANIFEST, about)
+        )
     for note in notes(data, mined):
         print(note)
     print(f"Train with --data.root {out} and plan.hard_negatives above 0")
-
-
-def write_benchmark(data: TrainingSet, mined: Mined, out: Path, about: dict[str, Any]) -> None:
-    """Write a benchmark with other hard negatives; the folder appears whole, or not at all.
-
-    Raises:
-        ArtifactError: The folder is not empty, or cannot be written.
-        DataError: A file of queries can no longer be read.
-    """
-    replaced = {index.path for index in data.query_files}
-    with atomic_folder(out) as partial, writing(out):
-
-        def ignored(folder: str, names: list[str]) -> list[str]:
-            return [name for name in names if name == MANIFEST or Path(folder, name) in replaced]
-
-        shutil.copytree(
-            data.root,
-            partial,
-            symlinks=True,
-            ignore=ignored,
-            copy_function=_link_or_copy,
-            dirs_exist_ok=True,
-        )
-        for number, index in enumerate(data.query_files):
-            path = partial / index.path.relative_to(data.root)
-            write_lines(path, _lines_with_negatives(data, mined, number))
-        write_json(partial / MANIFEST, about)
 
 
 def notes(data: TrainingSet, mined: Mined) -> list[str]:
@@ -154,46 +125,10 @@ def notes(data: TrainingSet, mined: Mined) -> list[str]:
     return lines
 
 
-def _check_places(root: Path, out: Path, vectors_dir: Path | None) -> None:
-    """Refuse folders within each other.
-
-    Raises:
-        ConfigError: The output or the vectors lie in the benchmark, or the vectors in the output.
-    """
-    for name, inner, outer in (
-        ("out", out, root),
-        ("vectors_dir", vectors_dir, root),
-        ("vectors_dir", vectors_dir, out),
-    ):
-        if inner is not None and inner.resolve().is_relative_to(outer.resolve()):
-            raise ConfigError(f"{name} {inner} lies in {outer}: choose a folder outside of it")
-
-
-def _lines_with_negatives(data: TrainingSet, mined: Mined, file: int) -> Iterator[str]:
-    """Yield the lines of a file of queries; fields that we do not know stay as they are."""
-    index = data.query_files[file]
-    own = np.flatnonzero(data.locations[:, 0] == file)
-    query_of_line = dict(
-        zip(index.line_numbers[data.locations[own, 1]].tolist(), own.tolist(), strict=True)
-    )
-    for line in numbered_lines(index.path):
-        if line.content.isspace():
-            continue
-        query = query_of_line.get(line.number)
-        if query is None:  # a bad record, which stays one
-            yield line.content.decode("utf-8", "replace").rstrip("\r\n")
-            continue
-        rows = mined.rows[query]
-        negatives = [data.dids[row] for row in rows[rows >= 0].tolist()]
-        row = json_object(line.content) | {"neg_cand_list": negatives}
-        yield json.dumps(row, ensure_ascii=False)
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copy2(source, target)
+def _fields(data: TrainingSet, mined: Mined, query: int) -> dict[str, Any]:
+    """Return what the line of a query says of its negatives."""
+    rows = mined.rows[query]
+    return {"neg_cand_list": [data.dids[row] for row in rows[rows >= 0].tolist()]}
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from puma_jax.data.pairs import PairProcessor, Side
 from puma_jax.data.raw_items import RawItem, checked
 from puma_jax.embedder import Embedder
 from puma_jax.errors import CheckpointError, ItemError
+from puma_jax.files import sha256_of
 from puma_jax.model import hf
 from puma_jax.model.families import CONFIG_KEY, family_of
 from puma_jax.typing import Float, ndarray
@@ -134,6 +135,24 @@ class Reranker:
             ImageError: An image cannot be read.
             EvaluationError: A state is not finite.
         """
+        logits = self.logits(
+            pairs, instruction=instruction, tokens_per_chunk=tokens_per_chunk, progress=progress
+        )
+        return np.exp(-np.logaddexp(0, -logits)).astype(np.float32)
+
+    def logits(
+        self,
+        pairs: Iterable[Pair | Item],
+        *,
+        instruction: str | None = None,
+        tokens_per_chunk: int | None = None,
+        progress: bool = True,
+    ) -> Float[ndarray, "n"]:
+        """Return the logarithm of the odds of each score, float64; see `score_pairs`.
+
+        Scores near 0 and 1 differ by less than float32 tells, their logits do not. Items from
+        `preprocess` have their instruction already.
+        """
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             states = self._embedder.encode(
                 self._preprocessed(pairs, instruction, pool),
@@ -142,8 +161,17 @@ class Reranker:
                 name="pair {}".format,
                 normalize=False,
             )
-        logits = states.astype(np.float64) @ self._direction
-        return np.exp(-np.logaddexp(0, -logits)).astype(np.float32)
+        return states.astype(np.float64) @ self._direction
+
+    @property
+    def fingerprint(self) -> str:
+        """The SHA-256 digest of the model and of its head."""
+        return sha256_of([self._embedder.fingerprint, self._direction.tolist()])
+
+    @property
+    def compute(self) -> ComputeConfig:
+        """How the model runs."""
+        return self._embedder.compute
 
     def preprocess(self, pair: Pair, instruction: str | None = None) -> Item:
         """Return the tokens of a pair and the patches of its images; see `score_pairs`."""
@@ -160,12 +188,14 @@ class Reranker:
         return Side(text, patches), instruction
 
     def _preprocessed(
-        self, pairs: Iterable[Pair], instruction: str | None, pool: ThreadPoolExecutor
+        self, pairs: Iterable[Pair | Item], instruction: str | None, pool: ThreadPoolExecutor
     ) -> Iterator[Item]:
         """Yield the items of pairs; an error names the pair by its number."""
 
-        def read(numbered: tuple[int, Pair]) -> Item:
+        def read(numbered: tuple[int, Pair | Item]) -> Item:
             number, pair = numbered
+            if isinstance(pair, Item):
+                return pair
             try:
                 return self.preprocess(pair, instruction)
             except ItemError as error:

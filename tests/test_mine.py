@@ -128,7 +128,7 @@ def test_other_file_systems_get_copies(tiny, root, tmp_path, monkeypatch):
     def refused(*_):
         raise OSError("cross-device link")
 
-    monkeypatch.setattr(mine.os, "link", refused)
+    monkeypatch.setattr(os, "link", refused)
     mine.main(str(tiny.folder), root, tmp_path / "out", MINING)
     pool = Path(fake_mbeir.UNION_POOL)
     assert (tmp_path / "out" / pool).read_bytes() == (root / pool).read_bytes()

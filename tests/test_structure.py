@@ -34,7 +34,10 @@ FLOORS = (
     ("search",),
     ("evaluation", "service"),
     ("training", "export"),
-    ("train", "evaluate", "embed", "mine", "index", "prune", "compose", "merge", "serve", "verify"),
+    (
+        *("train", "evaluate", "embed", "mine", "score", "index", "prune", "compose", "merge"),
+        *("serve", "verify"),
+    ),
     ("__main__",),
 )
 OPTIONAL = {
@@ -71,6 +74,7 @@ COMMANDS = (
     "puma_jax.merge",
     "puma_jax.mine",
     "puma_jax.prune",
+    "puma_jax.score",
     "puma_jax.search.__main__",
     "puma_jax.serve",
     "puma_jax.train",

@@ -32,7 +32,7 @@ _SYSTEM = (
 _START, _END = "<|im_start|>", "<|im_end|>"
 _EMPTY = "NULL"
 
-Patches = tuple[UInt8[ndarray, "patches values"], tuple[int, int]]
+Patches = tuple[UInt8[ndarray, "_ values"], tuple[int, int]]
 """Patches of an image and their grid, from `images.patchify`."""
 
 

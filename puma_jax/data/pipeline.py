@@ -24,6 +24,7 @@ from puma_jax.data.lines import OnBadRecord
 from puma_jax.data.packing import fill
 from puma_jax.data.plan import Plan
 from puma_jax.data.store import Store
+from puma_jax.data.table import TeacherScores
 from puma_jax.errors import ConfigError, DataError, ImageError
 from puma_jax.rows import PackedBatch, PackedShape
 from puma_jax.typing import AnyArray, Bool, Int
@@ -75,6 +76,8 @@ class Batch:
     """False where this host could not decode an image and left it blank."""
     negatives: HardNegatives | None = None
     """None if no hard negatives are drawn."""
+    scores: TeacherScores | None = None
+    """None if the data have none, or if no hard negatives are drawn."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,7 @@ class Loader:
             prompt=prompt,
             valid=decoded[:pairs] & decoded[pairs : 2 * pairs],
             negatives=negatives,
+            scores=step.pairs.scores,
         )
 
     def query(self, row: int, prompt: int, planned: tuple[int, int]) -> tuple[Item, bool]:

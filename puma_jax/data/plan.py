@@ -19,7 +19,7 @@ from puma_jax.data.items import TokenizedTemplate
 from puma_jax.data.packing import Packing, place
 from puma_jax.data.shapes import batch_shape
 from puma_jax.data.store import Instructions
-from puma_jax.data.table import LengthTable, Ragged
+from puma_jax.data.table import LengthTable, Ragged, TeacherScores, at_places
 from puma_jax.errors import ConfigError
 from puma_jax.rows import PackedShape
 from puma_jax.typing import Bool, Int, ndarray
@@ -37,6 +37,8 @@ class Pairs:
     """Index among the prompts of the query's key; -1 for none."""
     negative: Int[ndarray, "pairs negatives"]
     """Rows of the table of candidates; -1 where a query has fewer negatives than are drawn."""
+    scores: TeacherScores | None = None
+    """None if the data have none, or if no negatives are drawn."""
 
 
 @dataclass(frozen=True)
@@ -225,17 +227,20 @@ class Plan:
         place = draws.draw(positives, seed, draws.POSITIVE, epoch, query)
         prompts = self.prompts(query)
         prompt = draws.draw(np.maximum(prompts, 1), seed, draws.PROMPT, epoch, query)
+        negative = self._choose_negatives(query, epoch)
         return Pairs(
             query,
             table.positive_row[first + place],
             np.where(prompts > 0, prompt, -1),
-            self._choose_negatives(query, epoch),
+            at_places(table.negative_row, negative, -1),
+            table.scores(first + place, negative) if negative.size else None,
         )
 
     def _choose_negatives(self, query: ndarray, epoch: ndarray) -> Int[ndarray, "n negatives"]:
-        """Return hard negatives of queries, drawn for their epochs without replacement.
+        """Return places in `negative_row` of hard negatives, drawn without replacement.
 
-        Of documents with the same content one can be drawn, and none if it answers the query.
+        Of documents with the same content one can be drawn, and none if it answers the query. A
+        query that has fewer negatives has places -1.
         """
         count, content = self.config.hard_negatives, self.table.candidate_content
         if not count:
@@ -249,8 +254,9 @@ class Plan:
         found, first = np.unique(keys(negatives), return_index=True)
         keep = np.zeros(len(negatives.values), bool)
         keep[first] = ~np.isin(found, keys(self._positives.take(query)))
+        places = Ragged(self._negatives.start, np.arange(len(self._negatives.values)))
         key = self.config.seed, draws.NEGATIVE, epoch, query
-        return draws.sample(negatives.where(keep), count, *key)
+        return draws.sample(places.take(query).where(keep), count, *key)
 
     def _mixed(self, step: int) -> tuple[ndarray, ndarray]:
         """Return queries and epochs of a step that mixes all sets.

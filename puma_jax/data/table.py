@@ -12,17 +12,33 @@ import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
 from puma_jax.data.lines import FilePath
 from puma_jax.errors import DataError
 from puma_jax.files import sha256
-from puma_jax.typing import Bool, Int, ndarray
+from puma_jax.typing import AnyArray, Bool, Float, Int, ndarray
 
 _RANGES = {"query_key": (-1, None), "query_task": (0, 8), "candidate_modality": (0, 2)}
 """The lowest and the highest number in a column; in others, the lowest is 0."""
+_SCORES = {"positive_score": "positive_row", "negative_score": "negative_row"}
+"""Columns of scores, and the documents that they score."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TeacherScores:
+    """A teacher's scores of the documents of pairs for their queries; NaN where it has none.
+
+    The arrays are NumPy's on the host and JAX's on devices.
+    """
+
+    positive: Float[AnyArray, "pairs"]
+    negative: Float[AnyArray, "pairs negatives"]
 
 
 @dataclass(frozen=True)
@@ -63,13 +79,34 @@ class LengthTable:
     positive_row: Int[ndarray, "positives"]
     negative_start: Int[ndarray, "queries+1"]
     negative_row: Int[ndarray, "negatives"]
+    positive_score: Float[ndarray, "positives"] | None = None
+    """A teacher's score of each positive for its query; NaN where it has none. None if no document
+    of any query has one."""
+    negative_score: Float[ndarray, "negatives"] | None = None
+    """The same for each negative."""
 
     def files(self) -> Iterator[tuple[str, bytes]]:
         """Yield the name and the content of the file of each column."""
         for column in dataclasses.fields(self):
-            content = io.BytesIO()
-            np.save(content, getattr(self, column.name))
-            yield f"{column.name}.npy", content.getvalue()
+            values = getattr(self, column.name)
+            if values is not None:
+                content = io.BytesIO()
+                np.save(content, values)
+                yield f"{column.name}.npy", content.getvalue()
+
+    def scores(
+        self, positive: Int[ndarray, "n"], negative: Int[ndarray, "n negatives"]
+    ) -> TeacherScores | None:
+        """Return the scores of positives and negatives; None if no document has any.
+
+        Args:
+            positive: A place in `positive_row` for each query.
+            negative: Places in `negative_row`; -1 for none.
+        """
+        if self.positive_score is None or self.negative_score is None:
+            return None
+        of_negatives = at_places(self.negative_score, negative, np.float32(np.nan))
+        return TeacherScores(self.positive_score[positive], of_negatives)
 
     @classmethod
     def load(cls, folder: FilePath, digests: Mapping[str, str]) -> LengthTable:
@@ -85,6 +122,8 @@ class LengthTable:
         columns = {}
         for column in dataclasses.fields(cls):
             file = f"{column.name}.npy"
+            if column.default is None and file not in digests:
+                continue
             columns[column.name] = _open_column(epath.Path(folder) / file, digests.get(file))
         try:
             _check_columns(columns)
@@ -95,11 +134,11 @@ class LengthTable:
 
 @dataclass(frozen=True)
 class Ragged:
-    """Lists of integers, stored one after the other in one array."""
+    """Lists of numbers, stored one after the other in one array."""
 
     start: Int[ndarray, "lists_and_end"]
     """The index in `values` where each list starts; the last entry is where the last list ends."""
-    values: Int[ndarray, "values"]
+    values: Int[ndarray, "values"] | Float[ndarray, "values"]
 
     def __len__(self) -> int:
         return len(self.start) - 1
@@ -122,6 +161,11 @@ class Ragged:
         return Ragged(kept_before[self.start], self.values[keep])
 
 
+def at_places(values: ndarray, places: Int[ndarray, "*shape"], missing: Any) -> ndarray:
+    """Return the values at some places; `missing` where the place is -1."""
+    return np.where(places >= 0, values[np.maximum(places, 0)], missing)
+
+
 def _starts(lengths: ndarray) -> Int[ndarray, "lists_and_end"]:
     """Return where lists of these lengths start, and where the last list ends."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
@@ -135,6 +179,8 @@ def _check_columns(columns: Mapping[str, ndarray]) -> None:
     """
     rows = {"query": len(columns["query_tokens"]), "candidate": len(columns["candidate_tokens"])}
     for name, column in columns.items():
+        if name in _SCORES:
+            continue
         kind = name.partition("_")[0]
         low, high = _RANGES.get(name, (0, None))
         if column.ndim != 1 or column.dtype.kind not in "iu":
@@ -154,11 +200,23 @@ def _check_columns(columns: Mapping[str, ndarray]) -> None:
             raise DataError(f"{kind}_start leaves a query without its {kind}s")
         if len(row) and row.max() >= rows["candidate"]:
             raise DataError(f"{kind}_row names row {row.max()} of {rows['candidate']}")
+    for name in _SCORES.keys() & columns.keys():
+        _check_scores(name, columns[name], columns[_SCORES[name]])
     for kind in ("query", "candidate"):
         if ((columns[f"{kind}_height"] == 0) != (columns[f"{kind}_width"] == 0)).any():
             raise DataError(f"{kind}_height and {kind}_width disagree on what has an image")
     if (columns["query_text_length"] > columns["query_tokens"]).any():
         raise DataError("query_text_length is more than query_tokens")
+
+
+def _check_scores(name: str, scores: ndarray, rows: ndarray) -> None:
+    """Check that there is a score, or NaN, for each row of a list of documents."""
+    if scores.dtype != np.float32 or scores.shape != rows.shape:
+        raise DataError(
+            f"{name} is {scores.dtype} {list(scores.shape)}, expected float32 {list(rows.shape)}"
+        )
+    if np.isinf(scores).any():
+        raise DataError(f"{name} holds an infinite score, expected finite ones")
 
 
 def _open_column(path: epath.Path, digest: str | None) -> ndarray:

@@ -107,20 +107,8 @@ def mine(
     with Progress(total=total, desc="embedding", unit="item", disable=not progress) as bar:
         encode = ItemEncoder(model) if isinstance(model, Embedder) else model
         batches = Batches(encode, data.root, bar, vectors, on_bad_record, skipped)
-        queries, asked = batches.embed(
-            Sources("query", len(data), data.query_item, data.qid, data.query_error),
-            np.arange(len(data)),
-        )
-        documents, there = batches.embed(
-            Sources(
-                "document",
-                len(data.dids),
-                data.document,
-                data.dids.__getitem__,
-                data.document_error,
-            ),
-            order,
-        )
+        queries, asked = batches.embed(query_sources(data), np.arange(len(data)))
+        documents, there = batches.embed(document_sources(data), order)
     answers = data.answers.where(there[data.answers.values])
     answered = answers.lengths > 0
     pool = order[there[order]]
@@ -137,6 +125,17 @@ def mine(
             too_close += left_out
             searching.update(len(some))
     return Mined(rows, too_close, int((asked & ~answered).sum()), skipped)
+
+
+def query_sources(data: TrainingSet) -> Sources:
+    """Return the training queries as items to embed."""
+    return Sources("query", len(data), data.query_item, data.qid, data.query_error)
+
+
+def document_sources(data: TrainingSet) -> Sources:
+    """Return the documents as items to embed."""
+    dids = data.dids
+    return Sources("document", len(dids), data.document, dids.__getitem__, data.document_error)
 
 
 @dataclass(frozen=True)

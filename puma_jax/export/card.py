@@ -246,11 +246,23 @@ def _what_it_is(embedder: Embedder) -> str:
         f"{parameters / 1e6:,.2f} M parameters, family `{config.family}`, made with "
         f"puma_jax after [PUMA]({_PAPER}).\n\n"
         f"**Layers.** Decoder layers kept from the base model, counted from 0: {kept}.\n\n"
+        f"{_exits(embedder)}"
         f"{_widths(embedder)}"
         f"**Limits.** Texts of up to {config.prompt.max_text_tokens} tokens, images of "
         f"{config.images.min_pixels:,} to {config.images.max_pixels:,} pixels after resizing. "
         f"Positions: {config.prompt.positions}. Prompt: {config.prompt.template}, "
         f"{_pooling(config.prompt)}."
+    )
+
+
+def _exits(embedder: Embedder) -> str:
+    """Return the paragraph on the depths that a model was trained for; "" if it was for one."""
+    if not embedder.config.exit_layers:
+        return ""
+    exits = ", ".join(map(str, embedder.config.exit_layers))
+    return (
+        f"**Depths.** Trained for its first {exits} layers alone, too: "
+        "`Embedder.load(...).keep_layers(n)`.\n\n"
     )
 
 

@@ -8,7 +8,7 @@ from puma_jax.losses.contrastive import (
     mac_loss,
     mamcl_loss,
 )
-from puma_jax.losses.distillation import distill_loss
+from puma_jax.losses.distillation import distill_loss, score_distill_loss
 from puma_jax.losses.matryoshka import matryoshka
 from puma_jax.losses.sharded import DENSE, Layout
 from puma_jax.losses.softmax import Temperature
@@ -25,4 +25,5 @@ __all__ = [
     "mac_loss",
     "mamcl_loss",
     "matryoshka",
+    "score_distill_loss",
 ]

@@ -5,7 +5,8 @@ Its options (`DecoderConfig`) make it that of Qwen2, Qwen2-VL, Qwen3, Qwen3-VL a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +111,16 @@ class DecoderLayer(nnx.Module):
         return x + self.mlp(self.mlp_norm(x), keys)
 
 
+@dataclass(frozen=True)
+class Exits:
+    """Depths at which states are pooled on the way to the last layer, and how."""
+
+    layers: tuple[int, ...]
+    """Numbers of layers."""
+    pool: Callable[[Array], Array]
+    """Returns the pooled states, `[slots, width]`, of states `[rows, length, width]`."""
+
+
 class Decoder(nnx.Module):
     """Token table, stacked layers, final norm. An embedder needs no language-model head."""
 
@@ -132,10 +143,13 @@ class Decoder(nnx.Module):
         dropout_keys: TokenKeys | None = None,
         layers: DecoderLayer | None = None,
         features: Float[Array, "features rows length width"] | None = None,
-    ) -> Float[Array, "rows length width"]:
-        """Return the states after the last layer, **before** the final norm.
+        exits: Exits | None = None,
+    ) -> tuple[Float[Array, "rows length width"], Float[Array, "exits slots width"] | None]:
+        """Return the states after the last layer, and the pooled states of the exits, if any.
 
-        The caller applies the norm, only where it needs the states.
+        Both are **before** the final norm: the caller applies it, only where it needs the states.
+        The pooled states are carried from layer to layer, so they take the memory of the exits
+        alone, whatever the number of layers.
 
         Args:
             x: Token and visual embeddings.
@@ -145,24 +159,35 @@ class Decoder(nnx.Module):
             dropout_keys: Keys of LoRA dropout, one for each token; None drops nothing.
             layers: A stack to run in place of this decoder's own layers.
             features: Features to add after the first layers of the stack, one after each.
+            exits: Depths at which states are pooled on the way; None pools none.
         """
         layers = self.layers if layers is None else layers
         angles = mrope_angles(
             positions, self.head_dim, self.rope_base, self.mrope_section, self.mrope_interleaved
         )
 
-        def layer(x, scanned: tuple[DecoderLayer, Int[Array, ""]]):
+        def layer(carry, scanned: tuple[DecoderLayer, Int[Array, ""]]):
+            x, pooled = carry
             weights, number = scanned
             keys = None if dropout_keys is None else fold_in(dropout_keys, number)
             x = weights(constrain_batch_sharding(x), angles, segment_ids, compute.attention, keys)
             if features is not None:
                 x = x + _at(features, number).astype(x.dtype)
-            return constrain_batch_sharding(x), None
+            x = constrain_batch_sharding(x)
+            if exits is not None:
+                here = jnp.asarray(exits.layers) == number + 1
+                pooled = jnp.where(here[:, None, None], exits.pool(x), pooled)
+            return (x, pooled), None
 
         numbers = jnp.arange(layers.attention_norm.scale.shape[0])
         x = x.astype(jnp.dtype(compute.dtype))
-        x, _ = jax.lax.scan(rematerialize(layer, compute.remat), x, (layers, numbers))
-        return x
+        pooled = None
+        if exits is not None:
+            like = jax.eval_shape(exits.pool, x)
+            pooled = jnp.zeros((len(exits.layers), *like.shape), like.dtype)
+        body = rematerialize(layer, compute.remat)
+        (x, pooled), _ = jax.lax.scan(body, (x, pooled), (layers, numbers))
+        return x, pooled
 
 
 def _at(features: Float[Array, "features *rest"], number: Int[Array, ""]) -> Float[Array, "*rest"]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import operator
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +16,7 @@ from flax import nnx
 
 from puma_jax.config import ComputeConfig, ModelConfig
 from puma_jax.errors import LayerSelectionError
-from puma_jax.model.decoder import Decoder, DecoderLayer
+from puma_jax.model.decoder import Decoder, DecoderLayer, Exits
 from puma_jax.model.dropout import TokenKeys
 from puma_jax.model.families import family_of
 from puma_jax.rows import PackedBatch
@@ -21,6 +24,10 @@ from puma_jax.typing import Array, Float, Int, PRNGKeyArray
 
 # A range of layers that goes further is a typing error, and would take memory as it is listed.
 _MOST_LAYERS = 1024
+
+
+class UntrainedDepthWarning(UserWarning):
+    """A model is pruned to layers that it was not trained to do with alone."""
 
 
 class Encoder(nnx.Module):
@@ -70,21 +77,78 @@ def encode(
         dropout_keys: Keys of LoRA dropout, from `dropout.token_keys`; None drops nothing.
         stacks: Layers to run one stack after the other, in place of the decoder's own.
     """
-    # "float32" has to mean it on accelerators too, whose default product rounds to fewer bits.
-    precision = "highest" if compute.dtype == "float32" else None
-    with jax.default_matmul_precision(precision):
+    with _precision(compute):
         x, features = input_embeddings(params, rows, compute, data_shards=data_shards)
         for layers in stacks or [params.decoder.layers]:
-            x = params.decoder(
+            x, _ = params.decoder(
                 x, rows.segment_ids, rows.positions, compute, dropout_keys, layers, features
             )
             depth = layers.attention_norm.scale.shape[0]
             if features is not None:
                 features = features[depth:] if depth < len(features) else None
-        if params.mean_pooling:
-            return _means(params.decoder.norm(x.astype(jnp.float32)), rows, data_shards)
-        pooled = _take(x, rows.pool_index, data_shards)
-        return params.decoder.norm(pooled.astype(jnp.float32))
+        return _finish(params, _pool(params, x, rows, data_shards))
+
+
+def encode_exits(
+    params: Encoder,
+    rows: PackedBatch,
+    compute: ComputeConfig,
+    exit_layers: Sequence[int],
+    *,
+    data_shards: int = 1,
+    dropout_keys: TokenKeys | None = None,
+) -> Float[Array, "exits slots width"]:
+    """Return the states of each item after some numbers of layers, and last after all of them.
+
+    Those after n layers are what `encode` returns with the model that `keep_layers(n)` leaves. All
+    come from one forward pass; see `encode` for the other arguments.
+
+    Args:
+        params: The model.
+        rows: The packed items.
+        compute: How to run.
+        exit_layers: Numbers of layers, each at least 1 and less than the model has, ascending.
+        data_shards: Number of parts that the leading axes of `rows` divide into.
+        dropout_keys: Keys of LoRA dropout.
+    """
+    pool = functools.partial(_pool, params, rows=rows, data_shards=data_shards)
+    with _precision(compute):
+        x, features = input_embeddings(params, rows, compute, data_shards=data_shards)
+        x, pooled = params.decoder(
+            x,
+            rows.segment_ids,
+            rows.positions,
+            compute,
+            dropout_keys,
+            features=features,
+            exits=Exits(tuple(exit_layers), pool),
+        )
+        assert pooled is not None  # there are exits
+        return _finish(params, jnp.concatenate([pooled, pool(x)[None]]))
+
+
+def _precision(compute: ComputeConfig) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which products have the precision that the dtype says.
+
+    "float32" has to mean it on accelerators too, whose default product rounds to fewer bits.
+    """
+    return jax.default_matmul_precision("highest" if compute.dtype == "float32" else None)
+
+
+def _pool(
+    params: Encoder, x: Float[Array, "rows length width"], rows: PackedBatch, data_shards: int
+) -> Float[Array, "slots width"]:
+    """Return the pooled state of each item: normed already if it is a mean over tokens."""
+    if params.mean_pooling:
+        return _means(params.decoder.norm(x.astype(jnp.float32)), rows, data_shards)
+    return _take(x, rows.pool_index, data_shards)
+
+
+def _finish(
+    params: Encoder, pooled: Float[Array, "*exits slots width"]
+) -> Float[Array, "*exits slots width"]:
+    """Return pooled states after the final norm, float32."""
+    return pooled if params.mean_pooling else params.decoder.norm(pooled.astype(jnp.float32))
 
 
 def input_embeddings(
@@ -162,6 +226,19 @@ def keep_layers(
     pruned = jax.tree.map(lambda leaf: leaf, params)
     pruned.decoder.layers = jax.tree.map(lambda leaf: leaf[np.array(chosen)], params.decoder.layers)
     return config.with_layers(tuple(config.kept_layers[index] for index in chosen)), pruned
+
+
+def warn_if_untrained(config: ModelConfig, kept: tuple[int, ...]) -> None:
+    """Warn if a model was trained for some depths, and these base layers are none of them."""
+    if config.trained_for(kept):
+        return
+    depths = ", ".join(map(str, (*config.exit_layers, config.decoder.layers)))
+    warnings.warn(
+        f"the model was trained for its first {depths} layers, not for layers "
+        f"{', '.join(map(str, kept))} of its base model alone",
+        UntrainedDepthWarning,
+        stacklevel=3,
+    )
 
 
 def layer_indices(keep: int | Sequence[int], layers: int) -> tuple[int, ...]:

@@ -156,6 +156,7 @@ class HubFields:
             prompt=saved.prompt,
             kept_layers=saved.kept_layers,
             widths=saved.widths,
+            exit_layers=saved.exit_layers,
         )
 
 
@@ -328,6 +329,7 @@ def saved_fields(config: ModelConfig) -> dict[str, Any]:
         "images": vars(config.images).copy(),
         "prompt": vars(config.prompt).copy(),
         **({"widths": list(config.widths)} if config.widths else {}),
+        **({"exit_layers": list(config.exit_layers)} if config.exit_layers else {}),
     }
 
 

@@ -68,6 +68,7 @@ class SavedFields:
     prompt: PromptConfig = PromptConfig()
     kept_layers: tuple[CountOrZero, ...] = ()
     widths: tuple[Count, ...] = ()
+    exit_layers: tuple[Count, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -93,12 +93,18 @@ class Adapter:
         return LoraConfig(self.rank, self.scale * self.rank, dropout, targets)
 
     def with_inputs(self, config: ModelConfig) -> ModelConfig:
-        """Return the config of the model with the adapter's prompt, limits and widths, if any."""
+        """Return the config of the model with what was saved with the adapter, if anything was."""
         if self.saved is None:
             return config
         images = self.saved.images or config.images
         saved = self.saved
-        return dataclasses.replace(config, prompt=saved.prompt, images=images, widths=saved.widths)
+        return dataclasses.replace(
+            config,
+            prompt=saved.prompt,
+            images=images,
+            widths=saved.widths,
+            exit_layers=saved.exit_layers,
+        )
 
     def add_to(
         self,

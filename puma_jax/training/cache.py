@@ -39,7 +39,8 @@ from puma_jax.parallel import multihost
 from puma_jax.parallel.mesh import replicated
 from puma_jax.progress import Progress
 from puma_jax.rows import PackedBatch, PackedShape
-from puma_jax.training.step import FrozenParams, PairStates
+from puma_jax.training.objective import PairStates
+from puma_jax.training.step import FrozenParams
 from puma_jax.training.teacher import TeacherFn
 from puma_jax.typing import AnyArray, Array, Float, Int, ndarray
 

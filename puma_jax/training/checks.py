@@ -66,7 +66,7 @@ def base_configs(config: TrainConfig, workdir: Path) -> dict[str, ModelConfig]:
         CheckpointError: A stage starts from, or has finished with, a folder that holds no whole
             model.
         ConfigError: The sizes of the model from scratch do not fit together, or a stage trains
-            widths that its model does not have, or cannot train its adapter further.
+            widths or depths that its model does not have, or cannot train its adapter further.
         LayerSelectionError: A stage keeps layers that its base model lacks.
     """
     model = None if config.scratch is None else _scratch(config)
@@ -88,6 +88,11 @@ def base_configs(config: TrainConfig, workdir: Path) -> dict[str, ModelConfig]:
             raise ConfigError(
                 f"stage {name}: loss.widths {list(stage.loss.widths)} must be below the "
                 f"{model.decoder.width} values of a vector"
+            )
+        if max(stage.loss.exit_layers, default=0) >= len(kept):
+            raise ConfigError(
+                f"stage {name}: loss.exit_layers {list(stage.loss.exit_layers)} must be below the "
+                f"{len(kept)} layers that it keeps"
             )
         if (workdir / name).exists():
             hf.open_checkpoint(workdir / name)

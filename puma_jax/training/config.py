@@ -58,6 +58,15 @@ class LossConfig:
     widths: tuple[Count, ...] = ()
     """Narrower widths that vectors are trained for, too (Matryoshka, arXiv 2205.13147): for each,
     the loss of the first values of all vectors, scaled to length 1, is added."""
+    width_weights: tuple[Positive, ...] = ()
+    """Weight of the loss of each of `widths`; that of the whole width is 1. Empty takes 1 for all
+    of them."""
+    exit_layers: tuple[Count, ...] = ()
+    """Numbers of first layers that the model is trained for, too: for each, the loss that the model
+    with only these layers has, at all widths, is added. There is one forward pass for all."""
+    exit_weights: tuple[Positive, ...] = ()
+    """Weight of the loss of each of `exit_layers`; that of all layers is 1. Empty takes 1 for all
+    of them."""
     chunk_size: Count | None = None
     """Queries whose scores a device holds at a time; None holds those of all its queries. In a
     ring it is the edge of a tile, and 256 to 512 is a good size."""
@@ -68,7 +77,14 @@ class LossConfig:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check(self, "loss")
-        require_ascending(self.widths, "loss.widths")
+        for name, weights in (("widths", "width_weights"), ("exit_layers", "exit_weights")):
+            numbers, given = getattr(self, name), getattr(self, weights)
+            require_ascending(numbers, f"loss.{name}")
+            require(
+                len(given) in (0, len(numbers)),
+                f"loss.{weights} {list(given)} must have one weight for each of loss.{name} "
+                f"{list(numbers)}, or be empty",
+            )
 
 
 @dataclass(frozen=True)
@@ -91,6 +107,24 @@ class DistillConfig:
     def on(self) -> bool:
         """Whether there is a teacher."""
         return max(self.weight) > 0
+
+
+@dataclass(frozen=True)
+class ScoreDistillConfig:
+    """Distillation of a teacher's scores, which `python -m puma_jax.score` writes into the data."""
+
+    weight: NotNegative = 0.0
+    """Weight of the cross-entropy between the teacher's and the model's softmax over the positive
+    and the hard negatives of a query; it is added to the rest of the loss. 0 turns it off."""
+    temperature: Positive = 0.05
+    """Temperature that divides the model's cosines."""
+    teacher_temperature: Positive = 0.05
+    """Temperature that divides the teacher's scores: cosines of an embedder, or logits of a
+    reranker, which are some twenty times as large."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check(self, "score_distill")
 
 
 @dataclass(frozen=True)
@@ -147,6 +181,7 @@ class StageConfig:
     so."""
     loss: LossConfig = LossConfig()
     distill: DistillConfig = DistillConfig()
+    score_distill: ScoreDistillConfig = ScoreDistillConfig()
     trainable: Literal["lora", "full"] = "lora"
     """Weights to train: "lora" trains adapters on the decoder's linears, "full" the decoder."""
     train_vision: bool = False
@@ -161,6 +196,11 @@ class StageConfig:
             not (self.steps and self.epochs) and (self.steps, self.epochs) != (None, None),
             f"a stage has steps {self.steps} and epochs {self.epochs}: give one of them, or 0 to "
             "train nothing",
+        )
+        require(
+            not self.score_distill.weight or self.plan.hard_negatives > 0,
+            f"stage.score_distill.weight {self.score_distill.weight} needs plan.hard_negatives "
+            "above 0: a teacher's scores are those of a positive and of hard negatives",
         )
         require(
             self.adapter is None or self.model is not None,

@@ -21,9 +21,9 @@ from puma_jax.progress import Progress
 from puma_jax.training.checkpoint import Checkpoints
 from puma_jax.training.config import TrainConfig
 from puma_jax.training.metric_writer import MetricWriter
+from puma_jax.training.objective import Metrics, PairStates
 from puma_jax.training.profiler import Profiler, peak_memory
 from puma_jax.training.stages import Stage
-from puma_jax.training.step import Metrics, PairStates
 from puma_jax.training.transfer import shard_batch, shard_pair_states
 
 _SHOWN_IDS = 32

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from puma_jax.config import ComputeConfig, DType, ModelConfig
 from puma_jax.data.builder.build import Settings, build
@@ -31,6 +30,7 @@ from puma_jax.parallel import multihost, rules
 from puma_jax.parallel.mesh import data_shards, replicated
 from puma_jax.training import cache
 from puma_jax.training.config import StageConfig, TrainConfig
+from puma_jax.training.data_notes import notes
 from puma_jax.training.optimizer import Leaves
 from puma_jax.training.step import FrozenParams, TrainState, init_state, make_loss, make_step
 from puma_jax.training.teacher import TeacherFn, make_teacher, split_teacher
@@ -196,7 +196,7 @@ def open_data(
         stage.plan, seed=stage.plan.seed + config.seed, batch_size=min(stage.plan.batch_size, pairs)
     )
     plan = Plan(store.table, store.instructions, processor.template, plan_config)
-    if note := _negatives_note(plan):
+    for note in notes(name, stage, plan):
         print(f"{name}: {note}")
     host, hosts = multihost.process_slice(mesh)
     loader = Loader(
@@ -209,24 +209,6 @@ def open_data(
         on_bad_record=config.data.on_bad_record,
     )
     return loader, stage.steps or max(1, round((stage.epochs or 0) * plan.steps_per_epoch))
-
-
-def _negatives_note(plan: Plan) -> str | None:
-    """Return what to tell a user whose hard negatives are not used, or are too few; or None."""
-    table, count = plan.table, plan.config.hard_negatives
-    queries = plan.queries()
-    has = table.negative_start[queries + 1] - table.negative_start[queries]
-    if not count and has.any():
-        return (
-            f"neg_cand_list of {np.count_nonzero(has):,} queries, {has.sum():,} ids, is not used: "
-            "plan.hard_negatives is 0"
-        )
-    if (few := np.count_nonzero(has < count)) > 0:
-        return (
-            f"neg_cand_list of {few:,} of {len(queries):,} queries has fewer ids than "
-            f"plan.hard_negatives {count}: these queries take those they have"
-        )
-    return None
 
 
 def open_store(config: TrainConfig, root: Path, processor: Processor, workdir: Path) -> Store:
@@ -356,7 +338,11 @@ def student_config(config: StageConfig, base_config: ModelConfig) -> ModelConfig
     """Return the config of the model that a stage leaves."""
     kept = kept_layers(config, base_config.decoder.layers)
     model = base_config.with_layers(tuple(base_config.kept_layers[index] for index in kept))
-    return dataclasses.replace(model, widths=config.loss.widths) if config.trains else model
+    if not config.trains:
+        return model
+    return dataclasses.replace(
+        model, widths=config.loss.widths, exit_layers=config.loss.exit_layers
+    )
 
 
 def is_trained(name: str, config: StageConfig) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from puma_jax.data.pipeline import Batch, HardNegatives
 from puma_jax.parallel import multihost
 from puma_jax.parallel.mesh import batch_sharding, data_shards, replicated
 from puma_jax.training.config import LossConfig
-from puma_jax.training.step import PairStates
+from puma_jax.training.objective import PairStates
 
 
 def shard_batch(batch: Batch, config: LossConfig, mesh: jax.sharding.Mesh) -> Batch:
@@ -23,7 +24,7 @@ def shard_batch(batch: Batch, config: LossConfig, mesh: jax.sharding.Mesh) -> Ba
     missing = _missing(len(batch.query), config, mesh)
     out_of_range = batch.rows.pool_index.size * multihost.process_slice(mesh)[1]
 
-    def padded(column: Any, value: int | bool) -> Any:
+    def padded(column: Any, value: int | float | bool) -> Any:
         widths = ((0, missing), *[(0, 0)] * (column.ndim - 1))
         return np.pad(column, widths, constant_values=value)
 
@@ -42,6 +43,10 @@ def shard_batch(batch: Batch, config: LossConfig, mesh: jax.sharding.Mesh) -> Ba
             document=put(negatives.document, 0),
             valid=put_valid(negatives.valid),
         )
+    scores = jax.tree.map(
+        lambda of: multihost.put(padded(of.astype(np.float32), math.nan), replicated(mesh)),
+        batch.scores,
+    )
     by_rows = batch_sharding(mesh, axis=1)
     return Batch(
         rows=jax.tree.map(lambda part: multihost.put_part(part, by_rows), batch.rows),
@@ -54,6 +59,7 @@ def shard_batch(batch: Batch, config: LossConfig, mesh: jax.sharding.Mesh) -> Ba
         prompt=put(batch.prompt, -1),
         valid=put_valid(batch.valid),
         negatives=negatives,
+        scores=scores,
     )
 
 

@@ -61,7 +61,14 @@ def queries() -> list[Query]:
         *[Query(f"9:2{n}", None, image_path(n), "image", (f"9:{3 * n + 1}",), 3) for n in range(4)],
         *[
             Query(
-                f"5:3{n}", "What is it?", image, "image,text", ("5:2", "9:999"), 8, ("5:5", "9:4")
+                f"5:3{n}",
+                "What is it?",
+                image,
+                "image,text",
+                ("5:2", "9:999"),
+                8,
+                ("5:5", "9:4"),
+                scores=(("5:2", 0.9), ("5:5", n / 5)),
             )
             for n in range(4)
         ],

@@ -24,6 +24,12 @@ INSTRUCTION = Instruction("image,text", "text", "mine", "m", ("find the text", "
 CHUNKS, GROUPS = 2, 4
 
 
+def scores_of(query):
+    """A teacher's scores of what a query names, but for one document that has none."""
+    named = [did for did in (*query.positives, *query.negatives) if did != "c:1"]
+    return {did: len(query.qid) / 8 - int(did[2:]) / 4 for did in named}
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """60 queries of image and text for 40 texts, and 20 queries of text for 20 images.
@@ -49,6 +55,9 @@ def root(tmp_path_factory):
     ] + [Query(f"t:{n}", "words " * n + "end", None, "text", (f"i:{n}",), 0) for n in range(20)]
     candidates = [Candidate(f"c:{n}", f"candidate {n}", None, "text") for n in range(40)]
     candidates += [Candidate(f"i:{n}", None, image[n], "image") for n in range(20)]
+    queries = [
+        dataclasses.replace(query, scores=tuple(scores_of(query).items())) for query in queries
+    ]
     mbeir.write_queries(root / "query/union_train/mbeir_union_up_train.jsonl", queries)
     pool = "cand_pool/global/mbeir_union_train_cand_pool.jsonl"
     mbeir.write_candidates(root / pool, candidates)
@@ -189,13 +198,19 @@ def test_a_batch_holds_the_items_that_were_planned(
         theirs = alone(normalize_text(candidate.text), candidate.image)
         np.testing.assert_allclose(found, theirs, rtol=0, atol=1e-4)
         assert batch.modality[number] == mbeir.modality_code(candidate.modality)
+        if batch.scores is not None:
+            known = scores_of(query).get(candidate.did, np.nan)
+            np.testing.assert_equal(batch.scores.positive[number], known)
         for place, row in enumerate(pairs.negative[number]):
             assert batch.negatives.valid[number, place] == (row >= 0)
             if row < 0:
                 assert batch.negatives.slot[number, place] == -1
+                assert np.isnan(batch.scores.negative[number, place])
                 continue
             negative = candidates[row]
             assert negative.did in query.negatives
+            known = scores_of(query).get(negative.did, np.nan)
+            np.testing.assert_equal(batch.scores.negative[number, place], known)
             found = states[batch.negatives.slot[number, place]]
             theirs = alone(normalize_text(negative.text), negative.image)
             np.testing.assert_allclose(found, theirs, rtol=0, atol=1e-4)

@@ -35,6 +35,8 @@ def table(queries=3, candidates=2):
         "positive_row": np.arange(queries) % candidates,
         "negative_start": 0 * starts,
         "negative_row": np.zeros(0, np.int64),
+        "positive_score": np.array([0.5, np.nan, -2.0], np.float32)[:queries],
+        "negative_score": np.zeros(0, np.float32),
     }
     return LengthTable(**columns | small | lists)
 
@@ -70,6 +72,15 @@ def test_a_table_comes_back_mapped_and_as_it_was(tmp_path):
         np.testing.assert_array_equal(np.load(tmp_path / f"{field.name}.npy"), column)
 
 
+def test_a_table_without_scores_has_no_files_of_them(tmp_path):
+    plain = dataclasses.replace(table(), positive_score=None, negative_score=None)
+    digests = save(plain, tmp_path)
+    assert not [name for name in digests if "score" in name]
+    loaded = LengthTable.load(tmp_path, digests)
+    assert loaded.positive_score is None
+    assert loaded.scores(np.array([0]), np.array([[-1]])) is None
+
+
 def test_a_column_that_is_missing_or_damaged_is_named(tmp_path):
     digests = save(table(), tmp_path)
     path = tmp_path / "query_task.npy"
@@ -99,6 +110,12 @@ def test_a_column_that_is_missing_or_damaged_is_named(tmp_path):
         ("positive_start", [0, 1, 2], "positive_start does not divide the 3 of positive_row"),
         ("positive_row", [0, 1, 2], "positive_row names row 2 of 2"),
         ("negative_start", [0, 0, 0, 1], "negative_start does not divide the 0 of negative_row"),
+        ("positive_score", [0.5], r"positive_score is float64 \[1\], expected float32 \[3\]"),
+        (
+            "positive_score",
+            np.float32([0.5, np.inf, 0]),
+            "positive_score holds an infinite score, expected finite ones",
+        ),
         ("negative_row", [0], "negative_start does not divide the 1 of negative_row"),
     ],
 )

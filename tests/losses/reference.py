@@ -5,6 +5,22 @@ from __future__ import annotations
 import numpy as np
 
 
+def score_distillation(queries, documents, teacher, *, temperature, teacher_temperature, valid):
+    """Mean over queries of −Σ_j p_j log q_j over the documents that count, the answer first.
+
+    A query whose answer does not count, or none of its other documents, is left out.
+    """
+    losses = []
+    for query, of_query, scores, counted in zip(queries, documents, teacher, valid, strict=True):
+        counted = counted & ~np.isnan(scores)
+        if not counted[0] or counted.sum() < 2:
+            continue
+        target = np.exp(scores[counted] / teacher_temperature)
+        found = np.exp(of_query[counted] @ query / temperature)
+        losses.append(-np.sum(target / target.sum() * np.log(found / found.sum())))
+    return float(np.mean(losses)) if losses else 0.0
+
+
 def contrastive(
     queries,
     candidates,

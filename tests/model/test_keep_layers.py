@@ -1,6 +1,7 @@
 """A layer slice is an array slice, and the model that is left an ordinary one."""
 
 import copy
+import dataclasses
 
 import jax
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 
 from puma_jax.embedder import Embedder
 from puma_jax.errors import LayerSelectionError
-from puma_jax.model.encoder import abstract, keep_layers
+from puma_jax.export.card import model_card
+from puma_jax.model.encoder import UntrainedDepthWarning, abstract, encode_exits, keep_layers
 from puma_jax.model.hf import open_checkpoint
 from puma_jax.model.tree import named_leaves
 from puma_jax.rows import PackedShape
@@ -55,6 +57,36 @@ def check_slice(tiny, keep):
     for mine, item in zip(ours, items, strict=True):
         np.testing.assert_allclose(mine, tiny.expected(item, reference), rtol=0, atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, params, read)
+
+
+@pytest.mark.parametrize(("base", "pooling"), [("tiny", "one token"), ("deepstack", "mean")])
+def test_one_pass_gives_the_states_of_every_depth(base, pooling, request):
+    pair = request.getfixturevalue(base)
+    items = [pair.item("A red bicycle."), pair.item("Make it blue.", random_image(90, 200))]
+    rows, packing = pack(items, PackedShape(2, 256, 1, 128, 2), pair.config.vision)
+    params = jax.tree.map(lambda leaf: leaf, pair.params)
+    params.mean_pooling = pooling == "mean"
+    states = jax.jit(lambda params, rows: encode_exits(params, rows, FLOAT32, (1, 3)))(params, rows)
+    for layers, found in zip((1, 3, 4), states, strict=True):
+        _, shallow = keep_layers(pair.config, params, layers)
+        expected = encode(shallow, rows, FLOAT32)
+        np.testing.assert_allclose(found[packing.slot], expected[packing.slot], rtol=0, atol=1e-6)
+
+
+def test_depths_that_a_model_was_trained_for_are_known_and_others_are_a_warning(tiny, tmp_path):
+    trained = Embedder.load(tiny.folder, dtype="float32")
+    trained.config = dataclasses.replace(trained.config, exit_layers=(1, 3))
+    trained.save(tmp_path / "saved")
+    loaded = Embedder.load(tmp_path / "saved", dtype="float32")
+    assert loaded.config.exit_layers == (1, 3)
+    assert "first 1, 3 layers alone" in model_card(loaded, "huggingface", "model")
+    assert loaded.fingerprint == Embedder.load(tiny.folder, dtype="float32").fingerprint
+    assert loaded.keep_layers(3).config.exit_layers == (1,)
+    assert loaded.keep_layers(1).config.exit_layers == ()
+    for keep in (2, [0, 1, 3], [1, 2]):
+        message = r"^the model was trained for its first 1, 3, 4 layers, not for layers [0-9, ]+ of"
+        with pytest.warns(UntrainedDepthWarning, match=message):
+            loaded.keep_layers(keep)
 
 
 def test_the_program_does_not_grow_with_depth(family):

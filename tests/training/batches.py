@@ -7,6 +7,7 @@ import numpy as np
 from puma_jax.data.packing import fill, place
 from puma_jax.data.pipeline import Batch, HardNegatives
 from puma_jax.data.shapes import batch_shape
+from puma_jax.data.table import TeacherScores
 from tests.reference import Pair, random_image
 
 
@@ -70,4 +71,14 @@ def batch_of(
         prompt=np.full(pairs, -1),
         valid=np.arange(pairs) != pairs - 2,
         negatives=HardNegatives(slot, kinds, documents, there) if negatives else None,
+        scores=scores_of(there) if negatives else None,
     )
+
+
+def scores_of(there) -> TeacherScores:
+    """A teacher's scores; some documents that are there have none."""
+    rng = np.random.default_rng(0)
+    positive, negative = rng.normal(size=len(there)), rng.normal(size=there.shape)
+    positive[3], negative[5] = np.nan, np.nan
+    negative = np.where(there, negative, np.nan)
+    return TeacherScores(positive.astype(np.float32), negative.astype(np.float32))

@@ -58,7 +58,7 @@ def test_a_sound_run_passes_and_nothing_is_written(config, tmp_path):
         (
             lambda config: changed(config, "cut", keep_layers="9"),
             LayerSelectionError,
-            "stage cut: keep_layers 9 is out of range: the model has 2 layers",
+            "stage cut: keep_layers 9 is out of range: the model has 3 layers",
         ),
         (
             lambda config: changed(
@@ -90,12 +90,17 @@ def test_a_sound_run_passes_and_nothing_is_written(config, tmp_path):
             "scratch describes a model of .* parameters, more than",
         ),
         (
+            lambda config: changed(config, "cut", loss=LossConfig(exit_layers=(1, 2))),
+            ConfigError,
+            r"stage cut: loss.exit_layers \[1, 2\] must be below the 2 layers that it keeps",
+        ),
+        (
             lambda config: changed(config, "cut", loss=LossConfig(widths=(8, 32))),
             ConfigError,
             r"stage cut: loss.widths \[8, 32\] must be below the 32 values of a vector",
         ),
     ],
-    ids=["layers", "layers of layers", "data", "model", "split", "size", "widths"],
+    ids=["layers", "layers of layers", "data", "model", "split", "size", "exits", "widths"],
 )
 def test_a_mistake_of_any_stage_is_told(config, tmp_path, change, error, message):
     with pytest.raises(error, match=message):
@@ -135,7 +140,7 @@ def test_what_a_run_does_not_set_comes_from_the_model(config, tiny):
 def test_a_model_from_scratch_without_a_prompt_has_the_defaults(config, tmp_path):
     bases = base_configs(changed(config, images=None, prompt=None), tmp_path)
     assert [base.prompt for base in bases.values()] == [PromptConfig()] * 2
-    assert [base.decoder.layers for base in bases.values()] == [2, 2]
+    assert [base.decoder.layers for base in bases.values()] == [3, 3]
 
 
 def test_a_damaged_result_is_refused_in_one_line(config, tmp_path):

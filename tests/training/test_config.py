@@ -43,8 +43,12 @@ def config(*names: str, **settings) -> TrainConfig:
     [
         (lambda: LossConfig(temperature=-1.0), r"loss\.temperature -1\.0 must be above 0"),
         (lambda: LossConfig(temperature=math.inf), r"loss\.temperature .* is not a finite number"),
+        (
+            lambda: LossConfig(exit_layers=(2, 4), exit_weights=(1.0,)),
+            r"loss\.exit_weights \[1\.0\] must have one weight for each of",
+        ),
         (lambda: LossConfig(widths=(0, 4)), r"loss\.widths\[0\] 0 must be"),
-        (lambda: LossConfig(widths=(8, 4)), r"loss\.widths \[8, 4\] must be different widths"),
+        (lambda: LossConfig(widths=(8, 4)), r"loss\.widths \[8, 4\] must be different numbers"),
         (lambda: LossConfig(chunk_size=0), r"loss\.chunk_size 0 must be"),
         (lambda: DistillConfig(weight=(math.nan, 0.1)), r"distill\.weight\[0\] .* finite number"),
         (

@@ -58,6 +58,21 @@ def test_an_embedder_is_pruned_with_its_own_prompt_by_the_whole_of_it_on_the_ben
     assert distil.distill.on
 
 
+def test_the_curriculum_goes_from_texts_to_mined_negatives(tmp_path, tiny):
+    config = load_config(CONFIGS / "curriculum.py")(str(tiny.folder), "2", mined=Path("mined"))
+    assert list(config.stages) == ["text", "captions", "mbeir", "hard"]
+    assert [stage.model for stage in config.stages.values()] == [str(tiny.folder), None, None, None]
+    roots = [Path("data/nli"), Path("data/captions"), None, Path("mined")]
+    assert [stage.data_root for stage in config.stages.values()] == roots
+    assert [stage.plan.hard_negatives for stage in config.stages.values()] == [0, 0, 0, 4]
+    assert {base.kept_layers for base in list(base_configs(config, tmp_path).values())[1:]} == {
+        (0, 1)
+    }
+    # The first three stages of a run with negatives are those of a run without them.
+    without = load_config(CONFIGS / "curriculum.py")(str(tiny.folder), "2")
+    assert list(without.stages.items()) == list(config.stages.items())[:3]
+
+
 def small(tmp_path, model):
     """Flags that make two steps of each stage on a small model, with a benchmark."""
     flags = ["--model", str(model), "--data.workers", "0", "--evaluation.every-steps", "0"]

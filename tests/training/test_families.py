@@ -19,6 +19,7 @@ from puma_jax.parallel.rules import shardings
 from puma_jax.rows import PackedShape
 from puma_jax.train import load_config
 from puma_jax.training import results
+from puma_jax.training.config import ScoreDistillConfig
 from puma_jax.training.run import run
 from puma_jax.training.teacher import make_teacher, split_teacher
 from tests import reference
@@ -107,7 +108,7 @@ def test_a_stage_prunes_and_trains_a_published_embedder_with_its_own_prompt(
     run(config, tmp_path / "run")
     trained = Embedder.load(tmp_path / "run/cut", dtype="float32")
     base = Embedder.load(folder, dtype="float32", images=config.images).keep_layers(3)
-    assert trained.config == dataclasses.replace(base.config, widths=(8,))
+    assert trained.config == dataclasses.replace(base.config, widths=(8,), exit_layers=(1,))
     assert trained.config.prompt.pooling == "last"
     items = ["A text.", {"image": random_image(50, 70)}]
     assert np.abs(trained.encode(items) - base.encode(items)).max() > 1e-4
@@ -123,15 +124,18 @@ def test_a_selection_that_deepstack_forbids_is_refused_before_the_data_are_built
 
 
 def test_a_text_decoder_trains_on_texts(tmp_path):
-    model = reference.random_model(reference.text_config("llama", layers=2))
+    model = reference.random_model(reference.text_config("llama", layers=3))
     folder = reference.save_folder(model, tmp_path / "llama")
     table = tmp_path / "pairs.csv"
     rows = [f"a text {n},it is {n},it is not {n}\n" for n in range(24)]
     table.write_text("sent0,sent1,hard_neg\n" + "".join(rows))
     text_pairs.main(table=table, out=tmp_path / "pairs")
-    config = config_of(folder, tmp_path / "pairs", "1", 28)
+    config = config_of(folder, tmp_path / "pairs", "2", 28)
+    # Pairs of texts have no scores.
+    stage = dataclasses.replace(config.stages["cut"], score_distill=ScoreDistillConfig())
+    config = dataclasses.replace(config, stages={"cut": stage})
     run(config, tmp_path / "run")
     trained = Embedder.load(tmp_path / "run/cut", dtype="float32")
-    assert trained.config.kept_layers == (0,)
-    base = Embedder.load(folder, dtype="float32").keep_layers(1)
+    assert trained.config.kept_layers == (0, 1)
+    base = Embedder.load(folder, dtype="float32").keep_layers(2)
     assert np.abs(trained.encode(["A text."]) - base.encode(["A text."])).max() > 1e-4

@@ -82,7 +82,7 @@ def whole(root, tmp_path_factory):
 def test_a_run_leaves_models_metrics_and_results(whole):
     workdir, output, _ = whole
     results = json.loads((workdir / "results.json").read_text())
-    assert results["stages"]["cut"]["layers"] == 1
+    assert results["stages"]["cut"]["layers"] == 2
     assert len(results["stages"]["cut"]["evaluation"]["sets"]) == 16
     assert results["versions"]["jax"]
     *_, model, page = output.strip().splitlines()
@@ -174,7 +174,7 @@ def test_another_run_reuses_the_stages_that_are_the_same(whole, root, tmp_path):
     )
     for name, leaf in load_file(whole[0] / "deep/model.safetensors").items():
         np.testing.assert_array_equal(deep[name], leaf, err_msg=name)
-    for name, leaf in cut.items():  # the first layer of two, as it was
+    for name, leaf in cut.items():  # the first layers, as they were
         np.testing.assert_array_equal(leaf, deep[name], err_msg=name)
     assert len(cut) < len(deep)
 

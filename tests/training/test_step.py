@@ -16,7 +16,13 @@ from puma_jax.model import encoder, lora
 from puma_jax.model.tree import assemble, named_leaves, partition
 from puma_jax.parallel import rules
 from puma_jax.parallel.mesh import MeshConfig, data_shards, make_mesh
-from puma_jax.training.config import DistillConfig, LossConfig, OptimizerConfig, StageConfig
+from puma_jax.training.config import (
+    DistillConfig,
+    LossConfig,
+    OptimizerConfig,
+    ScoreDistillConfig,
+    StageConfig,
+)
 from puma_jax.training.stages import is_trained
 from puma_jax.training.step import FrozenParams, init_state, make_loss, make_step
 from puma_jax.training.teacher import make_teacher, split_teacher
@@ -28,10 +34,10 @@ from tests.training.batches import batch_of
 PAIRS = 24
 STEPS = 10
 # Everything at once: adapters with dropout, distillation, MAC-Loss, a trained temperature, hard
-# negatives, three widths.
+# negatives, three widths at three depths, and scores of another teacher.
 ALL = StageConfig(
     steps=STEPS,
-    keep_layers="2",
+    keep_layers="3",
     plan=PlanConfig(hard_negatives=2),
     loss=LossConfig(
         kind="mac",
@@ -39,14 +45,24 @@ ALL = StageConfig(
         learn_temperature=True,
         mask_same_document=True,
         widths=(8, 24),
+        width_weights=(0.5, 2.0),
+        exit_layers=(1, 2),
+        exit_weights=(0.5, 0.25),
     ),
     distill=DistillConfig(weight=(0.1, 0.5), scale=1.0),
+    score_distill=ScoreDistillConfig(weight=0.7, temperature=0.2, teacher_temperature=0.5),
     trainable="lora",
     lora=LoraConfig(rank=4, alpha=8.0, dropout=0.1),
     optimizer=OptimizerConfig(learning_rate=1e-3, first_layer_lr_scale=0.5),
 )
-FULL = dataclasses.replace(ALL, trainable="full", train_vision=True, plan=PlanConfig())
-KEPT = (0, 1)
+FULL = dataclasses.replace(
+    ALL,
+    trainable="full",
+    train_vision=True,
+    plan=PlanConfig(),
+    score_distill=ScoreDistillConfig(),
+)
+KEPT = (0, 1, 2)
 RING = dataclasses.replace(
     ALL, loss=dataclasses.replace(ALL.loss, cross_device="ring", chunk_size=2)
 )
@@ -110,6 +126,7 @@ def assert_same(found, expected, tolerance):
 def test_gradients_do_not_depend_on_the_number_of_chunks(tiny):
     expected, metrics = gradients(tiny, ALL, one_device(), 1)
     assert metrics["distillation"] > 0.01
+    assert metrics["score_distillation"] > 0.01
     assert all(np.linalg.norm(leaf) > 0 for leaf in expected.values())
     for chunks in (2, 8):
         assert_same(gradients(tiny, ALL, one_device(), chunks)[0], expected, 1e-6)
@@ -162,29 +179,66 @@ def three_steps(pair, config, mesh):
 def test_a_step_has_the_loss_of_the_formula_over_its_pairs_and_hard_negatives(tiny):
     """Vectors, modalities, documents and which of them count: each comes to its place."""
     for kind, mask in (("info_nce", False), ("mac", True), ("mamcl", True)):
-        loss_config = LossConfig(
-            kind=kind, temperature=0.5, mask_same_document=mask, widths=(8,) if mask else ()
-        )
+        loss_config = LossConfig(kind=kind, temperature=0.5, mask_same_document=mask)
+        if mask:
+            loss_config = dataclasses.replace(
+                loss_config,
+                widths=(8,),
+                width_weights=(0.5,),
+                exit_layers=(2,),
+                exit_weights=(0.25,),
+            )
         config = dataclasses.replace(
             ALL, loss=loss_config, lora=LoraConfig(rank=4, alpha=8.0), distill=DistillConfig()
         )
+        if not mask:
+            config = dataclasses.replace(config, score_distill=ScoreDistillConfig())
         state, frozen_params, loss = prepared(tiny, config, one_device())
         batch = sharded_batch(tiny, config, one_device(), 1)
         _, metrics = jax.jit(loss)(state.trained, np.int32(STEPS), frozen_params, batch, None)
         states = states_of(tiny, config, state, frozen_params, batch)
         narrow = [formula(states[:, :width], config, batch) for width in config.loss.widths]
-        expected = formula(states, config, batch) + sum(narrow)
+        expected = formula(states, config, batch) + 0.5 * sum(narrow)
         np.testing.assert_allclose(metrics["contrastive"], expected, rtol=1e-5)
         for width, value in zip(config.loss.widths, narrow, strict=True):
             np.testing.assert_allclose(metrics[f"contrastive_{width}"], value, rtol=1e-5)
+        if mask:
+            scores = distilled(states, config, batch) + 0.5 * distilled(
+                states[:, :8], config, batch
+            )
+            np.testing.assert_allclose(metrics["score_distillation"], scores, rtol=1e-5)
+        for layers in config.loss.exit_layers:
+            states = states_of(tiny, config, state, frozen_params, batch, layers)
+            shallow = sum(
+                weight * (formula(of, config, batch) + 0.7 * distilled(of, config, batch))
+                for weight, of in ((1.0, states), (0.5, states[:, :8]))
+            )
+            np.testing.assert_allclose(metrics[f"loss_{layers}_layers"], shallow, rtol=1e-5)
+            whole = expected + 0.7 * scores
+            np.testing.assert_allclose(metrics["loss"], whole + 0.25 * shallow, rtol=1e-5)
 
 
-def states_of(pair, config, state, frozen_params, batch):
-    """The student's states of all slots."""
-    structure = lora.add_lora(
-        encoder.keep_layers(pair.config, pair.params, KEPT)[1], config.lora, jax.random.key(1)
+def distilled(states, config, batch):
+    """The loss of a teacher's scores."""
+    vectors = states / np.linalg.norm(states, axis=1, keepdims=True)
+    slots = np.column_stack([batch.candidate_slot, batch.negatives.slot])
+    valid = np.column_stack([np.ones(len(slots), bool), batch.negatives.valid])
+    return reference.score_distillation(
+        vectors[batch.query_slot],
+        vectors[np.minimum(slots, len(vectors) - 1)],
+        np.column_stack([batch.scores.positive, batch.scores.negative]).astype(np.float64),
+        temperature=config.score_distill.temperature,
+        teacher_temperature=config.score_distill.teacher_temperature,
+        valid=valid & np.asarray(batch.valid)[:, None],
     )
+
+
+def states_of(pair, config, state, frozen_params, batch, layers=None):
+    """The states of all slots, of the student with only its first layers."""
+    model, structure = encoder.keep_layers(pair.config, pair.params, KEPT)
+    structure = lora.add_lora(structure, config.lora, jax.random.key(1))
     params = assemble(structure, {**frozen_params.student, **state.trained})
+    params = encoder.keep_layers(model, params, layers or len(KEPT))[1]
     states = encoder.encode(params, jax.tree.map(lambda leaf: leaf[0], batch.rows), FLOAT32)
     return np.asarray(states, np.float64)
 
@@ -212,7 +266,8 @@ def formula(states, config, batch):
 
 
 def test_memory_does_not_grow_with_the_batch(tiny):
-    config = dataclasses.replace(ALL, loss=LossConfig(kind="mac", chunk_size=64, widths=(8, 24)))
+    loss = LossConfig(kind="mac", chunk_size=64, widths=(8, 24), exit_layers=(1, 2))
+    config = dataclasses.replace(ALL, loss=loss)
     peak = {pairs: temporary_bytes(tiny, config, pairs, pairs // 64) for pairs in (128, 2048)}
     assert peak[2048] <= 1.15 * peak[128]
 
@@ -236,7 +291,7 @@ def put_shapes(few, pairs, chunks):
     rows = jax.tree.map(lambda leaf: jax.numpy.repeat(leaf, chunks, axis=0), few.rows)
 
     def column(leaf):
-        dtype = bool if leaf.dtype == bool else "int32"
+        dtype = {"b": "bool", "f": "float32"}.get(leaf.dtype.kind, "int32")
         return jax.numpy.zeros((pairs, *leaf.shape[1:]), dtype)
 
     columns = {
@@ -268,7 +323,12 @@ def test_a_document_under_two_ids_is_no_negative_of_its_own_query(tiny, tmp_path
     assert len(set(batch.candidate.tolist())) == 2
     mesh, loss_config = one_device(), LossConfig(kind="info_nce", mask_same_document=mask)
     # Dropout would draw masks of their own for equal documents.
-    config = dataclasses.replace(ALL, loss=loss_config, lora=LoraConfig(rank=4, alpha=8.0))
+    config = dataclasses.replace(
+        ALL,
+        loss=loss_config,
+        lora=LoraConfig(rank=4, alpha=8.0),
+        score_distill=ScoreDistillConfig(),
+    )
     state, frozen_params, loss = prepared(tiny, config, mesh)
     batch = shard_batch(batch, loss_config, mesh)
     _, metrics = jax.jit(loss)(state.trained, np.int32(0), frozen_params, batch, None)

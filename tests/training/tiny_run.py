@@ -1,4 +1,4 @@
-"""A run of seconds: a deep model from nothing, then its first layer with adapters and a teacher."""
+"""A run of seconds: a deep model from scratch, then its first layers with adapters, taught."""
 
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from puma_jax.training.config import (
     LogConfig,
     LossConfig,
     OptimizerConfig,
+    ScoreDistillConfig,
     ScratchConfig,
     StageConfig,
     TrainConfig,
@@ -28,7 +29,7 @@ def get_config(steps: int = 8) -> TrainConfig:
         scratch=ScratchConfig(
             vocab_size=400,
             width=32,
-            layers=2,
+            layers=3,
             heads=4,
             kv_heads=2,
             mlp_width=48,
@@ -49,11 +50,12 @@ def get_config(steps: int = 8) -> TrainConfig:
             ),
             "cut": StageConfig(
                 steps=steps,
-                keep_layers="1",
+                keep_layers="2",
                 plan=PlanConfig(batch_size=12, hard_negatives=1),
                 grad_cache_chunks=2,
-                loss=LossConfig(kind="mac", temperature=0.1, widths=(8,)),
+                loss=LossConfig(kind="mac", temperature=0.1, widths=(8,), exit_layers=(1,)),
                 distill=DistillConfig(weight=(0.5, 0.1), scale=1.0),
+                score_distill=ScoreDistillConfig(weight=0.5),
                 trainable="lora",
                 lora=LoraConfig(rank=4, alpha=8.0, dropout=0.1),
                 optimizer=OptimizerConfig(learning_rate=1e-2),

@@ -182,6 +182,12 @@ def _job(settings: Settings, processor: Processor) -> dict[str, Any]:
 
 def _length_table(queries: Queries, records: ShardColumns, candidates: ShardColumns) -> LengthTable:
     """Return the length table; all arguments are in row order."""
+    scores = {
+        "positive_score": queries.positive_scores.values,
+        "negative_score": queries.negative_scores.values,
+    }
+    if all(np.isnan(of).all() for of in scores.values()):
+        scores = {}
     return LengthTable(
         query_tokens=records.column("tokens"),
         query_plain_tokens=records.column("plain_tokens"),
@@ -200,6 +206,7 @@ def _length_table(queries: Queries, records: ShardColumns, candidates: ShardColu
         positive_row=queries.positives.values,
         negative_start=queries.negatives.start,
         negative_row=queries.negatives.values,
+        **scores,
     )
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -120,17 +122,21 @@ class _Places:
 
 
 class _Lists:
-    """Collects ragged lists of document numbers."""
+    """Collects ragged lists of document numbers and of their scores."""
 
     def __init__(self) -> None:
-        self.start, self.values = array("q", [0]), array("i")
+        self.start, self.values, self.scores = array("q", [0]), array("i"), array("f")
 
-    def add(self, dids: Sequence[str], documents: Documents) -> None:
+    def add(self, dids: Sequence[str], documents: Documents, scores: Mapping[str, float]) -> None:
         self.values.extend(map(documents.number, dids))
+        self.scores.extend(scores.get(did, math.nan) for did in dids)
         self.start.append(len(self.values))
 
-    def ragged(self) -> Ragged:
-        return Ragged(np.array(self.start, np.int64), np.array(self.values, np.int32))
+    def ragged(self) -> tuple[Ragged, Ragged]:
+        """Return the documents of each query, and their scores; NaN where there is none."""
+        start = np.array(self.start, np.int64)
+        values, scores = np.array(self.values, np.int32), np.array(self.scores, np.float32)
+        return Ragged(start, values), Ragged(start, scores)
 
 
 @dataclass(frozen=True)
@@ -176,6 +182,9 @@ class Queries:
     """Task id of M-BEIR."""
     positives: Ragged
     negatives: Ragged
+    positive_scores: Ragged
+    """A teacher's score of each positive; NaN where it has none."""
+    negative_scores: Ragged
     sets: tuple[str, ...]
 
     def take(self, queries: Int[ndarray, "taken"]) -> Queries:
@@ -187,18 +196,20 @@ class Queries:
             self.task[queries],
             self.positives.take(queries),
             self.negatives.take(queries),
+            self.positive_scores.take(queries),
+            self.negative_scores.take(queries),
             self.sets,
         )
 
     def renumbered(self, new: Int[ndarray, "numbers"]) -> Queries:
         """Return the queries with new document numbers; documents with number -1 are dropped."""
-
-        def renumber(documents: Ragged) -> Ragged:
+        changed: dict[str, Any] = {}
+        for kind in ("positive", "negative"):
+            documents, scores = getattr(self, f"{kind}s"), getattr(self, f"{kind}_scores")
             numbers = new[documents.values].astype(np.int64)
-            return Ragged(documents.start, numbers).where(numbers >= 0)
-
-        positives, negatives = renumber(self.positives), renumber(self.negatives)
-        return dataclasses.replace(self, positives=positives, negatives=negatives)
+            changed[f"{kind}s"] = Ragged(documents.start, numbers).where(numbers >= 0)
+            changed[f"{kind}_scores"] = scores.where(numbers >= 0)
+        return dataclasses.replace(self, **changed)
 
 
 def stamp_of(content: bytes, root: Path, image: str | None) -> int:
@@ -294,8 +305,9 @@ def find_queries(
         keys.append(key_numbers.get(instruction_key(query), -1))
         sets.append(set_numbers.setdefault(name, len(set_numbers)))
         tasks.append(query.task)
-        positives.add(query.positives, documents)
-        negatives.add(query.negatives, documents)
+        scores = dict(query.scores)
+        positives.add(query.positives, documents, scores)
+        negatives.add(query.negatives, documents, scores)
 
     reading.each_line(places.files, take, "queries")
     if unseen:
@@ -304,13 +316,19 @@ def find_queries(
         )
     if not len(places):
         raise DataError(f"{', '.join(map(str, files))}: there is no training query")
+    (positive, positive_scores), (negative, negative_scores) = (
+        positives.ragged(),
+        negatives.ragged(),
+    )
     return Queries(
         places.lines(),
         np.array(keys, np.int32),
         np.array(sets, np.int32),
         np.array(tasks, np.int8),
-        positives.ragged(),
-        negatives.ragged(),
+        positive,
+        negative,
+        positive_scores,
+        negative_scores,
         tuple(set_numbers),
     )
 

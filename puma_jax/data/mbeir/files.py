@@ -20,6 +20,7 @@ from puma_jax.data.lines import (
     write_lines,
 )
 from puma_jax.data.mbeir.records import (
+    MAX_SCORE,
     MODALITIES,
     ONE_OF_MODALITIES,
     Candidate,
@@ -100,6 +101,7 @@ def write_queries(path: FilePath, queries: Iterable[Query]) -> int:
                     "pos_cand_list": query.positives,
                     "neg_cand_list": query.negatives,
                     "task_id": query.task,
+                    **({"cand_scores": dict(query.scores)} if query.scores else {}),
                 }
             )
             for query in queries
@@ -161,6 +163,7 @@ def parse_query(line: bytes) -> Query:
         task=_field(row, "task_id", int, "a whole number"),
         negatives=() if row.get("neg_cand_list") is None else _ids(row, "neg_cand_list"),
         source=_text_or_none(row, "query_src_content"),
+        scores=() if row.get("cand_scores") is None else _scores(row),
     )
 
 
@@ -251,6 +254,18 @@ def _ids(row: dict[str, Any], name: str) -> tuple[str, ...]:
             raise DataError(f'{name} holds {shown(entry)}, expected an id or {{"did": id}}')
         ids.append(did)
     return tuple(ids)
+
+
+def _scores(row: dict[str, Any]) -> tuple[tuple[str, float], ...]:
+    """Return the scores of documents by their ids."""
+    scores = _field(row, "cand_scores", dict, "an object of scores by id")
+    for did, score in scores.items():
+        if type(score) not in (int, float) or not abs(score) <= MAX_SCORE:
+            raise DataError(
+                f"cand_scores gives {shown(did)} {shown(score)}, expected a number of at most "
+                f"{MAX_SCORE:g}"
+            )
+    return tuple((did, float(score)) for did, score in scores.items())
 
 
 def _integer(name: str, cell: str) -> int:

@@ -42,6 +42,10 @@ InstructionKey = tuple[str, Modality, Modality]
 _ID = re.compile("[^\\s\0\ufeff\ud800-\udfff]+")
 
 
+MAX_SCORE = 1e30
+"""Scores are kept in float32."""
+
+
 @dataclass(frozen=True, slots=True)
 class Query:
     """A text, an image or both, and the documents that answer it."""
@@ -57,6 +61,8 @@ class Query:
     negatives: tuple[str, ...] = ()
     source: str | None = None
     """Metadata of the original dataset; not used."""
+    scores: tuple[tuple[str, float], ...] = ()
+    """Scores that a teacher gives documents for this query, by their ids."""
 
     def __post_init__(self) -> None:
         """Check the query; field names are those of the file.
@@ -69,6 +75,12 @@ class Query:
             _check_id("pos_cand_list", did)
         for did in self.negatives:
             _check_id("neg_cand_list", did)
+        for did, score in self.scores:
+            _check_id("cand_scores", did)
+            if not abs(score) <= MAX_SCORE:
+                raise DataError(
+                    f"cand_scores gives {did} {score}, expected a number of at most {MAX_SCORE:g}"
+                )
         _check_task(self.task)
         _check_encodable("query_src_content", self.source)
         _check_content("query_", self.modality, self.text, self.image)

@@ -137,6 +137,13 @@ def test_both_forms_of_candidate_lists_are_read(tmp_path):
     assert (query.positives, query.negatives) == (("9:2", "9:3"), ("a",))
 
 
+def test_scores_of_documents_are_read_and_written(tmp_path):
+    query = read_query(tmp_path, cand_scores={"9:2": 1, "9:3": -0.25})
+    assert query.scores == (("9:2", 1.0), ("9:3", -0.25))
+    mbeir.write_queries(tmp_path / "again.jsonl", [query])
+    assert list(mbeir.read_queries(tmp_path / "again.jsonl")) == [query]
+
+
 def test_fields_without_content_may_be_null_empty_or_absent(tmp_path):
     for nothing in (None, "", " \n", ...):
         assert read_query(tmp_path, query_txt=nothing, query_src_content=...) == QUERY
@@ -192,6 +199,10 @@ ONE_OF = "one of image, text, image,text"
         ({"pos_cand_list": "9:2"}, 'pos_cand_list "9:2" is not a list of ids'),
         ({"pos_cand_list": [3]}, 'pos_cand_list holds 3, expected an id or {"did": id}'),
         ({"neg_cand_list": [{}]}, 'neg_cand_list holds {...}, expected an id or {"did": id}'),
+        ({"cand_scores": []}, "cand_scores [] is not an object of scores by id"),
+        ({"cand_scores": {"a": None}}, 'cand_scores gives "a" null, expected a number of at most'),
+        ({"cand_scores": {"a": 10**400}}, 'cand_scores gives "a" 1000'),
+        ({"cand_scores": {"a b": 1}}, 'cand_scores "a b" is not an id'),
         ({"task_id": "3"}, 'task_id "3" is not a whole number'),
         ({"task_id": True}, "task_id true is not a whole number"),
         ({"task_id": 5}, "task_id 5 is not one of 0, 1, 2, 3, 4, 6, 7, 8"),

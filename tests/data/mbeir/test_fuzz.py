@@ -18,7 +18,8 @@ QUERY_ROWS = [
     '{"qid": "9:6", "query_txt": null, "query_img_path": "a/1.jpg", "query_modality": "image", '
     '"query_src_content": null, "pos_cand_list": ["9:2"], "neg_cand_list": [], "task_id": 3}',
     '{"qid": "5:1", "query_txt": "Größe 漢?", "query_img_path": "a/2.jpg", "query_modality": '
-    '"text,image", "pos_cand_list": [{"did": "6:1"}], "neg_cand_list": ["5:3"], "task_id": 6}',
+    '"text,image", "pos_cand_list": [{"did": "6:1"}], "neg_cand_list": ["5:3"], "task_id": 6, '
+    '"cand_scores": {"6:1": 0.5}}',
 ]
 CANDIDATE_ROWS = [
     '{"txt": null, "img_path": "a/1.jpg", "modality": "image", "did": "9:1", "src_content": null}',
