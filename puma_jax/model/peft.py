@@ -93,12 +93,23 @@ class Adapter:
         return LoraConfig(self.rank, self.scale * self.rank, dropout, targets)
 
     def with_inputs(self, config: ModelConfig) -> ModelConfig:
-        """Return the config of the model with the adapter's prompt, limits and widths, if any."""
-        if self.saved is None:
-            return config
-        images = self.saved.images or config.images
+        """Return the config of the model with what the adapter was trained with, if it says so.
+
+        That is prompt, limits, widths and kind of attention.
+        """
         saved = self.saved
-        return dataclasses.replace(config, prompt=saved.prompt, images=images, widths=saved.widths)
+        if saved is None:
+            return config
+        decoder = config.decoder
+        if saved.causal is not None:
+            decoder = dataclasses.replace(decoder, causal=saved.causal)
+        return dataclasses.replace(
+            config,
+            prompt=saved.prompt,
+            images=saved.images or config.images,
+            widths=saved.widths,
+            decoder=decoder,
+        )
 
     def add_to(
         self,
