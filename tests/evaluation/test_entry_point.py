@@ -6,10 +6,12 @@ import os
 
 import pytest
 
+from puma_jax import Embedder
 from puma_jax import evaluate as entry_point
 from puma_jax.errors import ArtifactError, ConfigError, DataError
 from puma_jax.evaluation.report import Evaluation
 from tests.evaluation.small import document, write_set
+from tests.reference import save_adapter
 
 
 @pytest.fixture
@@ -96,3 +98,18 @@ def test_an_empty_working_directory_is_filled(tiny, root, tmp_path, capsys, monk
     header = next(line for line in capsys.readouterr().out.splitlines() if "second local" in line)
     assert f"{tmp_path / 'run/first'} local" in header
     assert f"{tmp_path / 'again'} local" in header
+
+
+def test_a_model_with_an_adapter_is_evaluated_as_the_merged_model(tiny, root, tmp_path):
+    adapter, merged = save_adapter(tiny, tmp_path / "adapter"), tmp_path / "merged"
+    Embedder.load(tiny.folder, dtype="float32", adapter=adapter).save(merged)
+    folders = {"with": (str(tiny.folder), str(adapter)), "without": (str(merged), None)}
+    for name, (model, of) in folders.items():
+        entry_point.main(model, root, tmp_path / name, dtype="float32", adapter=of)
+    run, expected = (
+        [path.read_text() for path in sorted((tmp_path / name / "runs").rglob("*.*"))]
+        for name in folders
+    )
+    assert run == expected != []
+    written = json.loads((tmp_path / "with/results.json").read_text())
+    assert written["model"] == f"{tiny.folder} with {adapter}"
