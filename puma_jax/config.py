@@ -176,6 +176,9 @@ class DecoderConfig(_WithOptions):
     """Whether the query, key and value projections have a bias."""
     qk_norm: bool = option(False)
     """Whether each head of queries and keys is RMS-normalized before it is rotated."""
+    causal: bool = option(True)
+    """Whether a token attends only to itself and the tokens before it; otherwise it attends to all
+    of its item, as embedders with mean pooling often do."""
 
     def __post_init__(self) -> None:
         """Check the fields, and what the arithmetic relies on."""

@@ -207,32 +207,31 @@ class Embedder:
     def preprocess(
         self, item: RawItem | str, instruction: str | None = None, *, truncate: bool = True
     ) -> Item:
-        """Return the tokens of an item and the patches of its image.
+        """Return the tokens of an item and the patches of its images.
 
         Args:
-            item: Text, image or both.
+            item: Text, images or both.
             instruction: Instruction of a query; see `encode`.
             truncate: Whether to truncate a text of too many tokens, with a warning for the first.
 
         Raises:
             ItemError: The item has neither text nor image, or a field of the wrong kind.
-            ImageError: The image cannot be read.
+            ImageError: An image cannot be read.
             LongTextError: Instruction and text have too many tokens, and are not to be truncated.
         """
-        text, image, own = checked(item)
+        text, images, own = checked(item)
         if own is not None and instruction is not None:
             raise ItemError("an instruction is given with the item, and another one for all")
         instruction = own if instruction is None else instruction
         check_text("instruction", instruction)
         full = self._processor.read(text, instruction)
-        if image is None:
-            return self._processor.item(full, instruction=instruction, truncate=truncate)
-        patches, grid = read_patches(image, self.config.vision, self.config.images)
-        return self._processor.item(full, patches, grid, instruction, truncate=truncate)
+        vision, limits = self.config.vision, self.config.images
+        patches = [read_patches(image, vision, limits) for image in images]
+        return self._processor.item(full, patches, instruction, truncate=truncate)
 
-    def largest_item(self, *, image: bool) -> tuple[int, int]:
-        """Return the most tokens and patches that an item has, with or without an image."""
-        return self._processor.largest_item(image=image)
+    def largest_item(self, *, images: int) -> tuple[int, int]:
+        """Return the most tokens and patches that an item with so many images has."""
+        return self._processor.largest_item(images=images)
 
     def shape_for(self, items: Sequence[Item], tokens_per_chunk: int | None = None) -> PackedShape:
         """Return the packed shape that items like these fill well; see `encode`."""
@@ -255,8 +254,9 @@ class Embedder:
         The vector of an item does not depend on the other items, except for rounding.
 
         Args:
-            items: Any number of items, each a text or {"text": ..., "image": ...}; an iterable is
-                read as it is needed. Items from `preprocess` have their instruction already.
+            items: Any number of items, each a text or {"text": ..., "image": ...}, whose image may
+                be a list of images; an iterable is read as it is needed. Items from `preprocess`
+                have their instruction already.
             instruction: Instruction of queries, put before the text of every item, such as "Find an
                 image that matches."; None for candidates.
             dimensions: Number of values in a vector: the first ones, scaled to length 1; None

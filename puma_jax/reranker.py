@@ -1,4 +1,4 @@
-"""Reranker: scores pairs of a query and a document, each a text, an image or both."""
+"""Reranker: scores pairs of a query and a document, each a text, images or both."""
 
 from __future__ import annotations
 
@@ -182,9 +182,9 @@ class Reranker:
 
     def _side(self, raw: RawItem | str) -> tuple[Side, str | None]:
         """Return a query or a document, and its instruction."""
-        text, image, instruction = checked(raw)
+        text, images, instruction = checked(raw)
         config = self._embedder.config
-        patches = None if image is None else read_patches(image, config.vision, config.images)
+        patches = tuple(read_patches(image, config.vision, config.images) for image in images)
         return Side(text, patches), instruction
 
     def _preprocessed(

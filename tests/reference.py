@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from dataclasses import dataclass
@@ -33,15 +32,17 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from puma_jax.config import ComputeConfig, ImageConfig, ModelConfig, VisionConfig
+from puma_jax.config import ComputeConfig, ImageConfig, LoraConfig, ModelConfig, VisionConfig
 from puma_jax.data.images import patchify
 from puma_jax.data.items import Item
 from puma_jax.data.packing import fill, place
-from puma_jax.data.positions import mrope_positions, patch_positions
 from puma_jax.data.prompts import Processor
-from puma_jax.model import encoder
+from puma_jax.model import encoder, lora
 from puma_jax.model.hf import open_checkpoint
+from puma_jax.model.tree import partition
 from puma_jax.rows import PackedBatch, PackedShape
+from puma_jax.training.adapter import write_adapter
+from puma_jax.training.config import StageConfig
 
 FLOAT32 = ComputeConfig(dtype="float32")
 # All that packing asks of a tower.
@@ -219,6 +220,28 @@ def save_reranker(
     return model, tokenizer
 
 
+def save_adapter(pair: Pair, folder: Path) -> Path:
+    """Write a PEFT folder of an adapter on the decoder, none of whose matrices are zero."""
+    config = LoraConfig(rank=2)
+    params = lora.add_lora(pair.params, config, jax.random.key(0))
+    adapters = partition(params, lora.is_lora)[0].items()
+    leaves = {name: leaf + 0.05 for name, leaf in adapters}
+    write_adapter(folder, pair.config, leaves, StageConfig(steps=1, lora=config), "base")
+    return folder
+
+
+def bidirectional_copy(source: Path, target: Path) -> Path:
+    """Copy a folder, whose decoder now attends both ways, as transformers' config.json says it."""
+    target.mkdir(parents=True)
+    for file in source.iterdir():
+        (target / file.name).symlink_to(file)
+    config = json.loads((source / "config.json").read_text())
+    config.get("text_config", config)["is_causal"] = False
+    (target / "config.json").unlink()
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
 def rename_to_later_generation(source: Path, target: Path) -> Path:
     """Copy a single-file folder, its tensors named as transformers ≥ 4.52 wrote them."""
     target.mkdir(parents=True)
@@ -273,11 +296,9 @@ class Pair:
         return Processor(byte_tokenizer(), self.config)
 
     def item(self, text: str = "", *images: Image.Image) -> Item:
-        """An item with any number of images; the prompt itself knows none or one."""
-        if len(images) < 2:
-            patches = [patchify(image, self.config.vision, self.config.images) for image in images]
-            return self.processor.item(text, *(patches[0] if patches else ()))
-        return many_images(self.processor.item(text), list(images), self.config)
+        """An item with any number of images."""
+        patches = [patchify(image, self.config.vision, self.config.images) for image in images]
+        return self.processor.item(text, patches)
 
     def states(self, items: list[Item], shape: PackedShape) -> np.ndarray:
         """Our state at each item's [RET]."""
@@ -314,29 +335,6 @@ def pair(config: PreTrainedConfig, folder: Path) -> Pair:
     save_folder(model, folder)
     checkpoint = open_checkpoint(folder)
     return Pair(folder, model, checkpoint.config, checkpoint.read(dtype="float32"))
-
-
-def many_images(item: Item, images: list[Image.Image], config: ModelConfig) -> Item:
-    """Put several images before the last token of an item of text."""
-    cut = [patchify(image, config.vision, config.images) for image in images]
-    merge = config.vision.merge_size
-    tokens = [*item.tokens[:-1]]
-    for patches, _ in cut:
-        placeholders = [config.image_token_id] * (len(patches) // merge**2)
-        tokens += [config.vision_start_token_id, *placeholders, config.vision_end_token_id]
-    tokens = np.array([*tokens, item.tokens[-1]], np.int32)
-    image_token_mask = tokens == config.image_token_id
-    return dataclasses.replace(
-        item,
-        tokens=tokens,
-        image_token_mask=image_token_mask,
-        positions=mrope_positions(
-            image_token_mask, [(h // merge, w // merge) for _, (h, w) in cut]
-        ),
-        patches=np.concatenate([patches for patches, _ in cut]),
-        patch_positions=np.concatenate([patch_positions(*grid, merge) for _, grid in cut]),
-        patch_images=np.repeat(np.arange(len(cut)), [len(p) for p, _ in cut]).astype(np.int32),
-    )
 
 
 def pack(

@@ -6,13 +6,14 @@ import unicodedata
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 from tokenizers import processors
 
 from puma_jax.config import ImageConfig, PromptConfig
 from puma_jax.data.prompts import Processor
 from puma_jax.embedder import Embedder
 from puma_jax.errors import ConfigError, ItemError
-from puma_jax.export import sentence_transformers, stablehlo
+from puma_jax.export import loader, sentence_transformers, stablehlo
 from puma_jax.model.hf import open_checkpoint
 from puma_jax.rows import PackedShape
 from tests import reference
@@ -47,8 +48,9 @@ def published_vector(deepstack, folder, text=None, image=None, instruction=None)
     if image is not None:
         vision = deepstack.config.vision
         inputs = dict(image_processor(LIMITS, vision)(image, return_tensors="pt"))
-        count = int(inputs["image_grid_thw"].prod()) // 4
-        pictures = f"<|vision_start|>{'<|image_pad|>' * count}<|vision_end|>"
+        for grid in inputs["image_grid_thw"]:
+            count = int(grid.prod()) // 4
+            pictures += f"<|vision_start|>{'<|image_pad|>' * count}<|vision_end|>"
     elif not text:
         text = "NULL"
     prompt = (
@@ -70,6 +72,7 @@ CASES = {
     "empty": {"text": ""},
     "image": {"image": random_image(90, 200)},
     "both": {"text": " Make it blue", "image": random_image(70, 60, seed=1)},
+    "several images": {"text": "b", "image": [random_image(60, 90), random_image(80, 40, seed=2)]},
     "instructed": {"text": "a cat", "instruction": " Find it! "},
     "instructed without an end": {"text": "ein Hund?", "instruction": "Find it"},
     "all": {"text": "x", "image": random_image(64, 64), "instruction": "Find 「this」"},
@@ -84,7 +87,7 @@ def test_a_published_embedder_gives_its_own_vectors_without_settings(deepstack, 
         theirs = published_vector(deepstack, published, **CASES[name])
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5, err_msg=name)
     alone = embedder.encode([{"text": "a cat"}], instruction="Find it!")[0]
-    np.testing.assert_allclose(alone, list(ours)[5], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(alone, list(ours)[6], rtol=0, atol=1e-5)
     assert embedder.tokenizer.decode(embedder.preprocess("a").tokens[-1:]) == "<|endoftext|>"
 
 
@@ -137,6 +140,30 @@ def test_mean_pooling_is_the_mean_of_the_reference(family, template):
     np.testing.assert_allclose(embedder.encode(raw), unit, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["tiny", "windowed", "deepstack", "llama"])
+def test_attention_both_ways_is_that_of_the_reference(request, name, tmp_path, monkeypatch):
+    if name == "llama":
+        pair = reference.pair(reference.text_config("llama"), tmp_path / "llama")
+    else:
+        pair = request.getfixturevalue(name)
+    folder = reference.bidirectional_copy(pair.folder, tmp_path / "both-ways")
+    prompt = PromptConfig(template="bare", pooling="mean")
+    embedder = Embedder.load(folder, dtype="float32", prompt=prompt)
+    assert not embedder.config.decoder.causal
+    raw = ["A cat.", "A dog and a cat."]
+    if pair.config.vision.layers:
+        raw.append({"text": "Blue.", "image": [random_image(60, 90), random_image(90, 60)]})
+    ours = embedder.encode(raw)
+    monkeypatch.setattr(pair.torch.config.get_text_config(), "is_causal", False, raising=False)
+    for mine, item in zip(ours, raw, strict=True):
+        theirs = pair.all_states(embedder.preprocess(item)).mean(0)
+        np.testing.assert_allclose(mine, theirs / np.linalg.norm(theirs), rtol=0, atol=1e-5)
+    causal = Embedder.load(pair.folder, dtype="float32", prompt=prompt)
+    assert np.abs(causal.encode(raw[:2]) - ours[:2]).max() > 1e-2
+    embedder.keep_layers(3).save(tmp_path / "saved")
+    assert open_checkpoint(tmp_path / "saved").config == embedder.keep_layers(3).config
+
+
 @pytest.mark.parametrize("template", ["chat", "bare"])
 def test_the_last_token_of_other_prompts(tiny, template):
     prompt = PromptConfig(template=template, pooling="last")
@@ -157,7 +184,7 @@ def test_training_reads_items_as_embedding_does(published, image, text, instruct
     processor = Processor(embedder.tokenizer, checkpoint.config)
     raw = {"text": text, "image": random_image(64, 96)} if image else {"text": text or ""}
     expected = embedder.preprocess(raw, instruction)
-    patches = (expected.patches, (4, 6)) if image else ()
+    images = [(expected.patches, (4, 6))] if image else []
     before = ()
     if instruction is None:
         body = processor.tokenize_text(processor.read(text), image=image)
@@ -167,7 +194,7 @@ def test_training_reads_items_as_embedding_does(published, image, text, instruct
         read = processor.read_after_instruction(text)
         body = processor.tokenize_text(read, image=image, instructed=True)
         tokens = processor.template.join(before, body, image=image)
-    item = processor.template.assemble(tokens, *patches, instruction=len(before))
+    item = processor.template.assemble(tokens, images, instruction=len(before))
     np.testing.assert_array_equal(item.tokens, expected.tokens)
     lengths = [np.array([n]) for n in (len(before), len(body.tokens), body.text_length)]
     added = processor.template.joined_lengths(*lengths, np.array([image])) if before else lengths[1]
@@ -182,11 +209,25 @@ def test_an_item_has_one_instruction(published):
         Embedder.load(published).encode([{"text": "a", "instruction": "b"}], instruction="c")
 
 
-def test_formats_that_cannot_carry_a_prompt_refuse_it_in_one_line(published, tmp_path):
-    embedder = Embedder.load(published)
-    for export in (stablehlo, sentence_transformers):
-        with pytest.raises(ConfigError, match=r'^prompt.template "instruct" .*: export as hugg'):
-            export.write(embedder, tmp_path)
+@pytest.mark.usefixtures("no_videos")
+@pytest.mark.parametrize("kind", ["stablehlo", "sentence-transformers"])
+def test_exports_carry_the_prompt_of_a_published_embedder(published, tmp_path, kind):
+    embedder = Embedder.load(published, dtype="float32", images=LIMITS)
+    items = [case for case in CASES.values() if "instruction" not in case]
+    if kind == "stablehlo":
+        items = [item for item in items if not isinstance(item.get("image"), list)]
+        stablehlo.write(embedder, tmp_path)
+        encode = loader.Embedder(tmp_path).encode
+    else:
+        sentence_transformers.write(embedder, tmp_path)
+        model = SentenceTransformer(str(tmp_path), device="cpu")
+
+        def encode(given, instruction):
+            return model.encode(given, prompt=instruction)
+
+    for instruction in (None, " Find it! ", "Find it", "Find 「this」"):
+        expected = embedder.encode(items, instruction=instruction)
+        np.testing.assert_allclose(encode(items, instruction), expected, rtol=0, atol=1e-5)
 
 
 def test_a_ret_token_for_a_model_without_one_is_refused(published):

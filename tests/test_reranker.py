@@ -10,6 +10,7 @@ from puma_jax import Embedder, Reranker
 from puma_jax.config import ImageConfig, VisionConfig
 from puma_jax.data import pairs
 from puma_jax.data.prompts import TextTruncationWarning
+from puma_jax.data.raw_items import images_of
 from puma_jax.errors import CheckpointError, ItemError
 from tests import reference
 from tests.reference import image_processor, random_image
@@ -27,6 +28,7 @@ DOCUMENTS = [
     {"image": TALL},
     {"text": "日本 🚲", "image": RED},
     {"text": ""},
+    {"text": "Both.", "image": [RED, TALL]},
 ]
 
 
@@ -39,7 +41,7 @@ def model(request, tmp_path_factory):
 
 def published_score(model, tokenizer, query, document, instruction=None, max_tokens=8192):
     """The score by the published procedure, of one pair alone."""
-    images = [side["image"] for side in (query, document) if "image" in side]
+    images = [*images_of(query), *images_of(document)]
     inputs = {}
     if images:
         vision = VisionConfig(
@@ -48,11 +50,13 @@ def published_score(model, tokenizer, query, document, instruction=None, max_tok
         )  # fmt: skip
         inputs = dict(image_processor(LIMITS, vision)(images, return_tensors="pt"))
 
-    def content(side, taken):
-        text = ""
-        if "image" in side:
-            count = int(inputs["image_grid_thw"][taken].prod()) // 4
-            text = f"<|vision_start|>{'<|image_pad|>' * count}<|vision_end|>"
+    grids = iter(inputs.get("image_grid_thw", ()))
+
+    def content(side):
+        counts = [int(next(grids).prod()) // 4 for _ in images_of(side)]
+        text = "".join(
+            f"<|vision_start|>{'<|image_pad|>' * count}<|vision_end|>" for count in counts
+        )
         return (text + (side.get("text") or "")) or "NULL"
 
     asked = query.get("instruction") or instruction or (
@@ -61,8 +65,8 @@ def published_score(model, tokenizer, query, document, instruction=None, max_tok
     prompt = (
         "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query "
         'and the Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n'
-        f"<|im_start|>user\n<Instruct>: {asked}<Query>:{content(query, 0)}"
-        f"\n<Document>:{content(document, len(images) - 1)}<|im_end|>\n<|im_start|>assistant\n"
+        f"<|im_start|>user\n<Instruct>: {asked}<Query>:{content(query)}"
+        f"\n<Document>:{content(document)}<|im_end|>\n<|im_start|>assistant\n"
     )
     ids = tokenizer(prompt)["input_ids"]
     closing = len(tokenizer("<|im_end|>\n<|im_start|>assistant\n")["input_ids"])

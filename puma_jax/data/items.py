@@ -1,4 +1,4 @@
-"""One item, ready for the model: tokens, positions and patches of one text, image or both."""
+"""One item, ready for the model: tokens, positions and patches of a text, images or both."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import numpy as np
 from puma_jax.config import ModelConfig
 from puma_jax.data.positions import mrope_positions, patch_positions, sequential_positions
 from puma_jax.typing import Bool, Int, UInt8, ndarray
+
+Patches = tuple[UInt8[ndarray, "_ values"], tuple[int, int]]
+"""Patches of an image, and how many rows and columns of them there are: `images.patchify`."""
 
 
 @dataclass(frozen=True)
@@ -91,56 +94,86 @@ class TokenizedTemplate:
         return np.where(instruction + text_length <= limit, instruction + tokens, limit + suffix)
 
     def item_lengths(
-        self, tokens: Int[ndarray, "n"], patches: Int[ndarray, "n"]
+        self, tokens: Int[ndarray, "n"], patches: Int[ndarray, "n"], *, images: int = 1
     ) -> Int[ndarray, "n"]:
-        """Return the lengths of items, given the tokens inside the template and the patches."""
+        """Return the lengths of items.
+
+        Args:
+            tokens: Tokens inside the template.
+            patches: Patches of the images; 0 for an item without one.
+            images: Images of the items that have patches.
+        """
         around = len(self.start) + len(self.instruction) + len(self.after_instruction or ())
-        marks = len(self.before_image) + 2
+        marks = len(self.before_image) + 2 * images
         image = np.where(patches > 0, marks + patches // self.config.vision.merged, 0)
         return around + len(self.end) + tokens + image
 
     def assemble(
         self,
         tokens: Sequence[int],
-        patches: UInt8[ndarray, "patches values"] | None = None,
-        grid: tuple[int, int] = (0, 0),
+        images: Sequence[Patches] = (),
         *,
         instruction: int = 0,
     ) -> Item:
-        """Return the item of these tokens and, if there are patches, of an image before them.
+        """Return the item of these tokens and of the images before them.
 
         Args:
             tokens: Text and prompt suffix, with an instruction if there is one.
-            patches: The patches of an image, from `images.patchify`.
-            grid: Rows and columns of the patches.
+            images: The images, in order.
             instruction: How many of the tokens are an instruction; 0 if there is none.
         """
-        config, vision = self.config, self.config.vision
-        framed: list[int] = []
-        grids = []
-        if patches is None:
-            patches = np.zeros((0, vision.patch_values), np.uint8)
-        else:
-            placeholders = [config.image_token_id] * (len(patches) // vision.merged)
-            framed = [config.vision_start_token_id, *placeholders, config.vision_end_token_id]
-            framed = [*self.before_image, *framed]
-            grids = [(grid[0] // vision.merge_size, grid[1] // vision.merge_size)]
         head = [*self.start]
         if self.after_instruction is not None:
             head += [*(tokens[:instruction] or self.instruction), *self.after_instruction]
             tokens = tokens[instruction:]
-        ids = np.array([*head, *framed, *tokens, *self.end], np.int32)
+        framed = [*self.before_image] if images else []
         # Told by place: a text may hold the id, where the tokenizer does not call it special.
-        first = len(head) + len(self.before_image) + 1
-        image_token_mask = np.zeros(len(ids), bool)
-        image_token_mask[first : first + len(patches) // vision.merged] = True
-        return Item(
-            tokens=ids,
-            positions=mrope_positions(image_token_mask, grids)
-            if config.prompt.positions == "mrope"
-            else sequential_positions(len(ids)),
-            image_token_mask=image_token_mask,
-            patches=patches,
-            patch_positions=patch_positions(*grid, vision.merge_size),
-            patch_images=np.zeros(len(patches), np.int32),
+        visual = [False] * (len(head) + len(framed))
+        for image in images:
+            own = image_tokens(image, self.config)
+            framed += own
+            visual += [False, *[True] * (len(own) - 2), False]
+        ids = np.array([*head, *framed, *tokens, *self.end], np.int32)
+        mask = np.zeros(len(ids), bool)
+        mask[: len(visual)] = visual
+        return build_item(ids, mask, images, self.config)
+
+
+def image_tokens(image: Patches, config: ModelConfig) -> list[int]:
+    """Return the tokens of an image: a placeholder for each visual token, between two marks."""
+    placeholders = [config.image_token_id] * (len(image[0]) // config.vision.merged)
+    return [config.vision_start_token_id, *placeholders, config.vision_end_token_id]
+
+
+def build_item(
+    tokens: Int[ndarray, "length"],
+    image_token_mask: Bool[ndarray, "length"],
+    images: Sequence[Patches],
+    config: ModelConfig,
+) -> Item:
+    """Return the item of tokens that are in place.
+
+    Args:
+        tokens: All tokens of the item.
+        image_token_mask: Which of them are placeholders of visual tokens.
+        images: The images they stand for, in order.
+        config: The model.
+    """
+    vision = config.vision
+    merge = vision.merge_size
+    patches = [np.zeros((0, vision.patch_values), np.uint8), *(cut for cut, _ in images)]
+    grids = [grid for _, grid in images]
+    positions = [np.zeros((0, 2), np.int32)] + [patch_positions(*grid, merge) for grid in grids]
+    numbers = np.repeat(np.arange(len(images)), [len(cut) for cut, _ in images])
+    return Item(
+        tokens=tokens,
+        positions=mrope_positions(
+            image_token_mask, [(rows // merge, columns // merge) for rows, columns in grids]
         )
+        if config.prompt.positions == "mrope"
+        else sequential_positions(len(tokens)),
+        image_token_mask=image_token_mask,
+        patches=np.concatenate(patches),
+        patch_positions=np.concatenate(positions),
+        patch_images=numbers.astype(np.int32),
+    )

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from puma_jax.config import ModelConfig
-from puma_jax.data.items import Item
-from puma_jax.data.positions import mrope_positions, patch_positions
+from puma_jax.data.items import Item, Patches, build_item, image_tokens
 from puma_jax.data.prompts import TextTruncationWarning
 from puma_jax.errors import CheckpointError
-from puma_jax.typing import Bool, Int, UInt8, ndarray
+from puma_jax.typing import Bool, Int, ndarray
 
 DEFAULT_INSTRUCTION = "Given a search query, retrieve relevant candidates that answer the query."
 MAX_TOKENS = 8192
@@ -32,15 +30,12 @@ _SYSTEM = (
 _START, _END = "<|im_start|>", "<|im_end|>"
 _EMPTY = "NULL"
 
-Patches = tuple[UInt8[ndarray, "_ values"], tuple[int, int]]
-"""Patches of an image and their grid, from `images.patchify`."""
-
 
 class Side(NamedTuple):
-    """A query or a document: its text, its image, or both."""
+    """A query or a document: its text, its images, or both."""
 
     text: str | None
-    image: Patches | None
+    images: tuple[Patches, ...] = ()
 
 
 class PairProcessor:
@@ -94,25 +89,22 @@ class PairProcessor:
         kept = self._kept(is_text)
         tokens = np.concatenate([tokens[kept], np.array(closing, np.int32)])
         mask = np.concatenate([is_pad[kept], np.zeros(len(closing), bool)])
-        return self._item(tokens, mask, [part.image for part in parts if part.image is not None])
+        images = [part.image for part in parts if part.image is not None]
+        return build_item(tokens, mask, images, self.config)
 
     def _sides(self, instruction: str, query: Side, document: Side) -> list[_Part]:
         """Return the user's turn; its texts are tokenized together where no image is between."""
         parts, text = [], f"user\n<Instruct>: {instruction}<Query>:"
         for side, after in ((query, "\n<Document>:"), (document, "")):
-            if side.image is not None:
-                parts += [_Part(self._encode(text), text=True), self._image(side.image)]
+            if side.images:
+                parts.append(_Part(self._encode(text), text=True))
+                for image in side.images:
+                    parts.append(_Part(tuple(image_tokens(image, self.config)), image=image))
                 text = ""
             elif not side.text:
                 text += _EMPTY
             text += (side.text or "") + after
         return [*parts, _Part(self._encode(text), text=True)]
-
-    def _image(self, image: Patches) -> _Part:
-        config = self.config
-        pads = (config.image_token_id,) * (len(image[0]) // config.vision.merged)
-        tokens = (config.vision_start_token_id, *pads, config.vision_end_token_id)
-        return _Part(tokens, image=image)
 
     def _kept(self, is_text: Bool[ndarray, "n"]) -> Int[ndarray, "kept"]:
         """Return which tokens stay: at most `MAX_TOKENS`, the last of the texts going first."""
@@ -128,30 +120,6 @@ class PairProcessor:
                 stacklevel=3,
             )
         return np.setdiff1d(np.arange(len(is_text)), np.flatnonzero(is_text)[-excess:])
-
-    def _item(
-        self,
-        tokens: Int[ndarray, "length"],
-        mask: Bool[ndarray, "length"],
-        images: Sequence[Patches],
-    ) -> Item:
-        vision = self.config.vision
-        merge = vision.merge_size
-        empty = [(np.zeros((0, vision.patch_values), np.uint8), (0, 0))]
-        patches, grids = zip(*(images or empty), strict=True)
-        sizes = [(rows // merge, columns // merge) for _, (rows, columns) in images]
-        return Item(
-            tokens=tokens,
-            positions=mrope_positions(mask, sizes),
-            image_token_mask=mask,
-            patches=np.concatenate(patches),
-            patch_positions=np.concatenate(
-                [patch_positions(rows, columns, merge) for rows, columns in grids]
-            ),
-            patch_images=np.repeat(np.arange(len(patches)), [len(one) for one in patches]).astype(
-                np.int32
-            ),
-        )
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._plain.encode(text, add_special_tokens=False).ids)

@@ -230,13 +230,13 @@ class Loader:
         else:
             vision, limits = template.config.vision, template.config.images
             try:
-                cut, grid = patchify(self.store.image(record), vision, limits)
-                item, decoded = assemble(cut, grid), True
+                cut = patchify(self.store.image(record), vision, limits)
+                item, decoded = assemble([cut]), True
             except ImageError as error:
                 if self.on_bad_record == "error":
                     raise DataError(str(error)) from error
                 blank = Image.new("RGB", (record.width, record.height))
-                item, decoded = assemble(*patchify(blank, vision, limits)), False
+                item, decoded = assemble([patchify(blank, vision, limits)]), False
         found = len(item.tokens), len(item.patches)
         if found != planned:
             raise DataError(

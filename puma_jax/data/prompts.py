@@ -13,7 +13,7 @@ import copy
 import hashlib
 import unicodedata
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +23,10 @@ from transformers import PreTrainedTokenizerFast
 from puma_jax.artifacts import write_json
 from puma_jax.config import ModelConfig, PromptStyle
 from puma_jax.data.images import most_patches
-from puma_jax.data.items import Item, TokenizedTemplate, TokenizedText
+from puma_jax.data.items import Item, Patches, TokenizedTemplate, TokenizedText
 from puma_jax.data.texts import normalize_text
 from puma_jax.errors import CheckpointError, ItemError, LongTextError
 from puma_jax.schema import shown
-from puma_jax.typing import UInt8, ndarray
 
 # A longer text is cut before it is tokenized. What is left is more than enough for the tokens that
 # are kept, and this many characters more: tokens never depend on what comes after their own word.
@@ -171,18 +170,16 @@ class Processor:
     def item(
         self,
         text: str,
-        patches: UInt8[ndarray, "patches values"] | None = None,
-        grid: tuple[int, int] = (0, 0),
+        images: Sequence[Patches] = (),
         instruction: str | None = None,
         *,
         truncate: bool = True,
     ) -> Item:
-        """Return the item for a text (may be empty), an image (may be None) or both.
+        """Return the item for a text (may be empty), images before it, or both.
 
         Args:
             text: The text as the model reads it; see `read`.
-            patches: The patches of an image, from `images.patchify`.
-            grid: Rows and columns of the patches.
+            images: The images, in order.
             instruction: Instruction of the item, unless `text` holds it.
             truncate: Whether to truncate a text of too many tokens; see `tokenize_text`.
 
@@ -190,13 +187,13 @@ class Processor:
             ItemError: There is neither text nor image, and the prompt has nothing in their place.
             LongTextError: The text has too many tokens, and is not to be truncated.
         """
-        if not text and patches is None and not self._strings.no_text:
+        if not text and not images and not self._strings.no_text:
             raise ItemError("an item has neither text nor image")
         before: tuple[int, ...] = ()
         if instruction and self._strings.after_instruction:
             before = self.tokenize_instruction(instruction)
-        tokens = self.tokenize_text(text, image=patches is not None, truncate=truncate).tokens
-        return self.template.assemble((*before, *tokens), patches, grid, instruction=len(before))
+        tokens = self.tokenize_text(text, image=bool(images), truncate=truncate).tokens
+        return self.template.assemble((*before, *tokens), images, instruction=len(before))
 
     def tokenize_text(
         self, text: str, *, image: bool, instructed: bool = False, truncate: bool = True
@@ -235,18 +232,19 @@ class Processor:
             return TokenizedText((*alone[:limit], *self._encode(suffix)), limit)
         return TokenizedText(self._encode(text + suffix), len(alone))
 
-    def largest_item(self, *, image: bool) -> tuple[int, int]:
-        """Return the most tokens and patches that an item has, with or without an image.
+    def largest_item(self, *, images: int) -> tuple[int, int]:
+        """Return the most tokens and patches that an item with so many images has.
 
         An instruction in a turn of its own is not truncated: it counts as `max_text_tokens`.
         """
         template, config = self.template, self.config
-        patches = most_patches(config.vision, config.images) if image else 0
+        patches = images * most_patches(config.vision, config.images) if images else 0
         limit = config.prompt.max_text_tokens
-        suffix = template.suffix_both if image else template.suffix_text
+        suffix = template.suffix_both if images else template.suffix_text
         own_turn = limit if template.after_instruction is not None else 0
         tokens = np.array([limit + len(suffix) + own_turn])
-        return int(template.item_lengths(tokens, np.array([patches]))[0]), patches
+        length = template.item_lengths(tokens, np.array([patches]), images=max(images, 1))
+        return int(length[0]), patches
 
     def tokenize_instruction(self, instruction: str) -> tuple[int, ...]:
         """Return the tokens of an instruction and its newline.

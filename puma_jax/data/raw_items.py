@@ -11,12 +11,13 @@ from puma_jax.errors import ImageError, ItemError
 RawItem = Mapping[str, Any]
 """An item: {"text": str}, {"image": path, bytes, PIL image or uint8 array}, or both.
 
-{"instruction": str} beside them is the instruction of this item alone.
+{"image": [...]} is an item of several images, in order. {"instruction": str} beside them is the
+instruction of this item alone.
 """
 
 
-def checked(item: RawItem | str) -> tuple[str | None, ImageSource | None, str | None]:
-    """Return text, image and instruction of an item, the types of which are right.
+def checked(item: RawItem | str) -> tuple[str | None, tuple[ImageSource, ...], str | None]:
+    """Return text, images and instruction of an item, the types of which are right.
 
     Raises:
         ItemError: The item has none of them, a field of the wrong kind, or an unknown one.
@@ -28,17 +29,32 @@ def checked(item: RawItem | str) -> tuple[str | None, ImageSource | None, str | 
             f'an item is a {type(item).__name__}, expected a text or {{"text": ..., "image": ...}}'
         )
     unknown = set(item) - {"text", "image", "instruction"}
+    if "video" in unknown:
+        raise ItemError(
+            'an item has a video, which is not read as such: give frames of it as "image": [...]'
+        )
     if unknown:
         raise ItemError(f"unknown fields {sorted(unknown)}, expected text, image and instruction")
-    text, image, instruction = (item.get(name) for name in ("text", "image", "instruction"))
-    if text is None and image is None and instruction is None:
+    text, instruction = item.get("text"), item.get("instruction")
+    images = images_of(item)
+    if text is None and not images and instruction is None:
         raise ItemError("neither text nor image")
     check_text("text", text)
-    if not isinstance(image, ImageSource | None):
-        raise ImageError(
-            f"image is a {type(image).__name__}, expected a path, bytes, a PIL image or an array"
-        )
-    return text, image, instruction
+    for image in images:
+        if not isinstance(image, ImageSource):
+            raise ImageError(
+                f"image is a {type(image).__name__}, expected a path, bytes, a PIL image or an "
+                "array, or a list of them"
+            )
+    return text, images, instruction
+
+
+def images_of(item: RawItem) -> tuple[Any, ...]:
+    """Return the images of an item, in order; none for an item without any."""
+    image = item.get("image")
+    if image is None:
+        return ()
+    return tuple(image) if isinstance(image, list | tuple) else (image,)
 
 
 def check_text(name: str, text: object) -> None:

@@ -113,8 +113,8 @@ def batch_shape(
     """Return the smallest shape of a chunk that holds the batches of all these steps.
 
     Row lengths are multiples of the tile, and every data shard has the same number of rows. Long
-    rows waste fewer tokens, but the cost of attention grows with them. There always is a shape: where every slot has a row of its own, an
-    item that finds a slot finds a row.
+    rows waste fewer tokens, but the cost of attention grows with them. There always is a shape:
+    where every slot has a row of its own, an item that finds a slot finds a row.
 
     Args:
         steps: Tokens and patches of all items of some steps of a plan.

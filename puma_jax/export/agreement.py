@@ -16,6 +16,7 @@ import numpy as np
 
 from puma_jax.config import DType
 from puma_jax.data.prompts import query_text
+from puma_jax.data.raw_items import images_of
 from puma_jax.embedder import Embedder
 from puma_jax.errors import ConfigError, PumaError, one_line
 from puma_jax.evaluation.report import markdown
@@ -198,7 +199,7 @@ class Agreement:
                 lambda items: engines.stablehlo(folder, items),
                 # It computes in the dtype of its weights.
                 "bfloat16" if _dtype(folder, kind) == "bfloat16" else dtype,
-                self._truncated(),
+                {*self._truncated(), *self._of_several_images()},
             )
         else:
             exported = Embedder.load(folder, dtype="float32")
@@ -222,6 +223,10 @@ class Agreement:
         return self.check(
             f"service, {url}", lambda items: engines.service(url, items, api_key), self.dtype
         )
+
+    def _of_several_images(self) -> list[str]:
+        """Return the names of the items of more than one image."""
+        return [item.name for item in self.items if len(images_of(item.raw)) > 1]
 
     def _truncated(self) -> list[str]:
         """Return the names of the items whose text the model truncates."""

@@ -24,6 +24,7 @@ import numpy as np
 from puma_jax.artifacts import write_json
 from puma_jax.data.images import open_image
 from puma_jax.data.prompts import PROMPT_TEMPLATES, query_text
+from puma_jax.data.raw_items import images_of
 from puma_jax.embedder import Embedder, RawItem
 from puma_jax.errors import EvaluationError
 from puma_jax.export.golden import GoldenItem, by_instruction
@@ -99,10 +100,11 @@ def sentence_transformers(folder: Path, items: Sequence[GoldenItem]) -> Float[nd
 
 
 def _for_torch(raw: RawItem) -> dict[str, Any]:
-    """Return text and image of an item, the image as PIL reads it here."""
-    item = {name: raw[name] for name in ("text", "image") if name in raw}
-    if "image" in item:
-        item["image"] = open_image(item["image"])
+    """Return text and images of an item, the images as PIL reads them here."""
+    item = {"text": raw["text"]} if "text" in raw else {}
+    images = [open_image(image) for image in images_of(raw)]
+    if images:
+        item["image"] = images[0] if len(images) == 1 else images
     return item
 
 
@@ -170,16 +172,16 @@ class _Prompt:
             )
 
     def inputs(self, raw: RawItem) -> dict[str, Any]:
-        """Return the token ids of an item, and the pixels of its image."""
+        """Return the token ids of an item, and the pixels of its images."""
         import torch
 
         config, inputs = self.config, {}
         image: list[int] = []
-        if "image" in raw:
-            inputs = dict(self.read_image(open_image(raw["image"]), return_tensors="pt"))
-            count = int(inputs["image_grid_thw"].prod()) // config.vision.merged
-            pads = [config.image_token_id] * count
-            image = [config.vision_start_token_id, *pads, config.vision_end_token_id]
+        if images := [open_image(image) for image in images_of(raw)]:
+            inputs = dict(self.read_image(images, return_tensors="pt"))
+            for grid in inputs["image_grid_thw"]:
+                pads = [config.image_token_id] * (int(grid.prod()) // config.vision.merged)
+                image += [config.vision_start_token_id, *pads, config.vision_end_token_id]
         own_turn = bool(self.strings.after_instruction)
         tokens = self._instructed(raw, image) if own_turn else self._worded(raw, image)
         ids = torch.tensor([tokens])
@@ -271,10 +273,9 @@ def service(
 def _parts(raw: RawItem) -> list[dict[str, Any]]:
     """Return an item as the parts of a message."""
     parts: list[dict[str, Any]] = []
-    if "image" in raw:
-        image = base64.b64encode(raw["image"]).decode()
-        kind = "png" if raw["image"].startswith(b"\x89PNG") else "tiff"
-        url = f"data:image/{kind};base64,{image}"
+    for image in images_of(raw):
+        kind = "png" if image.startswith(b"\x89PNG") else "tiff"
+        url = f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
         parts.append({"type": "image_url", "image_url": {"url": url}})
     if "text" in raw:
         parts.append({"type": "text", "text": raw["text"]})

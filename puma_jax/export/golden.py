@@ -25,7 +25,8 @@ from safetensors.numpy import load_file
 
 from puma_jax.artifacts import write_json
 from puma_jax.data.images import open_image
-from puma_jax.data.prompts import TextTruncationWarning
+from puma_jax.data.prompts import PROMPT_TEMPLATES, TextTruncationWarning
+from puma_jax.data.raw_items import images_of
 from puma_jax.embedder import Embedder, RawItem
 from puma_jax.errors import ArtifactError
 from puma_jax.files import read_object, save_tensors
@@ -38,7 +39,7 @@ SPECIAL_TOKENS = "special tokens"
 """Name of the item whose text holds special tokens, which some engines read as such."""
 
 _INSTRUCTION = "Find an image that matches."
-# With 21 items, these keep the folder below 100 kB, whatever the width of the model.
+# With 24 items, these keep the folder below 100 kB, whatever the width of the model.
 _MOST_VALUES = 960
 # Attention over a longer text takes gigabytes; a model whose limit is above does not truncate it.
 _LONGEST_TEXT = 1000
@@ -47,7 +48,7 @@ _MOST_SPECIAL_TOKENS = 16
 
 @dataclass(frozen=True)
 class GoldenItem:
-    """An item of the fixed set; its image is the bytes of a file."""
+    """An item of the fixed set; its images are the bytes of files."""
 
     name: str
     raw: RawItem
@@ -60,8 +61,8 @@ class GoldenItem:
         """
         texts = [self.raw.get(name) for name in ("text", "instruction")]
         digest = hashlib.sha256(json.dumps(texts).encode())
-        if "image" in self.raw:
-            image = open_image(self.raw["image"])
+        for source in images_of(self.raw):
+            image = open_image(source)
             digest.update(f"{image.size}".encode() + image.tobytes())
         return digest.hexdigest()
 
@@ -86,6 +87,8 @@ def golden_items(embedder: Embedder) -> list[GoldenItem]:
         "long text": {"text": "bicycle " * (words + 1)},
         "instruction": {"text": "a bicycle", "instruction": _INSTRUCTION},
     }
+    if PROMPT_TEMPLATES[config.prompt.template].no_text:
+        texts["empty"] = {"text": ""}
     items = [GoldenItem(name, item) for name, item in texts.items()]
     if config.vision.layers:
         items += _with_images(config.images.max_pixels)
@@ -118,6 +121,9 @@ def _with_images(max_pixels: int) -> list[GoldenItem]:
     both = {"image": images["image"], "text": "make it blue"}
     items.append(GoldenItem("both", both))
     items.append(GoldenItem("both with instruction", {**both, "instruction": _INSTRUCTION}))
+    several = [images[name] for name in ("tall image", "image", "gray")]
+    items.append(GoldenItem("two images", {"image": several[:2]}))
+    items.append(GoldenItem("three images and text", {"image": several[::-1], "text": "Compare."}))
     return items
 
 

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import runpy
+import unicodedata
 from pathlib import Path
 
 import jax
@@ -32,7 +33,7 @@ class Embedder:
     def encode(self, items, instruction=None, batch_size=8):
         """Return one unit vector per item, float32 [n, embedding_dim].
 
-        The instruction is put before the text of every item.
+        The instruction is put before every item, where the prompt of the model has it.
 
         Raises:
             ValueError: An item has no such fields, is too long, or its image cannot be read.
@@ -46,8 +47,9 @@ class Embedder:
                 self._preprocess(number, items[number], instruction)
                 for number in range(start, min(start + batch_size, len(items)))
             ]
-            tokens, blocks, sizes = (self._padded(arrays) for arrays in zip(*batch, strict=True))
-            vectors.append(np.asarray(self.function(self.weights, tokens, blocks, sizes)))
+            *arrays, sizes = zip(*batch, strict=True)
+            padded = map(self._padded, arrays)
+            vectors.append(np.asarray(self.function(self.weights, *padded, np.stack(sizes))))
             bad = np.flatnonzero(~np.isfinite(vectors[-1]).all(axis=1))
             if len(bad):
                 raise ValueError(f"item {start + bad[0]}: its vector is not finite")
@@ -65,7 +67,7 @@ class Embedder:
         return np.stack([np.resize(array, (length, *array.shape[1:])) for array in arrays])
 
     def _preprocess(self, number, item, instruction):
-        """Return the tokens of an item, the blocks of its image, and the sizes of both."""
+        """Return the tokens of instruction and text, the blocks of the image, and their sizes."""
         fields = item if isinstance(item, dict) else {"": item}
         if fields.keys() - {"text", "image"}:
             found = ", ".join(map(repr, fields)) if fields is item else type(item).__name__
@@ -73,8 +75,11 @@ class Embedder:
         for part in (instruction, fields.get("text")):
             if not isinstance(part, str | None):
                 raise ValueError(f"item {number}: {type(part).__name__} is not a text")
-        image, text = fields.get("image"), query_text(instruction, fields.get("text"))
-        if not text.isascii() and (bad := next((c for c in text if "\ud7ff" < c < "\ue000"), "")):
+        image = fields.get("image")
+        asked, text = self._read(instruction, fields.get("text"), image is None)
+        if isinstance(image, list | tuple):
+            raise ValueError(f"item {number} has {len(image)} images, expected 1 at most")
+        if bad := next((c for c in asked + text if "\ud7ff" < c < "\ue000"), ""):
             raise ValueError(f"item {number}: {bad!a} in its text is half a character: remove it")
         if image is None and not text:
             raise ValueError(f"item {number} has neither text nor image")
@@ -91,7 +96,22 @@ class Embedder:
             rows, columns = pixels.shape[0] // side, pixels.shape[1] // side
             blocks = pixels.reshape(rows, side, columns, side, 3).swapaxes(1, 2)
             blocks = blocks.reshape(rows * columns, side, side, 3)
-        return np.array(tokens, np.int32), blocks, np.array([len(tokens), rows, columns], np.int32)
+        before = self.tokenizer.encode(asked).ids
+        sizes = np.array([len(tokens), rows, columns, len(before)], np.int32)
+        return np.array(before, np.int32), np.array(tokens, np.int32), blocks, sizes
+
+    def _read(self, instruction, text, alone):
+        """Return an instruction that has a turn of its own, and the text as the model reads it.
+
+        The text of an item without an image is `alone`.
+        """
+        turn = self.manifest["preprocessing"]["instruction_turn"]
+        if turn is None:
+            return "", query_text(instruction, text)
+        text = text or ""
+        if alone:
+            text = turn["text_start"] + (text or turn["no_text"])
+        return punctuated((instruction or "").strip() or turn["default"]), text
 
     def _tokenize(self, number, text, has_image):
         """Return the tokens of a text and of the part of the prompt that follows it."""
@@ -134,6 +154,12 @@ def checked_manifest(folder):
         if digest != manifest["sha256"][name]:
             raise ValueError(f"{folder / name} is damaged: copy it or export the model again")
     return manifest
+
+
+def punctuated(instruction):
+    """Return an instruction with a full stop, unless it ends with a sign of punctuation."""
+    ends = unicodedata.category(instruction[-1]).startswith("P")
+    return instruction if ends else instruction + "."
 
 
 def query_text(instruction, text):

@@ -8,6 +8,7 @@ It holds no code:
     model.encode("a red bicycle")
     model.encode({"image": "bicycle.png"})
     model.encode({"image": "bicycle.png", "text": "make it blue"}, prompt="Find the changed image.")
+    model.encode({"image": ["front.png", "back.png"]})
 
 A `prompt` is the instruction: Sentence Transformers passes it to the template as a system message.
 Loading needs torchvision, because transformers' processor of Qwen2-VL does: install
@@ -21,7 +22,8 @@ Vectors equal those of `Embedder.encode`, except for
   transformers 5.23 on, `encode(..., processing_kwargs={"chat_template":
   {"sanitize_control_tokens": True}})` reads them as plain text, though not always tokenized as
   here;
-- texts that begin with a quotation mark and a line break, which is read with the line before;
+- with PUMA's prompts, texts that begin with a quotation mark and a line break, which is read with
+  the line before;
 - images given as paths that have an alpha channel, which transformers drops, and images given as
   PIL images that have an EXIF orientation, which it does not apply. A PIL image that
   `ImageOps.exif_transpose(Image.open(path))` returns is read as here;
@@ -32,6 +34,8 @@ Vectors equal those of `Embedder.encode`, except for
 from __future__ import annotations
 
 import json
+import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +62,8 @@ _TRANSFORMER = {
     "processor_kwargs": {"use_fast": False},
 }
 
-# `query_text` and `Processor.item` in Jinja. An item comes as a message, its prompt as a
-# system message before it.
-_TEMPLATE = r"""
-{%- macro normalize_text(text) -%}
-  {%- set bare = text.replace('\r', '').strip().strip('"') -%}
-  {%- if bare -%}
-    {{- bare[0].upper() + bare[1:] -}}
-    {{- '' if bare.endswith(('.', '?', '!')) else '.' -}}
-  {%- endif -%}
-{%- endmacro -%}
+# `Processor.item` in Jinja. An item comes as a message, its prompt as a system message before it.
+_ITEM = r"""
 {%- set item = namespace(instruction='', text='', texts=0, images=0) -%}
 {%- for message in messages -%}
   {%- set content = message['content'] -%}
@@ -82,23 +78,36 @@ _TEMPLATE = r"""
     {%- endif -%}
   {%- endfor -%}
 {%- endfor -%}
-{%- if item.texts > 1 or item.images > 1 -%}
-  {{- raise_exception('an item is one text, one image, or one of both') -}}
+{%- if item.texts > 1 -%}
+  {{- raise_exception('an item is one text, images, or both') -}}
 {%- endif -%}
+"""
+# `query_text`, and the prompts whose instruction is part of the text.
+_WORDED = r"""
+{%- macro normalize_text(text) -%}
+  {%- set bare = text.replace('\r', '').strip().strip('"') -%}
+  {%- if bare -%}
+    {{- bare[0].upper() + bare[1:] -}}
+    {{- '' if bare.endswith(('.', '?', '!')) else '.' -}}
+  {%- endif -%}
+{%- endmacro -%}
 {%- set text = normalize_text(normalize_text(item.instruction) + '\n' + item.text.strip()) -%}
 {%- if not text and not item.images -%}
   {{- raise_exception('an item has neither text nor image') -}}
 {%- endif -%}
-{{- start -}}
-{%- if item.images -%}
-  {{- image -}}
-{%- endif -%}
+{{- start + image * item.images -}}
 {%- if text -%}
   {{- text + text_end + (suffix_both if item.images else suffix_text) -}}
 {%- else -%}
   {{- suffix_image -}}
 {%- endif -%}
 {{- end -}}
+"""
+# The prompt in which an instruction has a turn of its own.
+_INSTRUCTED = r"""
+{%- set asked = item.instruction.strip() or instruction -%}
+{{- start + asked + ('' if asked[-1] in punctuation else '.') + after_instruction + text_start -}}
+{{- image * item.images + (item.text or ('' if item.images else no_text)) + end -}}
 """
 
 
@@ -110,17 +119,12 @@ def write(embedder: Embedder, folder: Path) -> None:
         folder: Folder to write, which exists and is empty.
 
     Raises:
-        ConfigError: The model was trained with positions that transformers does not compute, or
-            with a prompt that a chat template cannot write, or it reads texts only.
+        ConfigError: The model was trained with positions that transformers does not compute, or it
+            reads texts only.
         CheckpointError: The folder cannot be written.
     """
     prompt = embedder.config.prompt
     check_in_transformers(embedder.config, "Sentence Transformers")
-    require(
-        prompt.template != "instruct",
-        f'prompt.template "{prompt.template}" ends instructions by rules that a chat template '
-        "cannot express: export as huggingface",
-    )
     require(
         embedder.config.vision.layers > 0,
         "a model of texts only is not supported for Sentence Transformers: export as huggingface",
@@ -146,16 +150,33 @@ def chat_template(embedder: Embedder) -> str:
     words = {
         "start": prompt.start,
         "image": "".join(embedder.tokenizer.convert_ids_to_tokens(image)),
-        "text_end": prompt.text_end,
-        "suffix_text": prompt.suffix[False, True],
-        "suffix_image": prompt.suffix[True, False],
-        "suffix_both": prompt.suffix[True, True],
         "end": prompt.generation_prompt + _ret_token(embedder),
     }
+    if prompt.after_instruction:
+        words |= {
+            "instruction": prompt.instruction,
+            "after_instruction": prompt.after_instruction,
+            "text_start": prompt.text_start,
+            "no_text": prompt.no_text,
+            "punctuation": _punctuation(),
+        }
+    else:
+        words |= {
+            "text_end": prompt.text_end,
+            "suffix_text": prompt.suffix[False, True],
+            "suffix_image": prompt.suffix[True, False],
+            "suffix_both": prompt.suffix[True, True],
+        }
     # A string in JSON is one in Jinja.
     literals = {name: json.dumps(value, ensure_ascii=False) for name, value in words.items()}
     lines = [f"{{%- set {name} = {literal} -%}}" for name, literal in literals.items()]
-    return "\n".join(lines) + _TEMPLATE
+    return "\n".join(lines) + _ITEM + (_INSTRUCTED if prompt.after_instruction else _WORDED)
+
+
+def _punctuation() -> str:
+    """Return all signs of punctuation in Unicode, which Jinja cannot tell from letters."""
+    signs = (chr(number) for number in range(sys.maxunicode + 1))
+    return "".join(sign for sign in signs if unicodedata.category(sign).startswith("P"))
 
 
 def _ret_token(embedder: Embedder) -> str:

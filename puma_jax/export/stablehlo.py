@@ -39,11 +39,11 @@ from puma_jax.model.tree import assemble, named_leaves
 from puma_jax.rows import PackedBatch
 from puma_jax.typing import Array, Int, UInt8
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 # Texts and images are padded to one of these numbers of tokens, or to the limits. More numbers mean
-# less padding and more programs to compile. 1 stands for no image, 3 is also the length of `sizes`.
+# less padding and more programs to compile. 1 stands for no image or no instruction.
 _LENGTHS = (1, *(3 << doubled for doubled in range(18)))
 
 
@@ -55,15 +55,9 @@ def write(embedder: Embedder, folder: Path) -> None:
         folder: Folder to write, which exists and is empty.
 
     Raises:
-        ConfigError: flatbuffers, which `jax.export` needs, is not installed, or the format has no
-            place for the prompt or the kind of the model.
+        ConfigError: flatbuffers, which `jax.export` needs, is not installed, or the model reads
+            texts only.
     """
-    prompt = embedder.config.prompt
-    require(
-        prompt.template != "instruct",
-        f'prompt.template "{prompt.template}" is not supported in StableHLO, whose function adds a '
-        "fixed prompt: export as huggingface",
-    )
     require(
         embedder.config.vision.layers > 0,
         "a model of texts only is not supported in StableHLO, whose function takes images: export "
@@ -97,57 +91,68 @@ def write(embedder: Embedder, folder: Path) -> None:
 
 def one_item_rows(
     template: TokenizedTemplate,
+    instructions: Int[Array, "rows asked"],
     tokens: Int[Array, "rows words"],
     blocks: UInt8[Array, "rows visual side side channels"],
-    sizes: Int[Array, "rows 3"],
+    sizes: Int[Array, "rows 4"],
 ) -> PackedBatch:
     """Return packed rows of one item each, as `data.items` and `data.packing` make on the host.
 
-    Padding stays behind image and text, in a segment of its own; the positions of later tokens do
-    not count it. Every row ends with the last token of its item.
+    Padding stays where it is, in a segment of its own, and positions do not count it. Every row
+    ends with the last token of its item.
 
     Args:
         template: Prompt around every item, and config of the model.
+        instructions: Tokens of an instruction that has a turn of its own, then padding of any kind.
         tokens: Tokens of a text and of the suffix of the prompt, then padding of any kind.
         blocks: Pixels of each visual token of an image, row by row; then padding.
-        sizes: Number of tokens, rows of blocks and columns of blocks; 0 rows without an image.
+        sizes: Number of tokens, rows of blocks, columns of blocks, and tokens of the instruction; 0
+            rows without an image.
     """
     config, merge = template.config, template.config.vision.merge_size
     rows, visual = blocks.shape[:2]
-    start, end = (jnp.array(ids, jnp.int32) for ids in (template.start, template.end))
-    widths = (len(start), 1, visual, 1, tokens.shape[1], len(end))
+    start, after, before, end = (
+        jnp.array(ids or (), jnp.int32)
+        for ids in (template.start, template.after_instruction, template.before_image, template.end)
+    )
+    lead = [len(start), instructions.shape[1], len(after), len(before)]
+    widths = [*lead, 1, visual, 1, tokens.shape[1], len(end)]
 
     def joined(*parts: Any) -> Array:
-        """Return rows joined from start, image (between its marks), text and end."""
+        """Return rows joined from all parts of an item; an image lies between two marks."""
         filled = [
             jnp.broadcast_to(part, (rows, width)) for part, width in zip(parts, widths, strict=True)
         ]
         return jnp.concatenate(filled, axis=1)
 
-    words, tall, wide = jnp.split(sizes, 3, axis=1)
+    words, tall, wide, asked = jnp.split(sizes, 4, axis=1)
     word, block = jnp.arange(tokens.shape[1]), jnp.arange(visual)
     block_at = [block // jnp.maximum(wide, 1), block % jnp.maximum(wide, 1)]
     framed, seen = tall > 0, block < tall * wide
-    segment_ids = joined(True, framed, seen, framed, word < words, True)
+    given = jnp.arange(instructions.shape[1]) < asked
+    segment_ids = joined(True, given, True, framed, framed, seen, framed, word < words, True)
+    segment_ids = segment_ids.astype(jnp.int32)
 
-    # Positions: start, first mark, blocks from `first` on, last mark `span` later, text and end.
-    first = len(start) + 1
+    # A count of the tokens, but blocks have theirs from `first` on, and what follows an image goes
+    # on `span` later.
+    first = len(start) + asked + len(after) + len(before) + 1
     mrope = config.prompt.positions == "mrope"
-    span = jnp.maximum(tall, wide) if mrope else tall * wide
-    text = len(start) + jnp.where(framed, 2 + span, 0)
-    behind = text + words + jnp.arange(len(end))
+    later = (jnp.maximum(tall, wide) if mrope else tall * wide) - tall * wide
+    count = jnp.cumsum(segment_ids, axis=1) - 1 + joined(0, 0, 0, 0, 0, 0, later, later, later)
+    is_block = joined(False, False, False, False, False, True, False, False, False)
     positions = [
-        joined(jnp.arange(len(start)), len(start), first + at, first + span, text + word, behind)
+        jnp.where(is_block, joined(0, 0, 0, 0, 0, first + at, 0, 0, 0), count)
         for at in ([0 * block, *block_at] if mrope else [block] * 3)
     ]
     marks = config.vision_start_token_id, config.image_token_id, config.vision_end_token_id
     row, length = jnp.arange(rows), segment_ids.shape[1]
     inside = jnp.indices((merge, merge)).reshape(2, -1).T
+    index = joined(-1, -1, -1, -1, -1, row[:, None] * visual + block, -1, -1, -1)
     return PackedBatch(
-        tokens=joined(start, *marks, tokens, end),
-        segment_ids=segment_ids.astype(jnp.int32),
+        tokens=joined(start, instructions, after, before, *marks, tokens, end),
+        segment_ids=segment_ids,
         positions=jnp.stack(positions, axis=-1),
-        image_token_index=joined(-1, -1, row[:, None] * visual + block, -1, -1, -1),
+        image_token_index=index,
         patches=_patches(blocks, merge),
         patch_segment_ids=jnp.repeat(seen.astype(jnp.int32), merge**2, axis=1),
         patch_positions=(jnp.stack(block_at, axis=-1)[:, :, None] * merge + inside).reshape(
@@ -175,18 +180,19 @@ def _export(embedder: Embedder, template: TokenizedTemplate) -> jax.export.Expor
     compute = dataclasses.replace(embedder.compute, attention="xla")
 
     @jax.jit
-    def embed(weights, tokens, blocks, sizes):
-        rows = one_item_rows(template, tokens, blocks, sizes)
+    def embed(weights, instructions, tokens, blocks, sizes):
+        rows = one_item_rows(template, instructions, tokens, blocks, sizes)
         return encoder.l2_normalize(encoder.encode(assemble(structure, weights), rows, compute))
 
-    batch, words, visual = jax.export.symbolic_shape("batch, words, visual")
+    batch, asked, words, visual = jax.export.symbolic_shape("batch, asked, words, visual")
     side = vision.patch_size * vision.merge_size
     leaves = named_leaves(structure)
     return jax.export.export(embed, platforms=PLATFORMS)(
         {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()},
+        jax.ShapeDtypeStruct((batch, asked), jnp.int32),
         jax.ShapeDtypeStruct((batch, words), jnp.int32),
         jax.ShapeDtypeStruct((batch, visual, side, side, vision.channels), jnp.uint8),
-        jax.ShapeDtypeStruct((batch, 3), jnp.int32),
+        jax.ShapeDtypeStruct((batch, 4), jnp.int32),
     )
 
 
@@ -209,10 +215,13 @@ def _manifest(
         "calling_convention_version": exported.calling_convention_version,
         "arguments": {
             "weights": "name → array, all of weights.safetensors",
+            "instructions": "int32 [batch, asked]: an instruction with a turn of its own, then "
+            "padding of any kind; asked is at least 1",
             "tokens": "int32 [batch, words]: a text and its suffix, then padding of any kind",
             "blocks": f"uint8 [batch, visual, {side}, {side}, {vision.channels}]: the pixels of "
             "each visual token of an image, row by row, then padding; visual is at least 1",
-            "sizes": "int32 [batch, 3]: tokens, rows of blocks, columns of blocks of each item",
+            "sizes": "int32 [batch, 4]: tokens, rows of blocks, columns of blocks, tokens of the "
+            "instruction of each item",
         },
         "result": f"float32 [batch, {embedder.embedding_dim}]: unit vectors",
         "patch_size": vision.patch_size,
@@ -221,12 +230,28 @@ def _manifest(
         "lengths": sorted({*_LENGTHS, most_words, most_visual}),
         "preprocessing": {
             "suffixes": _suffixes(config),
+            "instruction_turn": _instruction_turn(config),
             "max_text_tokens": config.prompt.max_text_tokens,
             "block_side": side,
             "min_pixels": images.min_pixels,
             "max_pixels": images.max_pixels,
             "max_aspect_ratio": MOST_ELONGATED,
         },
+    }
+
+
+def _instruction_turn(config: ModelConfig) -> dict[str, str] | None:
+    """Return how texts are read beside an instruction that has a turn of its own.
+
+    None stands for a prompt whose instructions are part of the text.
+    """
+    prompt = PROMPT_TEMPLATES[config.prompt.template]
+    if not prompt.after_instruction:
+        return None
+    return {
+        "default": prompt.instruction,
+        "text_start": prompt.text_start,
+        "no_text": prompt.no_text,
     }
 
 

@@ -28,7 +28,7 @@ ProjectionKeys = Mapping[str, TokenKeys | None]
 
 
 class DecoderAttention(nnx.Module):
-    """Causal grouped-query attention; the output projection has no bias."""
+    """Grouped-query attention, causal or not; the output projection has no bias."""
 
     query_norm: RMSNorm | None
     key_norm: RMSNorm | None
@@ -44,6 +44,7 @@ class DecoderAttention(nnx.Module):
             for _ in range(2)
         )
         self.head_dim = config.head_dim
+        self.causal = config.causal
 
     def __call__(
         self,
@@ -53,7 +54,7 @@ class DecoderAttention(nnx.Module):
         implementation: str,
         keys: ProjectionKeys,
     ) -> Float[Array, "rows length width"]:
-        """Return the attention output of each token over itself and the tokens before it."""
+        """Return the attention output of each token over its item, or the part before it."""
         rows, length, _ = x.shape
         heads = (rows, length, -1, self.head_dim)
         q = self.query(x, keys["query"]).reshape(heads)
@@ -63,7 +64,7 @@ class DecoderAttention(nnx.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = rotate(q, angles), rotate(k, angles)
         mixed = attention(
-            q, k, v, segment_ids=segment_ids, causal=True, implementation=implementation
+            q, k, v, segment_ids=segment_ids, causal=self.causal, implementation=implementation
         )
         return self.out(mixed.reshape(rows, length, -1), keys["out"])
 

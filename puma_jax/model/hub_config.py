@@ -31,6 +31,7 @@ _FLAT_TEXT = (
     "hidden_size",
     "initializer_range",
     "intermediate_size",
+    "is_causal",
     "max_position_embeddings",
     "max_window_layers",
     "num_attention_heads",
@@ -45,8 +46,9 @@ _FLAT_TEXT = (
     "use_sliding_window",
     "vocab_size",
 )
-# Fields that earlier versions of transformers wrote, and that number layers that may be gone.
-OUTDATED_TEXT = ("rope_scaling", "rope_theta", "layer_types", "tie_word_embeddings")
+# Fields that earlier versions of transformers wrote, that number layers that may be gone, or that
+# are written anew.
+OUTDATED_TEXT = ("rope_scaling", "rope_theta", "layer_types", "tie_word_embeddings", "is_causal")
 
 
 def decoder_weights(prefix: str) -> dict[str, str]:
@@ -238,6 +240,7 @@ def read_decoder(
         mrope_interleaved=mrope_interleaved,
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
+        causal=or_default(text.is_causal, True),
     )
 
 
@@ -268,6 +271,7 @@ def decoder_fields(decoder: DecoderConfig, *, mrope: bool) -> dict[str, Any]:
         rope["mrope_section"] = list(decoder.mrope_section)
     if decoder.mrope_interleaved:
         rope["mrope_interleaved"] = True
+    attention = {} if decoder.causal else {"is_causal": False}
     return {
         "vocab_size": decoder.vocab_size,
         "hidden_size": decoder.width,
@@ -277,6 +281,7 @@ def decoder_fields(decoder: DecoderConfig, *, mrope: bool) -> dict[str, Any]:
         "intermediate_size": decoder.mlp_width,
         "rms_norm_eps": decoder.norm_eps,
         "rope_parameters": rope,
+        **attention,
     }
 
 

@@ -44,6 +44,8 @@ class DecoderFields:
     rope_scaling: RopeFields | None = None
     hidden_act: Literal["silu"] | None = None
     use_sliding_window: Literal[False] | None = None
+    is_causal: bool | None = None
+    """Whether attention is causal: transformers 5 reads it, too."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class SavedFields:
     kept_layers: tuple[CountOrZero, ...] = ()
     widths: tuple[Count, ...] = ()
     exit_layers: tuple[Count, ...] = ()
+    causal: bool | None = None
+    """Whether attention was causal when an adapter was trained; a model has it elsewhere."""
 
 
 @dataclass(frozen=True)

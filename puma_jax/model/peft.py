@@ -93,17 +93,23 @@ class Adapter:
         return LoraConfig(self.rank, self.scale * self.rank, dropout, targets)
 
     def with_inputs(self, config: ModelConfig) -> ModelConfig:
-        """Return the config of the model with what was saved with the adapter, if anything was."""
-        if self.saved is None:
-            return config
-        images = self.saved.images or config.images
+        """Return the config of the model with what the adapter was trained with, if it says so.
+
+        That is prompt, limits, widths, depths and kind of attention.
+        """
         saved = self.saved
+        if saved is None:
+            return config
+        decoder = config.decoder
+        if saved.causal is not None:
+            decoder = dataclasses.replace(decoder, causal=saved.causal)
         return dataclasses.replace(
             config,
             prompt=saved.prompt,
-            images=images,
+            images=saved.images or config.images,
             widths=saved.widths,
             exit_layers=saved.exit_layers,
+            decoder=decoder,
         )
 
     def add_to(

@@ -12,7 +12,7 @@ import os
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +53,8 @@ class Columns:
     text: str = "text"
     """Name of the field or column that holds the text of an item."""
     image: str = "image"
-    """Name of the field or column that holds the image of an item: a path, or a stored image."""
+    """Name of the field or column that holds the image of an item: a path, a stored image, or a
+    list of them."""
 
 
 _DEFAULT = Columns()
@@ -93,7 +94,8 @@ def open_corpus(
     """Return the corpus in a file, a folder or a dataset.
 
     A file of JSON lines holds `{"id": ..., "text": ..., "image": ...}`, with a text, the path of
-    an image or both, and any further fields that filters can name; see `fields.read_fields`. A
+    an image or both, and any further fields that filters can name; see `fields.read_fields`. The
+    image may be a list: an item of several images. A
     table has such columns; see `tables.open_table`. A file may also hold the documents of a pool in
     M-BEIR layout, recognized by their "did". A folder gives all images in it and below it, behind
     links too; an image's id is its path. Images are files with a suffix of an image format, and
@@ -129,7 +131,8 @@ def open_corpus(
             if columns != _DEFAULT:
                 raise DataError("a pool in M-BEIR layout has no columns to name")
             candidate = parse_candidate(line)
-            return CorpusItem(candidate.did, _item(root, candidate.text, candidate.image))
+            images = [candidate.image] if candidate.image else []
+            return CorpusItem(candidate.did, _item(root, candidate.text, images))
         return _parse_item(row, root, columns)
 
     rows = RowIndex(source, parse)
@@ -188,13 +191,21 @@ def _parse_item(row: Mapping[str, Any], root: Path, columns: Columns) -> CorpusI
     if not identifier:
         raise DataError(f"{columns.id} is missing, expected a text that names the item")
     _check_id(identifier)
+    images = [_read_image(one, columns) for one in (image if isinstance(image, list) else [image])]
+    if isinstance(image, list) and not all(images):
+        raise DataError(f"{columns.image} {shown(image)} holds an empty image, expected a path")
+    if not text and not any(images):
+        raise DataError("there is neither text nor image")
+    return CorpusItem(identifier, _item(root, text, [one for one in images if one]), fields)
+
+
+def _read_image(image: Any, columns: Columns) -> str | bytes | None:
+    """Return the path of an image, or the bytes of a stored one; None if it is missing."""
     if isinstance(image, Mapping):  # how datasets store images: their bytes, or where they are
         image = image.get("bytes") or image.get("path")
     if not isinstance(image, str | bytes | None):
         raise DataError(f"{columns.image} {shown(image)} is not a path or a stored image")
-    if not text and not image:
-        raise DataError("there is neither text nor image")
-    return CorpusItem(identifier, _item(root, text, image or None), fields)
+    return image
 
 
 def _images(folder: Path) -> Corpus:
@@ -297,19 +308,25 @@ def _check_id(identifier: str) -> None:
         )
 
 
-def _item(root: Path, text: str | None, image: str | bytes | None) -> RawItem:
-    """Return an item, whose image is stored in its row or lies below the root, links followed.
+def _item(root: Path, text: str | None, images: Sequence[str | bytes]) -> RawItem:
+    """Return an item, whose images are stored in its row or lie below the root, links followed.
 
     Raises:
-        DataError: The image is elsewhere.
+        DataError: An image is elsewhere.
     """
-    if isinstance(image, bytes):
-        return {"text": text, "image": image} if text else {"image": image}
-    if image:
+    found: list[Path | bytes] = []
+    for image in images:
+        if isinstance(image, bytes):
+            found.append(image)
+            continue
         absolute = os.path.isabs(image)
         below = os.path.relpath(os.path.realpath(image), os.path.realpath(root))
         resolve_inside(root, below if absolute else image)
-    return raw_item(root, text, image)
+        found.append(root / image)
+    item: dict[str, Any] = {"text": text} if text else {}
+    if found:
+        item["image"] = found[0] if len(found) == 1 else found
+    return item
 
 
 def raw_item(root: Path, text: str | None, image: str | None) -> RawItem:

@@ -16,6 +16,7 @@ import numpy as np
 from puma_jax.artifacts import lock
 from puma_jax.data.items import Item
 from puma_jax.data.lines import OnBadRecord
+from puma_jax.data.raw_items import images_of
 from puma_jax.embedder import Embedder
 from puma_jax.errors import ConfigError, DataError, ItemError, PumaError
 from puma_jax.parallel import multihost
@@ -199,16 +200,20 @@ class _Work:
     """Where images go that the corpus stores in its rows."""
 
     def read(self, row: int) -> CorpusItem:
-        """Return the item of a row, whose image is a file.
+        """Return the item of a row, whose images are files.
 
         Raises:
             DataError: The row is bad.
         """
         found = self.corpus.read(row)
-        image = found.item.get("image")
-        if not isinstance(image, bytes):
+        images = images_of(found.item)
+        if not any(isinstance(image, bytes) for image in images):
             return found
-        return found._replace(item={**found.item, "image": keep_image(self.folder, image)})
+        kept = [
+            keep_image(self.folder, image) if isinstance(image, bytes) else image
+            for image in images
+        ]
+        return found._replace(item={**found.item, "image": kept[0] if len(kept) == 1 else kept})
 
     def shape(self) -> PackedShape:
         """Return the shape of packed rows of one device for the corpus, from a sample of items.

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from puma_jax.embedder import RawItem
+from puma_jax.data.raw_items import RawItem, images_of
 from puma_jax.errors import ImageError
 from puma_jax.files import Digest, sha256_of
 from puma_jax.schema import CountOrZero
@@ -34,16 +34,25 @@ class ItemRecord:
     """Id of the item; empty if its line could not be read."""
     text: str | None = None
     image: ImageRecord | None = None
+    """The first image of the item, which stands for it where one is shown."""
+    more_images: tuple[ImageRecord, ...] = ()
+    """The other images of the item, in order."""
     skipped: str | None = None
     """Why the item has no vector; None if it has one."""
     fields: dict[str, FieldValue] = field(default_factory=dict)
     """Further fields of the item, which do not change its vector."""
 
     @property
+    def images(self) -> tuple[ImageRecord, ...]:
+        """All images of the item, in order."""
+        return () if self.image is None else (self.image, *self.more_images)
+
+    @property
     def content(self) -> list[str | None]:
-        """Id, text and digest of the image: what decides the vector."""
+        """Id, text and digests of the images: what decides the vector."""
         image = None if self.image is None else self.image.sha256
-        return [self.id, self.text, image, self.skipped]
+        more = [other.sha256 for other in self.more_images]
+        return [self.id, self.text, image, self.skipped, *more]
 
     @property
     def digest(self) -> str:
@@ -52,39 +61,40 @@ class ItemRecord:
 
     def to_json(self) -> str:
         """Return one line of JSON without the fields that are empty."""
-        fields = {name: value for name, value in asdict(self).items() if value not in (None, {})}
+        values = asdict(self).items()
+        fields = {name: value for name, value in values if value not in (None, {}, ())}
         return json.dumps(fields, ensure_ascii=False)
 
 
 def record_item(
     identifier: str, item: RawItem, fields: Mapping[str, FieldValue] | None = None
 ) -> ItemRecord:
-    """Return the record of an item whose image, if it has one, is a file.
+    """Return the record of an item whose images, if it has any, are files.
 
     Args:
         identifier: Id of the item.
-        item: Its text and image.
+        item: Its text and images.
         fields: Its further fields.
 
     Raises:
-        ImageError: The file cannot be read.
+        ImageError: A file cannot be read.
     """
-    image = item.get("image")
-    fields = dict(fields or {})
-    if image is None:
-        return ItemRecord(identifier, item.get("text"), fields=fields)
-    path = Path(image)  # type: ignore[arg-type]  # a corpus names files
+    images = [_record_image(Path(image)) for image in images_of(item)]  # a corpus names files
+    return ItemRecord(
+        identifier,
+        item.get("text"),
+        images[0] if images else None,
+        tuple(images[1:]),
+        fields=dict(fields or {}),
+    )
+
+
+def _record_image(path: Path) -> ImageRecord:
     try:
         found = Digest.of(path)
     except OSError as error:
         raise ImageError(f"{path} cannot be read: {error.strerror or error}") from None
-    absolute = os.path.abspath(path)
-    return ItemRecord(
-        identifier,
-        item.get("text"),
-        ImageRecord(absolute, found.bytes, found.modified_ns, found.sha256),
-        fields=fields,
-    )
+    return ImageRecord(os.path.abspath(path), found.bytes, found.modified_ns, found.sha256)
 
 
 def is_unchanged(record: ItemRecord, identifier: str, item: RawItem) -> bool:
@@ -93,17 +103,19 @@ def is_unchanged(record: ItemRecord, identifier: str, item: RawItem) -> bool:
     A file whose path, size and time are those recorded is not read again; any other is, and
     compared by its SHA-256.
     """
-    image: Any = item.get("image")
-    if (record.id, record.text, record.image is None) != (
+    images = images_of(item)
+    if (record.id, record.text, len(record.images)) != (
         identifier,
         item.get("text"),
-        image is None,
+        len(images),
     ):
         return False
-    if record.image is None:
-        return True
-    known = Digest(record.image.bytes, record.image.modified_ns, record.image.sha256)
-    same_path = record.image.path == os.path.abspath(image)
+    return all(map(_is_unchanged_image, record.images, images))
+
+
+def _is_unchanged_image(record: ImageRecord, image: Any) -> bool:
+    known = Digest(record.bytes, record.modified_ns, record.sha256)
+    same_path = record.path == os.path.abspath(image)
     try:
         return Digest.of(Path(image), known if same_path else None).sha256 == known.sha256
     except OSError:

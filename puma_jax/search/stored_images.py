@@ -31,7 +31,7 @@ def keep_image(folder: Path, content: bytes) -> Path:
 
 def remove_unused_images(folder: Path, records: Iterable[ItemRecord]) -> None:
     """Remove the files that `keep_image` wrote for items that are gone."""
-    used = {Path(record.image.path).name for record in records if record.image is not None}
+    used = {Path(image.path).name for record in records for image in record.images}
     for path in (folder / FOLDER).glob("*/*"):
         if path.name not in used:
             path.unlink(missing_ok=True)

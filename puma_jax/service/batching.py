@@ -70,8 +70,9 @@ class Batcher:
         )
         default = 2048 if jax.default_backend() == "cpu" else 16384
         self.tokens_per_chunk = settings.tokens_per_chunk or default
-        self.shapes = serving_shapes(embedder, self.tokens_per_chunk)
-        self._longest = [embedder.largest_item(image=image)[0] for image in (False, True)]
+        most = settings.images_per_item
+        self.shapes = serving_shapes(embedder, self.tokens_per_chunk, most)
+        self._largest = [embedder.largest_item(images=images) for images in (0, most)]
         self._seconds: dict[PackedShape, float] = {}
         self.ready = threading.Event()
         self.failed = False
@@ -178,7 +179,14 @@ class Batcher:
             if not truncate:
                 raise
             item, truncated = self.embedder.preprocess(raw, instruction), True
-        longest = self._longest[len(item.patches) > 0]
+        longest, most_patches = self._largest[len(item.patches) > 0]
+        if len(item.patches) > most_patches:
+            merged = self.embedder.config.vision.merged
+            raise ItemError(
+                f"the images of an item have {len(item.patches) // merged:,} visual tokens, more "
+                f"than the {most_patches // merged:,} that are read: send fewer or smaller ones, "
+                "or start the service with a larger --service.images-per-item"
+            )
         if len(item.tokens) > longest:
             raise LongTextError(
                 f"an item has {len(item.tokens):,} tokens with its instruction, more than the "

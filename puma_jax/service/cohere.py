@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from puma_jax.data.images import image_size
-from puma_jax.embedder import RawItem
+from puma_jax.data.raw_items import RawItem, images_of
 from puma_jax.service.openai import Part, joined
 from puma_jax.service.openapi import json_body
 from puma_jax.service.pictures import image_from_url
@@ -20,7 +20,7 @@ from puma_jax.service.vectors import EmbeddingType, quantized, shortened
 
 
 class Input(Body):
-    """An item: texts and one image at most."""
+    """An item: texts, images, or both."""
 
     content: list[Part]
 
@@ -93,7 +93,7 @@ def routes(service: Service) -> APIRouter:
         def render() -> JSONResponse:
             vectors = shortened(encoded.vectors, body.output_dimension)
             kinds = body.embedding_types or ["float"]
-            images = sum("image" in item for item in items)
+            images = sum(len(images_of(item)) for item in items)
             meta: dict[str, Any] = {
                 "api_version": {"version": "2"},
                 "billed_units": {"input_tokens": encoded.tokens, "images": images},

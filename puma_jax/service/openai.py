@@ -63,7 +63,7 @@ class EmbeddingsRequest(Body):
     input: str | list[str] | list[int] | list[list[int]] | None = None
     """A text or a list of texts. Token ids are refused: they leave no room for the prompt."""
     messages: list[Message] | None = None
-    """One item with an image, in vLLM's form; in place of `input`."""
+    """One item, with any number of images, in vLLM's form; in place of `input`."""
     instruction: str | None = None
     """Instruction of queries, put before the text of every item. None for documents."""
     encoding_format: Literal["float", "base64"] = "float"
@@ -75,21 +75,16 @@ class EmbeddingsRequest(Body):
 
 
 def joined(parts: list[Part], settings: ServiceConfig) -> RawItem:
-    """Return the item of a list of parts: its texts, line by line, and its image.
+    """Return the item of a list of parts: its texts, line by line, and its images.
 
     Raises:
-        RequestError: There is more than one image.
-        ImageError: The image cannot be read.
+        ImageError: An image cannot be read.
     """
     texts = [part.text for part in parts if isinstance(part, TextPart)]
-    images = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
-    if len(images) > 1:
-        raise RequestError(
-            400, "invalid_item", f"an item has {len(images)} images, expected 1 at most"
-        )
+    urls = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
     item: dict[str, Any] = {"text": "\n".join(texts)} if texts else {}
-    if images:
-        item["image"] = image_from_url(images[0], settings)
+    if urls:
+        item["image"] = [image_from_url(url, settings) for url in urls]
     return item
 
 

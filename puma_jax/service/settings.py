@@ -48,6 +48,9 @@ class ServiceConfig:
     """Size of the body of a request, in MB."""
     max_bodies_mb: Positive = 256.0
     """Size of all bodies held at once, in MB. Requests beyond it are refused with status 429."""
+    images_per_item: Count = 1
+    """Images of the largest size that an item may have. Smaller ones may be more, up to the same
+    number of visual tokens. More take more memory, and longer to start."""
     max_image_pixels: Annotated[int, Range(1, MAX_PIXELS)] = 2**25
     """Pixels of an image in a request."""
     max_text_chars: Count = 100_000

@@ -17,17 +17,20 @@ _QUERY = "a red bicycle in front of a house"
 _FINE_STEPS = 8
 
 
-def serving_shapes(embedder: Embedder, tokens_per_chunk: int) -> list[PackedShape]:
+def serving_shapes(
+    embedder: Embedder, tokens_per_chunk: int, images_per_item: int = 1
+) -> list[PackedShape]:
     """Return shapes in which any item fits, and in which usual items waste little.
 
     For each of four kinds of items, there are shapes for 1, 2, 4, 8, 32 and so on of them, up to a
     full chunk: short texts, the longest text, images of the largest area with a short text, and the
-    largest item there can be.
+    largest item there can be, of one image and of as many as it may have.
 
     Args:
         embedder: The model, whose config says how large items are.
         tokens_per_chunk: Tokens, and patches, that a device reads in one forward pass at most; a
             single item may be larger.
+        images_per_item: Images of the largest size that an item may have.
     """
     text = len(embedder.preprocess(_QUERY).tokens)
     # Photos are larger than the models' limit, and are reduced to it.
@@ -35,9 +38,9 @@ def serving_shapes(embedder: Embedder, tokens_per_chunk: int) -> list[PackedShap
     photo = embedder.preprocess({"text": _QUERY, "image": np.zeros((side, side, 3), np.uint8)})
     kinds = (
         (text, 0),
-        embedder.largest_item(image=False),
+        embedder.largest_item(images=0),
         (len(photo.tokens), len(photo.patches)),
-        embedder.largest_item(image=True),
+        *(embedder.largest_item(images=images) for images in {1, images_per_item}),
     )
     shapes = {
         _shape(length, patches, count, tokens_per_chunk)

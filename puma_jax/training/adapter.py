@@ -64,11 +64,12 @@ def write_adapter(
         "inference_mode": True,
     }
     write_json(folder / peft.CONFIG, described)
-    write_json(folder / peft.MODEL, saved_fields(config))
-    write_text(folder / "README.md", _readme(base, stage.keep_layers))
+    causal = config.decoder.causal
+    write_json(folder / peft.MODEL, saved_fields(config) | {"causal": causal})
+    write_text(folder / "README.md", _readme(base, stage.keep_layers, causal=causal))
 
 
-def _readme(base: str, keep_layers: str) -> str:
+def _readme(base: str, keep_layers: str, *, causal: bool) -> str:
     """Return a page that says what the adapter is of, and how it is loaded."""
     model = "pruned" if keep_layers else base
     prune = f"""
@@ -78,6 +79,7 @@ It belongs on layers {keep_layers} of that model, counted as by:
 python -m puma_jax.prune --model {base} --keep-layers {keep_layers} --out pruned
 ```
 """
+    both_ways = "base.config.get_text_config().is_causal = False  # as it was trained\n"
     return f"""# Adapter
 
 An adapter (LoRA) in the format of PEFT that puma_jax trained on {base}.
@@ -95,6 +97,6 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 base = AutoModelForImageTextToText.from_pretrained("{model}")
-model = PeftModel.from_pretrained(base, ".")
+{"" if causal else both_ways}model = PeftModel.from_pretrained(base, ".")
 ```
 """

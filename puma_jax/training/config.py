@@ -353,6 +353,9 @@ class TrainConfig:
     the defaults."""
     prompt: PromptConfig | None = None
     """Prompt around an item; None takes the one that comes with the model, likewise."""
+    causal: bool | None = None
+    """Whether a token attends only to those before it; None takes what the model does. False trains
+    a model whose tokens attend to their whole item, for `prompt.pooling` "mean"."""
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()
@@ -373,6 +376,11 @@ class TrainConfig:
                 name.lower() not in RESERVED,
                 f"stage {name} has the name of another part of a workdir: none may be called "
                 f"{', '.join(sorted(RESERVED))}",
+            )
+            require(
+                self.causal is not False or not self.stages[name].distill.on,
+                f"causal false in stage {name} with distillation: the teacher would attend to "
+                "later tokens, which it never learned; leave out one of the two",
             )
         folded = [name.lower() for name in self.stages]
         twice = [name for name in self.stages if folded.count(name.lower()) > 1]

@@ -328,9 +328,15 @@ def build_step(
 
 
 def with_inputs(model: ModelConfig, config: TrainConfig) -> ModelConfig:
-    """Return the config of a model with the limits and the prompt that a run sets, if it does."""
+    """Return the config of a model with the limits, prompt and attention that a run sets."""
+    decoder = model.decoder
+    if config.causal is not None:
+        decoder = dataclasses.replace(decoder, causal=config.causal)
     return dataclasses.replace(
-        model, images=config.images or model.images, prompt=config.prompt or model.prompt
+        model,
+        images=config.images or model.images,
+        prompt=config.prompt or model.prompt,
+        decoder=decoder,
     )
 
 

@@ -139,7 +139,7 @@ def stage_job(
             for field, value in settings.items()
             if field not in ("model", "adapter", "data_root")
         },
-        **{field: values[field] for field in ("seed", "images", "prompt", "compute")},
+        **{field: values[field] for field in ("seed", "images", "prompt", "causal", "compute")},
         "on_bad_record": config.data.on_bad_record,
         "base": model_digest(base),
         "adapter": None if adapter is None else model_digest(adapter),

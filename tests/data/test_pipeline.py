@@ -182,8 +182,9 @@ def test_a_batch_holds_the_items_that_were_planned(
     )
 
     def alone(text, image):
-        cut = patchify(open_image(root / image), config.vision, config.images) if image else ()
-        item = processor.item(text, *cut)
+        images = [open_image(root / image)] if image else []
+        cut = [patchify(one, config.vision, config.images) for one in images]
+        item = processor.item(text, cut)
         return tiny.expected(item)
 
     for number in (0, 5, 11, 15):

@@ -125,7 +125,7 @@ def test_visual_tokens_are_told_by_who_put_them_there(tiny):
     backend = Tokenizer.from_str(json.dumps(backend))
     processor = Processor(PreTrainedTokenizerFast(tokenizer_object=backend), tiny.config)
     patches, grid = np.zeros((24, 588), np.uint8), (4, 6)
-    item = processor.item("An <|image_pad|>.", patches, grid)
+    item = processor.item("An <|image_pad|>.", [(patches, grid)])
     assert (item.tokens == tiny.config.image_token_id).sum() == 7
     assert item.image_token_mask.sum() == 6
     first = len(processor.template.start) + 1
@@ -229,8 +229,9 @@ def processor_of(tiny, template):
 def test_what_is_embedded_is_what_was_trained(processor, instruction, image, text):
     if text is None and not image:
         return
-    patches = np.zeros((24, 588), np.uint8) if image else None
-    embedded = processor.item(query_text(instruction, text), patches, (4, 6) if image else (0, 0))
+    patches = np.zeros((24, 588), np.uint8)
+    images = [(patches, (4, 6))] if image else []
+    embedded = processor.item(query_text(instruction, text), images)
     template, one = processor.template, lambda value: np.array([value])
     if instruction:
         line = processor.tokenize_instruction(instruction)
@@ -242,7 +243,7 @@ def test_what_is_embedded_is_what_was_trained(processor, instruction, image, tex
         assert template.joined_lengths(*lengths, one(image)) == len(tokens)
     else:
         tokens = processor.tokenize_text(query_text(None, text), image=image).tokens
-    trained = template.assemble(tokens, patches, (4, 6) if image else (0, 0))
+    trained = template.assemble(tokens, images)
     np.testing.assert_array_equal(embedded.tokens, trained.tokens)
     np.testing.assert_array_equal(embedded.image_token_mask, trained.image_token_mask)
     length = template.item_lengths(one(len(tokens)), one(24 if image else 0))
@@ -258,7 +259,7 @@ def test_a_bare_item_is_its_image_its_lines_and_ret(tiny):
         ("A cat.", "A cat.\n"),
         ("Find it.\na cat.", "Find it.\na cat.\n"),
     ):
-        item = processor.item(text, patches, grid)
+        item = processor.item(text, [(patches, grid)])
         assert processor.tokenizer.decode(item.tokens) == f"{placeholders}{read}[RET]"
         if text:
             assert processor.tokenizer.decode(processor.item(text).tokens) == f"{read}[RET]"
@@ -287,7 +288,7 @@ def test_positions_are_a_plain_count_on_request(tiny):
     prompt = dataclasses.replace(tiny.config.prompt, positions="1d")
     processor = Processor(byte_tokenizer(), dataclasses.replace(tiny.config, prompt=prompt))
     patches, grid = np.zeros((24, 588), np.uint8), (4, 6)
-    item = processor.item("A.", patches, grid)
+    item = processor.item("A.", [(patches, grid)])
     np.testing.assert_array_equal(item.positions, np.arange(len(item.tokens))[:, None].repeat(3, 1))
 
 

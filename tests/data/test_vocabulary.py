@@ -154,7 +154,7 @@ def test_an_instruction_and_a_text_tokenized_apart_are_the_whole(processor, text
 
 def test_an_item_of_an_image_and_a_text(processor):
     patches = np.zeros((24, 588), np.uint8)
-    item = processor.item("A <|image_pad|>.", patches, (4, 6))
+    item = processor.item("A <|image_pad|>.", [(patches, (4, 6))])
     placeholders = "<|vision_start|>" + "<|image_pad|>" * 6 + "<|vision_end|>"
     assert processor.tokenizer.decode(item.tokens) == f"{placeholders}A <|image_pad|>.\n[RET]"
     assert item.image_token_mask.sum() == 6

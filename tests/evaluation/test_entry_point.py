@@ -6,10 +6,12 @@ import os
 
 import pytest
 
+from puma_jax import Embedder
 from puma_jax import evaluate as entry_point
 from puma_jax.errors import ArtifactError, ConfigError, DataError
 from puma_jax.evaluation.report import Evaluation
 from tests.evaluation.small import document, write_set
+from tests.reference import save_adapter
 
 
 @pytest.fixture
@@ -111,3 +113,18 @@ def test_smaller_vectors_are_printed_and_written(tiny, root, tmp_path, capsys):
     assert written["sizes"][0]["evaluation"]["mean"] == whole["mean"]
     with pytest.raises(ConfigError, match="rescore_multiplier is 0"):
         entry_point.main(str(tiny.folder), root, tmp_path / "other", rescore_multiplier=0)
+
+
+def test_a_model_with_an_adapter_is_evaluated_as_the_merged_model(tiny, root, tmp_path):
+    adapter, merged = save_adapter(tiny, tmp_path / "adapter"), tmp_path / "merged"
+    Embedder.load(tiny.folder, dtype="float32", adapter=adapter).save(merged)
+    folders = {"with": (str(tiny.folder), str(adapter)), "without": (str(merged), None)}
+    for name, (model, of) in folders.items():
+        entry_point.main(model, root, tmp_path / name, dtype="float32", adapter=of)
+    run, expected = (
+        [path.read_text() for path in sorted((tmp_path / name / "runs").rglob("*.*"))]
+        for name in folders
+    )
+    assert run == expected != []
+    written = json.loads((tmp_path / "with/results.json").read_text())
+    assert written["model"] == f"{tiny.folder} with {adapter}"

@@ -150,9 +150,9 @@ def test_items_are_read_as_the_embedder_reads_them(written, instruction):
     small = loader.Embedder(folder)
     template = Processor(embedder.tokenizer, embedder.config).template
     for number, item in enumerate(items):
-        read = small._preprocess(number, item, instruction)
+        *read, counts = small._preprocess(number, item, instruction)
         arrays = (jax.numpy.asarray(small._padded([array])) for array in read)
-        rows = stablehlo.one_item_rows(template, *arrays)
+        rows = stablehlo.one_item_rows(template, *arrays, jax.numpy.asarray(counts[None]))
         row = SimpleNamespace(**{name: np.asarray(value[0]) for name, value in vars(rows).items()})
         expected = embedder.preprocess(item, instruction)
         there, seen = row.segment_ids == 1, row.patch_segment_ids == 1
@@ -179,6 +179,7 @@ def test_items_are_read_as_the_embedder_reads_them(written, instruction):
         ({"text": "ä\ud800"}, r"item 1: '\\ud800' in its text is half a character: remove it"),
         ({"text": ' "" ', "image": None}, "item 1 has neither text nor image"),
         ({"text": "x" * 460}, r"item 1: text of 46\d tokens, over 450: shorten it"),
+        ({"image": ["a.png", "b.png"]}, "item 1 has 2 images, expected 1 at most"),
         ({"image": random_image(402, 2)}, r"item 1: image \(2, 402\) is over 200 : 1, crop it"),
     ],
 )
@@ -235,8 +236,12 @@ def test_few_sizes_are_compiled_and_the_largest_is_not_padded(written):
 def test_one_function_serves_three_platforms_and_all_sizes(written):
     exported = jax.export.deserialize((written[1] / "embed.jax").read_bytes())
     assert exported.platforms == ("cpu", "cuda", "tpu")
-    tokens, blocks, sizes = exported.in_avals[-3:]
-    assert [str(aval) for aval in (tokens, sizes)] == ["int32[batch,words]", "int32[batch,3]"]
+    instructions, tokens, blocks, sizes = exported.in_avals[-4:]
+    assert [str(aval) for aval in (instructions, tokens, sizes)] == [
+        "int32[batch,asked]",
+        "int32[batch,words]",
+        "int32[batch,4]",
+    ]
     assert str(blocks) == "uint8[batch,visual,28,28,3]"
     assert str(exported.out_avals[0]) == "float32[batch,64]"
 

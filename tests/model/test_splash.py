@@ -42,10 +42,10 @@ def outputs_and_gradients(arrays, segments, causal, implementation):
     return jax.device_get(both(*arrays, segments))
 
 
-# As in the decoder, as in the vision tower, and a length that one block does not cover.
+# As in the decoder, as in one that attends both ways, and a length that one block does not cover.
 @pytest.mark.parametrize(
     ("length", "heads", "kv_heads", "dim", "causal"),
-    [(256, 4, 2, 128, True), (128, 2, 2, 80, False), (1024, 2, 1, 16, True)],
+    [(256, 4, 2, 128, True), (128, 4, 2, 80, False), (1024, 2, 1, 16, True)],
 )
 def test_splash_is_attention_and_so_are_its_gradients(length, heads, kv_heads, dim, causal):
     arrays, segments = inputs(2, length, heads, kv_heads, dim)

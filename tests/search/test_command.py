@@ -8,26 +8,20 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from puma_jax import Embedder
 from puma_jax import embed as embed_command
-from puma_jax.config import LoraConfig
 from puma_jax.errors import SearchError
-from puma_jax.model.lora import add_lora, is_lora
-from puma_jax.model.tree import partition
 from puma_jax.search import __main__ as command
 from puma_jax.search.corpus import open_corpus
 from puma_jax.search.embedding import embed
 from puma_jax.search.index import Document, Hit
 from puma_jax.search.model_source import ModelSource
 from puma_jax.search.page import results_page
-from puma_jax.training.adapter import write_adapter
-from puma_jax.training.config import StageConfig
-from tests.reference import random_image
+from tests.reference import random_image, save_adapter
 
 # It sets up logging when it is imported, which closes handlers: not while output is captured.
 pytest.importorskip("pymilvus", reason="pip install -e '.[search]'")
@@ -136,10 +130,7 @@ def test_another_model_is_refused(vectors, tiny, tmp_path):
 
 
 def test_an_index_remembers_the_adapter_of_its_model(shop, tiny, tmp_path, capsys):
-    adapter = tmp_path / "adapter"
-    params = add_lora(tiny.params, LoraConfig(rank=2), jax.random.key(0))
-    leaves = {name: leaf + 0.05 for name, leaf in partition(params, is_lora)[0].items()}
-    write_adapter(adapter, tiny.config, leaves, StageConfig(steps=1, lora=LoraConfig(rank=2)), "b")
+    adapter = save_adapter(tiny, tmp_path / "adapter")
     model = str(tiny.folder)
     embed_command.main(
         model, shop / "items.jsonl", tmp_path / "v", dtype="float32", adapter=str(adapter)

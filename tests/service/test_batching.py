@@ -83,11 +83,14 @@ def test_every_item_fits_into_a_shape_that_is_compiled(embedder, tokens):
     shapes = serving_shapes(embedder, tokens)
     assert len(shapes) <= 24
     for image in (False, True):
-        length, patches = embedder.largest_item(image=image)
+        length, patches = embedder.largest_item(images=int(image))
         assert any(
             shape.length >= length and bool(shape.patch_rows) == image
             and shape.patch_length >= patches for shape in shapes
         )  # fmt: skip
+    twice = embedder.largest_item(images=2)
+    most = max(serving_shapes(embedder, tokens, 2), key=lambda shape: shape.patch_length)
+    assert (most.length >= twice[0], most.patch_length >= twice[1]) == (True, True)
     long, thin = {"text": "word " * 500}, np.zeros((20, 4000, 3), np.uint8)
     for item in (long, {"image": thin}, {**long, "image": thin}):
         with pytest.warns() if "text" in item else contextlib.nullcontext():

@@ -39,12 +39,18 @@ def test_texts_images_and_both_are_those_of_encode(client, embedder):
     answer = client.embed(
         model="tiny",
         input_type="search_document",
-        inputs=[{"content": parts}, {"content": parts[:1]}, {"content": parts[1:]}],
+        inputs=[
+            {"content": parts},
+            {"content": parts[:1]},
+            {"content": parts[1:]},
+            {"content": [*parts, {"type": "image_url", "image_url": {"url": images[1]}}]},
+        ],
     )
     items = [{"image": red, "text": "in blue"}, "in blue", {"image": red}]
+    items.append({"image": [red, blue], "text": "in blue"})
     close(answer.embeddings.float_, embedder.encode(items, progress=False))
     assert answer.meta.api_version.version == "2"
-    assert answer.meta.billed_units.images == 2
+    assert answer.meta.billed_units.images == 4
 
 
 def test_queries_have_the_instruction_of_the_service(client, embedder):

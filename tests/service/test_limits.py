@@ -14,10 +14,12 @@ import time
 import httpx
 import pytest
 
+from puma_jax import Embedder
 from puma_jax.errors import ConfigError, SearchError
 from puma_jax.search.open import open_index
 from puma_jax.serve import bound_socket, main, read_key
 from puma_jax.service.settings import ServiceConfig
+from tests.reference import save_adapter
 from tests.service.serving import data_url, picture, serving, small_embedder
 
 
@@ -227,6 +229,16 @@ def test_vectors_of_another_model_are_not_served(vectors, tiny, tmp_path):
     small_embedder(tiny.folder).keep_layers(2).save(tmp_path / "cut")
     with pytest.raises(SearchError, match="the index was made by another model"):
         main(model=str(tmp_path / "cut"), uri=str(vectors), service=ServiceConfig(port=0))
+
+
+def test_a_model_with_an_adapter_is_served_as_the_merged_model(tiny, tmp_path, monkeypatch):
+    adapter, served = save_adapter(tiny, tmp_path / "adapter"), []
+    monkeypatch.setattr("puma_jax.service.server.serve", lambda *given: served.append(given[0]))
+    settings = ServiceConfig(port=0)
+    main(model=str(tiny.folder), adapter=str(adapter), dtype="float32", service=settings)
+    merged = Embedder.load(tiny.folder, dtype="float32", adapter=adapter)
+    assert served[0].embedder.fingerprint == merged.fingerprint
+    served[0].close()
 
 
 def test_without_an_index_a_model_must_be_given():

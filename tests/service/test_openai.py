@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 
 import httpx
 import numpy as np
@@ -61,6 +62,15 @@ def test_an_image_comes_in_the_messages_of_a_chat(live, embedder):
         answer = live.post("/v1/embeddings", {"model": "tiny", **body}).json()
         found = np.array([answer["data"][0]["embedding"]])
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def test_more_images_than_fit_are_refused_with_what_to_do(live):
+    part = {"type": "image_url", "image_url": {"url": data_url(picture("red"))}}
+    message = {"role": "user", "content": [part] * 40}
+    answer = live.post("/v1/embeddings", {"messages": [message]})
+    assert answer.status_code == 400
+    said = r"^the images of an item have [0-9]+ visual tokens, more than the [0-9]+ .* larger --ser"
+    assert re.match(said, answer.json()["error"]["message"])
 
 
 def test_models_are_listed(client):

@@ -1,10 +1,13 @@
 """The configs that come with the project say what the paper says, and run."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from puma_jax.config import ImageConfig
+from puma_jax.errors import ConfigError
+from puma_jax.model import encoder
 from puma_jax.model.hf import open_checkpoint
 from puma_jax.train import load_config
 from puma_jax.training.checks import base_configs
@@ -56,6 +59,22 @@ def test_an_embedder_is_pruned_with_its_own_prompt_by_the_whole_of_it_on_the_ben
     assert (config.prompt, config.images, distil.data_root) == (None, None, None)
     assert (distil.keep_layers, distil.plan.instructions) == ("12", True)
     assert distil.distill.on
+    mined = load_config(CONFIGS / "puma_qwen3vl_embedding_2b.py")(mined=Path("mined"))
+    assert [*mined.stages] == ["distil", "mac", "hard"]
+    hard = mined.stages["hard"]
+    assert (hard.data_root, hard.plan.hard_negatives, hard.model) == (Path("mined"), 4, None)
+    assert (hard.loss, hard.keep_layers, hard.distill.on) == (mined.stages["mac"].loss, "", False)
+
+
+def test_a_run_may_train_attention_both_ways_without_a_teacher(tiny, tmp_path):
+    config = load_config(CONFIGS / "puma.py")(str(tiny.folder))
+    with pytest.raises(ConfigError, match="causal false in stage distil with distillation: the te"):
+        dataclasses.replace(config, causal=False)
+    stages = {"mac": dataclasses.replace(config.stages["mac"], model=str(tiny.folder))}
+    alone = dataclasses.replace(config, causal=False, stages=stages)
+    base = base_configs(alone, tmp_path)["mac"]
+    assert (base.decoder.causal, tiny.config.decoder.causal) == (False, True)
+    assert not encoder.abstract(base).decoder.layers.attention.causal
 
 
 def test_the_curriculum_goes_from_texts_to_mined_negatives(tmp_path, tiny):
@@ -95,9 +114,11 @@ def test_the_recipe_of_an_embedder_runs_on_a_small_model(deepstack, tmp_path):
     model = tmp_path / "Qwen3-VL-Embedding-tiny"  # by this name it is recognized
     model.symlink_to(deepstack.folder)
     root, flags = small(tmp_path, model)
-    flags += ["--keep-layers", "3"]
+    flags += ["--keep-layers", "3", "--mined", str(root), "--stages.mac.steps", "0"]
+    flags += ["--stages.hard.epochs", "0", "--stages.hard.steps", "2"]
+    flags += ["--stages.hard.grad-cache-chunks", "2", "--stages.hard.lora.rank", "4"]
     recipe = CONFIGS / "puma_qwen3vl_embedding_2b.py"
     done = run(tmp_path / "run", root, *flags, config=recipe)
     assert done.returncode == 0, done.stderr
-    config = open_checkpoint(tmp_path / "run/mac").config
+    config = open_checkpoint(tmp_path / "run/hard").config
     assert (config.kept_layers, config.prompt.pooling) == ((0, 1, 2), "last")

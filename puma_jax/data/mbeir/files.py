@@ -234,6 +234,11 @@ def _text_or_none(row: dict[str, Any], name: str) -> str | None:
 
 def _content(row: dict[str, Any], name: str) -> str | None:
     """Return a text or path, None if it is null, absent or blank."""
+    if isinstance(row.get(name), list):
+        raise DataError(
+            f"{name} {shown(row[name])} is a list, expected one path: items of several images are "
+            "read from JSON lines with id, text and image, to embed and to search"
+        )
     text = _text_or_none(row, name)
     return text if text and not text.isspace() else None
 

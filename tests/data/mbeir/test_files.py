@@ -189,6 +189,7 @@ ONE_OF = "one of image, text, image,text"
             {"query_txt": "a\udc80", "query_modality": "image,text"},
             'query_txt "a\\udc80" holds half of a surrogate pair',
         ),
+        ({"query_img_path": ["a", "b"]}, 'query_img_path ["a", "b"] is a list, expected one path'),
         ({"query_img_path": "/a.jpg"}, 'query_img_path "/a.jpg" is not a path below the root'),
         (
             {"query_img_path": "a/../../b"},
