@@ -32,7 +32,7 @@ def commands(page):
     return [(module, shlex.split(given)) for module, given in found if "..." not in given]
 
 
-SCRIPTS = "\n".join(path.read_text("utf-8") for path in sorted(ROOT.glob("benchmarks/*.py")))
+SCRIPTS = "\n".join(path.read_text("utf-8") for path in sorted(ROOT.glob("benchmarks/**/*.py")))
 
 CALLS = {
     f"{name_of(page)}: {module} {' '.join(given)}": (module, given)
@@ -115,7 +115,7 @@ def test_flags_within_sentences_exist(page, nothing_runs):
 def test_flags_of_scripts_exist(page, nothing_runs):
     code = "\n".join(blocks(page, "sh")).replace("\\\n", " ")
     code += "\n".join(" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(page)))
-    for script, given in re.findall(r"python ((?:benchmarks|launch)/\w+\.py)([^\n#;&|]*)", code):
+    for script, given in re.findall(r"python ((?:benchmarks|launch)/[\w/]+\.py)([^\n#;&|]*)", code):
         source = (ROOT / script).read_text("utf-8")
         for flag in re.findall(r"--[\w.-]+", given):
             name = flag.removeprefix("--").replace("-", "_")

@@ -1,0 +1,234 @@
+"""What the experiments compare: a start, arms that all continue from it, and questions.
+
+An arm is one stage of a training run (`StageConfig`). All arms of an experiment start from the same
+model and read the same data in the same order, for each seed; they differ in what their names say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from puma_jax.config import ComputeConfig, ImageConfig, PlanConfig, PromptConfig
+from puma_jax.training.config import (
+    CheckpointConfig,
+    DataConfig,
+    DistillConfig,
+    EvaluationConfig,
+    LossConfig,
+    OptimizerConfig,
+    ScratchConfig,
+    StageConfig,
+    TrainConfig,
+)
+
+SCRATCH = ScratchConfig(
+    vocab_size=4096,
+    width=128,
+    layers=4,
+    heads=4,
+    kv_heads=2,
+    mlp_width=384,
+    vision_width=64,
+    vision_layers=2,
+    vision_heads=2,
+)
+BASE_STEPS = 1000
+"""Steps of the base model, after which its hit rate rises slowly."""
+STEPS = 60
+"""Steps of an arm, unless its name says otherwise."""
+START = "whole"
+"""The stage that all experiments have in common."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to continue from the start of an experiment."""
+
+    name: str
+    label: str
+    """What tables call it."""
+    stage: StageConfig
+    every_seed: bool = True
+    """Whether it runs with every seed, or with the first one alone."""
+    family: str = ""
+    """Arms of one family differ in a setting that is tuned: the one that is best on the validation
+    split at the first seed represents the family, and runs with every seed. Empty is no family."""
+    random_layers: bool = False
+    """Whether the layers that it keeps lose what they learned: they are drawn at random again."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A comparison of two arms, or of the best arms of two families."""
+
+    arm: str
+    other: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Arms from one start, and the questions that they answer."""
+
+    title: str
+    start: dict[str, StageConfig]
+    """Stages that lead to the model that all arms start from."""
+    arms: tuple[Arm, ...]
+    questions: tuple[Question, ...]
+
+
+def train_config(
+    root: Path,
+    stages: dict[str, StageConfig],
+    seed: int,
+    *,
+    scratch: bool = False,
+    built: Path | None = None,
+) -> TrainConfig:
+    """Return the config of a run.
+
+    Args:
+        root: Benchmark in M-BEIR layout.
+        stages: Stages of the run.
+        seed: Seed of the run.
+        scratch: Whether the first stage starts from random weights; otherwise it names a model,
+            whose prompt and image sizes all stages take over.
+        built: Training data that another run built; None builds them.
+    """
+    steps = max(one.steps or 0 for one in stages.values())
+    return TrainConfig(
+        data=DataConfig(root=root, built=built),
+        stages=stages,
+        seed=seed,
+        scratch=SCRATCH if scratch else None,
+        images=ImageConfig(min_pixels=56 * 56, max_pixels=56 * 56) if scratch else None,
+        prompt=PromptConfig(template="bare", max_text_tokens=64) if scratch else None,
+        compute=ComputeConfig(dtype="float32"),
+        # Evaluated on validation queries at the end, which tunes, and half-way.
+        evaluation=EvaluationConfig(
+            every_steps=max(1, steps // 2), max_queries=100, max_candidates=200
+        ),
+        checkpoint=CheckpointConfig(every_steps=50),
+    )
+
+
+def stage(
+    steps: int = STEPS,
+    layers: str = "",
+    *,
+    loss: LossConfig | None = None,
+    distill: DistillConfig | None = None,
+    rate: float = 1e-3,
+    chunks: int = 1,
+) -> StageConfig:
+    """Return a stage that trains the whole model."""
+    return StageConfig(
+        steps=steps,
+        keep_layers=layers,
+        plan=PlanConfig(batch_size=128),
+        grad_cache_chunks=chunks,
+        loss=loss or LossConfig(kind="info_nce", temperature=0.05),
+        distill=distill or DistillConfig(),
+        trainable="full",
+        train_vision=True,
+        optimizer=OptimizerConfig(learning_rate=rate, warmup_ratio=0.1),
+    )
+
+
+# The states of a model this small are of order 1, so their errors count in full.
+DISTILL = DistillConfig(weight=(0.5, 0.1), scale=1.0)
+
+PRUNING = Experiment(
+    title="What pruning costs and what distillation gives back",
+    start={START: stage(BASE_STEPS, rate=2e-3)},
+    arms=(
+        Arm("full", "4 layers", stage()),
+        Arm("keep-2", "2 layers", stage(layers="2")),
+        Arm("keep-2-distilled", "2 layers, distilled", stage(layers="2", distill=DISTILL)),
+        Arm("keep-1", "1 layer", stage(layers="1")),
+        Arm("keep-2-noise", "2 layers, other rounding", stage(layers="2", chunks=2)),
+        Arm("keep-2-longer", "2 layers, equal cost", stage(109, "2")),
+        Arm("keep-2-random", "2 random layers", stage(layers="2"), random_layers=True),
+        Arm("keep-1-distilled", "1 layer, distilled", stage(layers="1", distill=DISTILL)),
+        Arm("keep-3", "3 layers", stage(layers="3")),
+        Arm(
+            "keep-2-distilled-paper",
+            "2 layers, distilled as in the paper",
+            stage(layers="2", distill=DistillConfig(weight=(0.1, 0.1), scale=0.05)),
+            every_seed=False,
+        ),
+        Arm(
+            "keep-2-distilled-more",
+            "2 layers, distilled more",
+            stage(layers="2", distill=DistillConfig(weight=(0.9, 0.5), scale=1.0)),
+            every_seed=False,
+        ),
+        Arm("keep-2-last", "layers 1 and 4", stage(layers="0,3"), every_seed=False),
+        Arm("keep-2-spaced", "layers 1 and 3", stage(layers="0,2"), every_seed=False),
+    ),
+    questions=(
+        Question("keep-3", "full", "What does pruning to 3 of 4 layers cost?"),
+        Question("keep-2", "full", "What does pruning to half of the layers cost?"),
+        Question("keep-1", "full", "What does pruning to a quarter of the layers cost?"),
+        Question("keep-2-longer", "full", "And if it trains for as much computation?"),
+        Question("keep-2-distilled", "keep-2", "What does distillation give back, 2 layers?"),
+        Question("keep-1-distilled", "keep-1", "What does distillation give back, 1 layer?"),
+        Question("keep-2-distilled-more", "keep-2", "With more weight?"),
+        Question("keep-2-distilled-paper", "keep-2", "With the paper's weight and scale?"),
+        Question("keep-2-random", "keep-2", "What are the layers' trained weights worth?"),
+        Question("keep-2-last", "keep-2", "The first and the last layer, or the first two?"),
+        Question("keep-2-spaced", "keep-2", "Layers evenly spaced, or the first two?"),
+        Question("keep-2-noise", "keep-2", "How far does rounding alone move a result?"),
+    ),
+)
+TEMPERATURES = (0.03, 0.05, 0.08)
+LOSSES = {
+    "info-nce": ("InfoNCE", LossConfig(kind="info_nce")),
+    "mac": ("MAC-Loss, the paper's form", LossConfig(kind="mac")),
+    "mac-relative": ("MAC-Loss, relative", LossConfig(kind="mac", relative=True)),
+    "mamcl": ("MAMCL", LossConfig(kind="mamcl")),
+    "masked": ("InfoNCE, same document masked", LossConfig(mask_same_document=True)),
+}
+
+
+def _loss_arms() -> tuple[Arm, ...]:
+    """Return an arm for every loss and temperature, and those without a temperature to tune."""
+    tuned = [
+        Arm(
+            f"{name}-{temperature}",
+            f"{label}, τ {temperature}",
+            stage(loss=dataclasses.replace(loss, temperature=temperature)),
+            family=name,
+        )
+        for name, (label, loss) in LOSSES.items()
+        for temperature in TEMPERATURES
+    ]
+    learned = LossConfig(kind="info_nce", temperature=0.05, learn_temperature=True)
+    noise = LossConfig(kind="info_nce", temperature=0.05)
+    return (
+        *tuned,
+        Arm("learned", "InfoNCE, learned τ", stage(loss=learned)),
+        Arm("noise", "InfoNCE, τ 0.05, other rounding", stage(loss=noise, chunks=2)),
+    )
+
+
+COMPARED = Experiment(
+    title="Contrastive losses from one distilled model",
+    start={
+        START: PRUNING.start[START],
+        "distilled": stage(layers="2", distill=DISTILL),
+    },
+    arms=_loss_arms(),
+    questions=(
+        *(
+            Question(name, "info-nce", f"{LOSSES[name][0]}, or InfoNCE?")
+            for name in LOSSES
+            if name != "info-nce"
+        ),
+        Question("learned", "info-nce", "A learned temperature, or a tuned one?"),
+        Question("noise", "info-nce-0.05", "How far does rounding alone move a result?"),
+    ),
+)
+EXPERIMENTS = {"pruning": PRUNING, "losses": COMPARED}

@@ -1,0 +1,273 @@
+"""Run an experiment: arms × seeds from one start, all else equal.
+
+    python benchmarks/experiments/run.py pruning --seeds 0 1 2 --data.root runs/openmoji \
+        --out runs/experiments
+
+Every arm is a run of `puma_jax.training` in a process of its own, so that its peak memory is its
+own. Finished arms are read, not run again; rerun the same command to resume after a kill. The first
+seed runs all arms, further seeds those that are marked for them and the best of each family.
+`report.py` makes the tables, and `docs/plots.py` the plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from arms import EXPERIMENTS, START, Arm, Experiment, train_config
+from cost import forward_flops, training_flops
+from paired import read_ranks
+
+from puma_jax import Embedder, compilation_cache
+from puma_jax.artifacts import write_json
+from puma_jax.data.plan import Plan
+from puma_jax.data.prompts import Processor
+from puma_jax.data.store import Store
+from puma_jax.data.tokenizer import load_tokenizer
+from puma_jax.files import read_json
+from puma_jax.model import encoder, hf
+from puma_jax.training.config import TrainConfig
+from puma_jax.training.loop import Preempted
+from puma_jax.training.run import run
+from puma_jax.training.workdir import claim_run, finished_model
+
+ARM = "arm"
+"""Name of the only stage of an arm's run."""
+FOUND = "found.json"
+RANKS = "ranks.npz"
+_LOOKED_AT = 8
+"""Steps whose items are counted for the cost of a step."""
+
+Train = Callable[[TrainConfig, Path, "Path | None"], None]
+"""Runs a config in a workdir, reusing another one, and leaves what `measure` writes."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("experiment", choices=sorted(EXPERIMENTS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument(
+        "--data.root", dest="root", type=Path, required=True, help="benchmark in M-BEIR layout"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
+    given = parser.parse_args()
+    run_experiment(given.experiment, given.root, given.out, given.seeds, in_process)
+
+
+def run_experiment(
+    name: str,
+    root: Path,
+    out: Path,
+    seeds: Sequence[int],
+    train: Train,
+    experiments: Mapping[str, Experiment] = EXPERIMENTS,
+) -> dict[str, Any]:
+    """Run what is not finished of an experiment; return the content of its results.json.
+
+    Args:
+        name: Name of the experiment.
+        root: Benchmark in M-BEIR layout.
+        out: Folder of all experiments; they share the first stage.
+        seeds: Seeds of the arms, the first of which tunes.
+        train: Runs one config.
+        experiments: All experiments.
+    """
+    experiment = experiments[name]
+    start, built = _start(name, experiment, root, out, train)
+    results: dict[str, Any] = {
+        "experiment": name,
+        "seeds": list(seeds),
+        "start": read_json(start.parent / FOUND),
+        "arms": {},
+    }
+    for seed in seeds:
+        arms = experiment.arms
+        if seed != seeds[0]:
+            best = representatives(arms, results["arms"], seeds[0]).values()
+            arms = tuple(arm for arm in arms if arm.every_seed and arm in best)
+        for arm in arms:
+            folder = out / name / f"seed-{seed}" / arm.name
+            model = _with_random_layers(start, out / name, seed) if arm.random_layers else start
+            stage = dataclasses.replace(arm.stage, model=str(model.absolute()))
+            config = train_config(root, {ARM: stage}, seed, built=built)
+            found = _finished(config, folder, None, train)
+            results["arms"].setdefault(arm.name, {})[str(seed)] = found
+            write_json(out / name / "results.json", results)
+            print(f"{name}, seed {seed}, {arm.label}: {_summary(found)}", flush=True)
+    return results
+
+
+def representatives(
+    arms: Sequence[Arm], found: Mapping[str, Any], first_seed: int
+) -> dict[str, Arm]:
+    """Return the arm of each family that is best on the validation split at the first seed.
+
+    An arm without a family represents itself, by its name. Arms that are not finished are left out.
+    """
+    best: dict[str, Arm] = {}
+    for arm in arms:
+        if str(first_seed) not in found.get(arm.name, {}):
+            continue
+        family = arm.family or arm.name
+        if family not in best or _validation(found, arm, first_seed) > _validation(
+            found, best[family], first_seed
+        ):
+            best[family] = arm
+    return best
+
+
+def _validation(found: Mapping[str, Any], arm: Arm, seed: int) -> float:
+    """Return the mean of local and global hit rates that training measured last."""
+    return float(np.mean(found[arm.name][str(seed)]["curve"][-1][1:]))
+
+
+def _start(
+    name: str, experiment: Experiment, root: Path, out: Path, train: Train
+) -> tuple[Path, Path]:
+    """Return the model that arms start from and the built data; train and build them if missing."""
+    first = {START: experiment.start[START]}
+    folder = out / START
+    _finished(train_config(root, first, seed=0, scratch=True), folder, None, train)
+    built = next((folder / "data").iterdir())
+    if len(experiment.start) > 1:
+        config = train_config(root, experiment.start, seed=0, scratch=True, built=built)
+        _finished(config, out / name / "start", folder, train)
+        folder = out / name / "start"
+    return folder / list(experiment.start)[-1], built
+
+
+def _finished(
+    config: TrainConfig, folder: Path, reuse: Path | None, train: Train
+) -> dict[str, Any]:
+    """Return what a run found; run it first if it is not finished.
+
+    Raises:
+        ArtifactError: The folder holds a run with other settings.
+    """
+    if (folder / FOUND).exists():
+        claim_run(folder, config)
+    else:
+        train(config, folder, reuse)
+    return read_json(folder / FOUND)
+
+
+def in_process(config: TrainConfig, workdir: Path, reuse: Path | None) -> None:
+    """Run a config in a new process, whose peak memory is that of this run alone."""
+    process = multiprocessing.get_context("spawn").Process(
+        target=measure, args=(config, workdir, reuse)
+    )
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"{workdir} is not finished: rerun the same command to resume")
+
+
+def measure(config: TrainConfig, workdir: Path, reuse: Path | None) -> None:
+    """Run a config; write what it found and what it cost into its workdir."""
+    compilation_cache.enable()
+    try:
+        results = run(config, workdir, reuse)
+    except Preempted:
+        sys.exit(1)
+    name = list(config.stages)[-1]
+    result = results["stages"][name]
+    ranks = read_ranks(
+        workdir / "results" / name,
+        config.data.root / "qrels" / config.evaluation.final_split,
+        config.evaluation.final_split,
+    )
+    np.savez_compressed(workdir / RANKS, **ranks)
+    evaluation = result["evaluation"]
+    found = {
+        "versions": results["versions"],
+        "device": results["device"],
+        "model": finished_model(workdir, name),
+        "settings": results["config"]["stages"][name],
+        "layers": result["layers"],
+        "parameters": result["parameters"],
+        "steps": config.stages[name].steps,
+        "mean": evaluation["mean"],
+        "wrong_modality": float(
+            np.mean([of_set["wrong_modality"]["1"] for of_set in evaluation["sets"]])
+        ),
+        **_cost(config, workdir, name),
+        **_curves(workdir / "metrics.jsonl", name),
+    }
+    write_json(workdir / FOUND, found)
+
+
+def _cost(config: TrainConfig, workdir: Path, name: str) -> dict[str, float]:
+    """Return the operations of training and of embedding an item of the mean size."""
+    stage = config.stages[name]
+    model = hf.open_checkpoint(workdir / name).config
+    names = list(config.stages)
+    before = names[names.index(name) - 1] if name != names[0] else "base"
+    teacher = hf.open_checkpoint(stage.model or workdir / before).config
+    built = config.data.built or next((workdir / "data").iterdir())
+    store = Store.open(built)
+    processor = Processor(load_tokenizer(workdir / name), model)
+    plan = Plan(store.table, store.instructions, processor.template, stage.plan)
+    sizes = [plan.item_sizes(plan.pairs(step)) for step in range(_LOOKED_AT)]
+    tokens, patches = (np.concatenate(of_all) for of_all in zip(*sizes, strict=True))
+    ours = forward_flops(model, tokens, patches)
+    whole = forward_flops(teacher, tokens, patches)
+    steps = (stage.steps or 0) / _LOOKED_AT
+    return {
+        "training_flops": steps * training_flops(ours.sum(), whole.sum(), stage),
+        "embedding_flops": float(ours.mean()),
+        "tokens_per_item": float(tokens.mean()),
+    }
+
+
+def _curves(metrics: Path, name: str) -> dict[str, Any]:
+    """Return the curves of a stage, the median seconds of its steps, and its peak memory."""
+    lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        if line["stage"] == name:
+            by_step.setdefault(line["step"], {}).update(line)
+    steps = sorted(by_step.items())
+    trained = [line for _, line in steps if "loss" in line]
+    return {
+        "curve": [
+            [step, line["hit@k local"], line["hit@k global"]]
+            for step, line in steps
+            if "hit@k local" in line
+        ],
+        "loss": [[line["step"], line["contrastive"]] for line in trained],
+        "seconds_per_step": float(np.median([line["seconds"] for line in trained])),
+        "peak_memory": max(line["peak_memory"] for line in trained),
+    }
+
+
+def _with_random_layers(model: Path, out: Path, seed: int) -> Path:
+    """Return the folder of a model whose decoder layers are drawn at random again."""
+    folder = out / f"random-{seed}"
+    if not folder.exists():
+        embedder = Embedder.load(model, dtype=None)
+        fresh = encoder.init(embedder.config, jax.random.key(seed + 1))
+        embedder.params.decoder.layers = fresh.decoder.layers
+        embedder.save(folder)
+    return folder
+
+
+def _summary(found: Mapping[str, Any]) -> str:
+    """Return hit rates and costs in one line."""
+    mean = found["mean"]
+    return (
+        f"local {100 * mean['local']:.1f}, global {100 * mean['global']:.1f}, "
+        f"{found['training_flops'] / 1e12:.1f} TFLOP, {found['seconds_per_step']:.2f} s/step, "
+        f"{found['peak_memory'] / 2**30:.1f} GiB"
+    )
+
+
+if __name__ == "__main__":
+    main()

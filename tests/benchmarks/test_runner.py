@@ -1,0 +1,153 @@
+"""A runner reads what is finished, and further seeds run the best of each family."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from arms import EXPERIMENTS, Arm, Experiment, Question, stage
+from report import BEGIN, END, collect, with_tables
+from run import ARM, FOUND, RANKS, START, run_experiment
+
+from puma_jax import Embedder
+from puma_jax.artifacts import write_json
+from puma_jax.errors import ArtifactError
+from puma_jax.files import read_json
+from puma_jax.training.workdir import as_json
+
+SMALL = Experiment(
+    title="Three arms",
+    start={START: stage(3), "cut": stage(2, "2")},
+    arms=(
+        Arm("one", "one", stage(2, rate=0.1)),
+        Arm("low", "two, low", stage(2, rate=0.2), family="two"),
+        Arm("high", "two, high", stage(2, rate=0.3), family="two"),
+        Arm("lost", "lost", stage(2, rate=0.4), every_seed=False, random_layers=True),
+        Arm("one-noise", "one, rounded", stage(2, rate=0.1, chunks=2), every_seed=False),
+    ),
+    questions=(
+        Question("two", "one", "Two, or one?"),
+        Question("one-noise", "one", "Rounding?"),
+        Question("later", "one", "Not finished?"),
+    ),
+)
+
+
+class Trainer:
+    """Stands in for training: notes the runs, and writes files as `run.measure` does."""
+
+    def __init__(self, model: Path):
+        self.model = model
+        self.configs: dict = {}
+
+    def __call__(self, config, workdir, reuse):
+        self.configs[workdir.name if ARM in config.stages else "/".join(config.stages)] = config
+        *_, stage = config.stages.values()
+        rate = stage.optimizer.learning_rate
+        queries = np.arange(40)
+        # The higher the rate of learning, the more queries are answered.
+        hit = queries + 0.5 < 40 * (rate + 0.05 * config.seed)
+        if stage.grad_cache_chunks > 1:
+            hit[0] = False
+        workdir.mkdir(parents=True)
+        write_json(workdir / "config.json", as_json(config))
+        (workdir / "data/built").mkdir(parents=True)
+        (workdir / "stages").mkdir()
+        np.savez(
+            workdir / RANKS, **{f"set/{pool}": np.where(hit, 0, 9) for pool in ("local", "global")}
+        )
+        for name in config.stages:
+            if name != ARM:
+                shutil.copytree(self.model, workdir / name)
+        mean = {"local": float(hit.mean()), "global": float(hit.mean())}
+        costs = {
+            "layers": 2, "steps": 2, "training_flops": 1e12, "embedding_flops": 1e6,
+            "seconds_per_step": 1.0, "peak_memory": 2**30, "tokens_per_item": 9.0,
+        }  # fmt: skip
+        write_json(
+            workdir / FOUND,
+            {
+                "mean": mean, "wrong_modality": 0.0, "curve": [[1, 0, 0], [2, *mean.values()]],
+                "versions": {"jax": "1"}, "device": "1 × cpu", **costs,
+            },
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("experiments")
+    trainer = Trainer(tiny.folder)
+    results = run_experiment("small", out / "data", out, [3, 4], trainer, {"small": SMALL})
+    return out, trainer, results
+
+
+def test_further_seeds_run_what_is_marked_and_the_best_of_each_family(finished):
+    _, _, results = finished
+    ran = {name: list(by_seed) for name, by_seed in results["arms"].items()}
+    assert ran == {
+        "one": ["3", "4"], "low": ["3"], "high": ["3", "4"], "lost": ["3"], "one-noise": ["3"],
+    }  # fmt: skip
+
+
+def test_all_arms_continue_from_the_model_of_the_start(finished):
+    out, trainer, _ = finished
+    assert trainer.configs[START].scratch is not None
+    assert list(trainer.configs[f"{START}/cut"].stages) == [START, "cut"]
+    for name in ("one", "low", "high"):
+        config = trainer.configs[name]
+        assert config.stages[ARM].model == str(out / "small/start/cut")
+        assert config.data.built == out / START / "data/built"
+        assert config.scratch is None
+
+
+def test_random_layers_replace_the_decoders_layers_and_nothing_else(finished, tiny):
+    _, trainer, _ = finished
+    drawn = Embedder.load(trainer.configs["lost"].stages[ARM].model)
+    before = Embedder.load(tiny.folder)
+    for name, leaf in dataclasses.asdict(before.config.decoder).items():
+        assert getattr(drawn.config.decoder, name) == leaf
+    layers = drawn.params.decoder.layers.attention.query.kernel
+    assert not np.allclose(layers, before.params.decoder.layers.attention.query.kernel)
+    np.testing.assert_array_equal(
+        drawn.params.decoder.embedding.table, before.params.decoder.embedding.table
+    )
+
+
+def test_what_is_finished_is_read_and_not_run_again(finished, tiny):
+    out, _, results = finished
+    again = Trainer(tiny.folder)
+    found = run_experiment("small", out / "data", out, [3, 4], again, {"small": SMALL})
+    assert not again.configs
+    assert found == results == read_json(out / "small/results.json")
+
+
+def test_an_arm_whose_settings_changed_is_refused(finished):
+    out, trainer, _ = finished
+    other = dataclasses.replace(SMALL, arms=(Arm("one", "one", stage(2, rate=0.5)),))
+    with pytest.raises(ArtifactError, match="learning_rate"):
+        run_experiment("small", out / "data", out, [3], trainer, {"small": other})
+
+
+def test_tables_say_which_differences_are_more_than_chance_and_rounding(finished):
+    out, _, _ = finished
+    content = collect(out / "small", SMALL)
+    two, rounding = content["answers"]  # what is not finished is left out
+    assert (two["arm"], two["other"]) == ("high", "one")
+    assert two["local"]["mean"] == pytest.approx(0.2)
+    assert rounding["local"]["mean"] == pytest.approx(-1 / 40)
+    page = with_tables(f"# Title\n\nBefore.\n{BEGIN}\nearlier\n{END}\nAfter.\n", content)
+    assert page.startswith("# Title\n\nBefore.\n")
+    assert page.endswith(f"{END}\nAfter.\n")
+    assert "earlier" not in page
+    assert "**+20.0** (" in page
+    assert "moves the mean by 2.5 points in local pools, 2.5 points in global pools" in page
+
+
+def test_every_question_is_about_arms_of_its_experiment():
+    for experiment in EXPERIMENTS.values():
+        names = [arm.name for arm in experiment.arms]
+        assert len(set(names)) == len(names)
+        known = {*names, *(arm.family for arm in experiment.arms)}
+        for question in experiment.questions:
+            assert {question.arm, question.other} <= known
