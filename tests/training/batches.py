@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
-from puma_jax.data.packing import fill, place
+from puma_jax.axes import TILE
+from puma_jax.data.packing import fill, place_in
 from puma_jax.data.pipeline import Batch, HardNegatives
-from puma_jax.data.shapes import batch_shape
 from puma_jax.data.table import TeacherScores
+from puma_jax.rows import PackedShape
 from tests.reference import Pair, random_image
 
 
@@ -53,9 +56,7 @@ def batch_of(
     items = queries + candidates + hard
     lengths = np.array([len(item.tokens) for item in items])
     patches = np.array([len(item.patches) for item in items])
-    largest = int(lengths.max()), int(patches.max())
-    shape = batch_shape([(lengths, patches)], chunks, data_shards, largest)
-    packing = place(lengths, patches, shape, chunks)
+    packing, shape = packed_in_short_rows(lengths, patches, chunks, data_shards)
     slots = packing.chunk * shape.slots + packing.slot
     there = documents >= 0
     slot = np.full(there.shape, -1)
@@ -73,6 +74,21 @@ def batch_of(
         negatives=HardNegatives(slot, kinds, documents, there) if negatives else None,
         scores=scores_of(there) if negatives else None,
     )
+
+
+def packed_in_short_rows(lengths, patches, chunks: int, data_shards: int):
+    """Where items go in rows as short as the longest one, and the shape.
+
+    Attention over long rows would take most of the time of a tiny model.
+    """
+    length, patch_length = (-(-int(sizes.max()) // TILE) * TILE for sizes in (lengths, patches))
+    slots = data_shards * (2 * len(lengths) // (chunks * data_shards) + 1)
+    for rows in itertools.count(data_shards, data_shards):
+        shape = PackedShape(rows, length, rows, patch_length, slots, data_shards)
+        packing = place_in(lengths, patches, shape, chunks)
+        if packing is not None:
+            return packing, shape
+    raise AssertionError("unreachable")
 
 
 def scores_of(there) -> TeacherScores:
