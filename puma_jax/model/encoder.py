@@ -45,6 +45,7 @@ class Encoder(nnx.Module):
         self.decoder = Decoder(config.decoder, rngs)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def init(config: ModelConfig, key: PRNGKeyArray, dtype: str = "float32") -> Encoder:
     """Return a model with random weights of the given dtype."""
     params = Encoder(config, nnx.Rngs(key))

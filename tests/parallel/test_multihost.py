@@ -54,6 +54,10 @@ class Processes:
         return [(code, *texts) for code, texts in zip(codes, found, strict=True)]
 
 
+SPLIT = ("--mesh.fsdp", 4, "--mesh.data", 1)
+"""Weights over four devices."""
+
+
 def train(count, devices, workdir, root, *flags):
     where = ("--config", CONFIG, "--workdir", workdir, "--data.root", root)
     return Processes(count, devices, "train", *where, *flags)
@@ -86,7 +90,7 @@ def alone(root, tmp_path_factory):
 def pair(root, tmp_path_factory):
     """A run of two processes with two devices each, weights split over all four."""
     workdir = tmp_path_factory.mktemp("runs") / "pair"
-    outputs = succeeded(train(2, 2, workdir, root, "--mesh.fsdp", 4, "--mesh.data", 1))
+    outputs = succeeded(train(2, 2, workdir, root, *SPLIT))
     return workdir, outputs
 
 
@@ -103,18 +107,19 @@ def test_two_processes_train_what_one_does(alone, pair):
     assert steps == list(range(1, 9))
 
 
-def test_a_run_goes_on_with_another_number_of_processes(alone, root, tmp_path):
-    run = train(4, 1, tmp_path / "run", root)
+def test_a_run_goes_on_with_another_number_of_processes(alone, pair, root, tmp_path):
+    """The programs are those of the runs before, which are not compiled again."""
+    run = train(2, 2, tmp_path / "run", root, *SPLIT)
     metrics = tmp_path / "run/metrics.jsonl"
     while all(process.poll() is None for process in run.running):
         if metrics.exists() and '"cut", "step": 3' in metrics.read_text():
-            run.running[2].send_signal(signal.SIGTERM)  # one is asked, all stop
+            run.running[1].send_signal(signal.SIGTERM)  # one is asked, all stop
             break
         time.sleep(0.01)
     outputs = succeeded(run)
     assert outputs[0].strip().endswith("rerun the same command to resume")
     assert not (tmp_path / "run/cut").exists()
-    succeeded(train(2, 1, tmp_path / "run", root))
+    succeeded(train(1, 4, tmp_path / "run", root))
     for name, leaf in weights(tmp_path / "run").items():
         np.testing.assert_allclose(leaf, weights(alone)[name], rtol=0, atol=1e-5, err_msg=name)
 

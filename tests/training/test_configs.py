@@ -3,15 +3,17 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from puma_jax import Embedder
 from puma_jax.config import ImageConfig
 from puma_jax.errors import ConfigError
 from puma_jax.model import encoder
-from puma_jax.model.hf import open_checkpoint
 from puma_jax.train import load_config
 from puma_jax.training.checks import base_configs
 from tests.data.fake_mbeir import write_test_sets, write_union
+from tests.reference import random_image
 from tests.training.test_run import run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -110,7 +112,7 @@ def test_the_papers_recipe_runs_on_a_small_model(tiny, tmp_path):
     assert (tmp_path / "run/mac/adapter/adapter_model.safetensors").exists()
 
 
-def test_the_recipe_of_an_embedder_runs_on_a_small_model(deepstack, tmp_path):
+def test_the_recipe_of_an_embedder_prunes_it_and_keeps_its_own_prompt(deepstack, tmp_path):
     model = tmp_path / "Qwen3-VL-Embedding-tiny"  # by this name it is recognized
     model.symlink_to(deepstack.folder)
     root, flags = small(tmp_path, model)
@@ -120,5 +122,9 @@ def test_the_recipe_of_an_embedder_runs_on_a_small_model(deepstack, tmp_path):
     recipe = CONFIGS / "puma_qwen3vl_embedding_2b.py"
     done = run(tmp_path / "run", root, *flags, config=recipe)
     assert done.returncode == 0, done.stderr
-    config = open_checkpoint(tmp_path / "run/hard").config
-    assert (config.kept_layers, config.prompt.pooling) == ((0, 1, 2), "last")
+    trained = Embedder.load(tmp_path / "run/hard", dtype="float32")
+    base = Embedder.load(model, dtype="float32").keep_layers(3)
+    assert trained.config == base.config
+    assert (trained.config.kept_layers, trained.config.prompt.pooling) == ((0, 1, 2), "last")
+    items = ["A text.", {"image": random_image(50, 70)}]
+    assert np.abs(trained.encode(items) - base.encode(items)).max() > 1e-4

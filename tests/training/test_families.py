@@ -99,21 +99,6 @@ def config_of(folder: Path, root: Path, keep: str, side: int):
     )
 
 
-def test_a_stage_prunes_and_trains_a_published_embedder_with_its_own_prompt(
-    deepstack, root, tmp_path
-):
-    folder = tmp_path / "Qwen3-VL-Embedding-tiny"  # by this name it is recognized
-    folder.symlink_to(deepstack.folder)
-    config = config_of(folder, root, "3", 32)
-    run(config, tmp_path / "run")
-    trained = Embedder.load(tmp_path / "run/cut", dtype="float32")
-    base = Embedder.load(folder, dtype="float32", images=config.images).keep_layers(3)
-    assert trained.config == dataclasses.replace(base.config, widths=(8,), exit_layers=(1,))
-    assert trained.config.prompt.pooling == "last"
-    items = ["A text.", {"image": random_image(50, 70)}]
-    assert np.abs(trained.encode(items) - base.encode(items)).max() > 1e-4
-
-
 def test_a_selection_that_deepstack_forbids_is_refused_before_the_data_are_built(
     deepstack, root, tmp_path
 ):

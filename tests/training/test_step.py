@@ -150,7 +150,7 @@ def of_one_device(tiny):
 
 @pytest.mark.parametrize(
     ("config", "axes"),
-    [(RING, (8, 1, 1)), (ALL, (2, 2, 2)), (FULL, (1, 4, 2)), (FULL, (2, 2, 2))],
+    [(RING, (8, 1, 1)), (ALL, (2, 2, 2)), (FULL, (1, 4, 2))],
     ids=lambda value: value.trainable if isinstance(value, StageConfig) else None,
 )
 def test_eight_devices_take_the_steps_of_one(tiny, of_one_device, config, axes):
