@@ -238,6 +238,14 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, "utf-8", newline="\n")
 
 
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Give a file another name; where the file system allows no hard link, copy it."""
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
+
+
 @contextlib.contextmanager
 def writing(path: Path, *, error: type[PumaError] = ArtifactError) -> Iterator[None]:
     """Turn the operating system's errors while a path is written into one line.

@@ -85,9 +85,8 @@ def _merge_models(
             )
     dtypes = {one.dtype for one in checkpoints}
     dtype = dtype or (dtypes.pop() if len(dtypes) == 1 else "float32")
-    widths = {width for one in checkpoints for width in one.config.widths}
-    if dropped := sorted(widths - {*config.widths}):
-        print(f"Widths {', '.join(map(str, dropped))} are left out: not all models have them")
+    for note in averaging.left_out([one.config for one in checkpoints], config):
+        print(note)
     _write(out, config, checkpoints[0], checkpoints, dict(zip(models, shares, strict=True)), dtype)
 
 

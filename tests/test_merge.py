@@ -126,15 +126,20 @@ def test_what_cannot_be_weighted_is_refused(models, tmp_path):
         merge.main(tmp_path, folders)
 
 
-def test_only_widths_that_all_models_have_remain(models):
+def test_only_widths_and_exits_that_all_models_have_remain(models):
     folders = models[0]
     configs = [open_checkpoint(folder).config for folder in folders[:2]]
     widths = ((8, 16, 32), (16, 32, 48))
     configs = [
-        dataclasses.replace(config, widths=of_one)
-        for config, of_one in zip(configs, widths, strict=True)
+        dataclasses.replace(config, widths=of_one, exit_layers=exits)
+        for config, of_one, exits in zip(configs, widths, ((1, 2), (2, 3)), strict=True)
     ]
-    assert averaging.mean_config(configs, folders[:2]).widths == (16, 32)
+    merged = averaging.mean_config(configs, folders[:2])
+    assert (merged.widths, merged.exit_layers) == ((16, 32), (2,))
+    assert averaging.left_out(configs, merged) == [
+        "widths 8, 48: left out, as not all models were trained for them",
+        "exit_layers 1, 3: left out, as not all models were trained for them",
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from puma_jax.artifacts import atomic_folder, write_json, writing
+from puma_jax.artifacts import atomic_folder, link_or_copy, write_json, writing
 from puma_jax.data.lines import json_object, numbered_lines, write_lines
 from puma_jax.errors import ConfigError
 from puma_jax.evaluation.training_set import TrainingSet
@@ -49,7 +48,7 @@ def rewrite(
             partial,
             symlinks=True,
             ignore=ignored,
-            copy_function=_link_or_copy,
+            copy_function=link_or_copy,
             dirs_exist_ok=True,
         )
         for number, index in enumerate(data.query_files):
@@ -88,10 +87,3 @@ def _lines(data: TrainingSet, fields: Fields, file: int) -> Iterator[str]:
             yield line.content.decode("utf-8", "replace").rstrip("\r\n")
             continue
         yield json.dumps(json_object(line.content) | fields(query), ensure_ascii=False)
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copy2(source, target)

@@ -27,10 +27,10 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from puma_jax.artifacts import atomic_folder, write_json
+from puma_jax.data.arrow import needs
 from puma_jax.errors import ConfigError
 from puma_jax.files import sha256
 from puma_jax.progress import Progress
-from puma_jax.search.arrow import needs
 from puma_jax.search.exact import document_of
 from puma_jax.search.index import Document
 from puma_jax.search.quantize import to_int8

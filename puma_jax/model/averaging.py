@@ -25,6 +25,8 @@ from puma_jax.schema import shown
 from puma_jax.typing import ndarray
 
 _ROWS_AT_ONCE = 4096
+_TRAINED_FOR = ("widths", "exit_layers")
+"""Fields that say what a model was trained for; its vectors do not depend on them."""
 
 
 @runtime_checkable
@@ -37,7 +39,7 @@ class Source(Protocol):
 
 
 def mean_config(configs: Sequence[ModelConfig], names: Sequence[str]) -> ModelConfig:
-    """Return the config of the mean: the one that all have, with the widths that all have.
+    """Return the config of the mean: the one that all have, with the widths and exits of all.
 
     Args:
         configs: Config of each model.
@@ -49,13 +51,27 @@ def mean_config(configs: Sequence[ModelConfig], names: Sequence[str]) -> ModelCo
     first = asdict(configs[0])
     for name, config in zip(names, configs, strict=True):
         for field, there, here in differences(asdict(config), first):
-            if field != "widths":
+            if field not in _TRAINED_FOR:
                 raise CheckpointError(
                     f"{name} differs from {names[0]} in {field} ({shown(there)} there, "
                     f"{shown(here)} here): only models that are alike have a mean"
                 )
-    shared = set(configs[0].widths).intersection(*(config.widths for config in configs))
-    return replace(configs[0], widths=tuple(sorted(shared)))
+    shared: dict[str, Any] = {}
+    for field in _TRAINED_FOR:
+        of_models = [{*getattr(config, field)} for config in configs]
+        shared[field] = tuple(sorted(set.intersection(*of_models)))
+    return replace(configs[0], **shared)
+
+
+def left_out(configs: Sequence[ModelConfig], merged: ModelConfig) -> list[str]:
+    """Return a line for each field with something that not all models were trained for."""
+    lines = []
+    for field in _TRAINED_FOR:
+        found = {value for config in configs for value in getattr(config, field)}
+        if dropped := sorted(found - {*getattr(merged, field)}):
+            listed = ", ".join(map(str, dropped))
+            lines.append(f"{field} {listed}: left out, as not all models were trained for them")
+    return lines
 
 
 def scaled(weights: Sequence[float], models: int) -> tuple[float, ...]:

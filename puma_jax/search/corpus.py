@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 from puma_jax.data.decode import image_suffixes, is_image
 from puma_jax.data.lines import FilePath, RowIndex, json_object, resolve_inside
 from puma_jax.data.mbeir import parse_candidate
+from puma_jax.data.tabular import is_on_hub, is_table, open_table
 from puma_jax.embedder import RawItem
 from puma_jax.errors import DataError
 from puma_jax.files import sha256
 from puma_jax.schema import shown
 from puma_jax.search.fields import ITEM_FIELDS, FieldValue, read_fields
-from puma_jax.search.tables import is_on_hub, is_table, open_table
 
 
 class CorpusItem(NamedTuple):
@@ -95,11 +95,11 @@ def open_corpus(
 
     A file of JSON lines holds `{"id": ..., "text": ..., "image": ...}`, with a text, the path of
     an image or both, and any further fields that filters can name; see `fields.read_fields`. The
-    image may be a list: an item of several images. A
-    table has such columns; see `tables.open_table`. A file may also hold the documents of a pool in
-    M-BEIR layout, recognized by their "did". A folder gives all images in it and below it, behind
-    links too; an image's id is its path. Images are files with a suffix of an image format, and
-    files without a suffix that begin as one.
+    image may be a list: an item of several images. A table has such columns; see
+    `tabular.open_table`. A file may also hold the documents of a pool in M-BEIR layout, recognized
+    by their "did". A folder gives all images in it and below it, behind links too; an image's id is
+    its path. Images are files with a suffix of an image format, and files without a suffix that
+    begin as one.
 
     Args:
         source: A file, a folder, or "hf:NAME" for a dataset on the hub of Hugging Face.

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 
 from puma_jax import Embedder
+from puma_jax.data import arrow
+from puma_jax.data.tabular import open_table
 from puma_jax.errors import ConfigError, DataError
-from puma_jax.search import arrow
 from puma_jax.search.corpus import Columns, open_corpus
 from puma_jax.search.embedding import embed
 from puma_jax.search.shards import Vectors
-from puma_jax.search.tables import open_table
 from tests.reference import random_image
 
 pyarrow = pytest.importorskip("pyarrow", reason="pip install -e '.[tables]'")
@@ -118,7 +118,8 @@ def test_rows_of_csv_are_those_that_pandas_reads(tmp_path):
     [
         ("", "items.csv:1: the first row must give each column a name of its own"),
         ("id,id\n1,2\n", "a name of its own"),
-        ("id,\n1,2\n", "a name of its own"),
+        ("id,\n1,2\n", r'neither a column "text" nor "image"; columns are "id"'),
+        (",,\n1,2,3\n", "a name of its own"),
         ("number,text\n1,a\n", r'has no column "id"; columns are "number", "text": .* with --id'),
         ("id,title\n1,a\n", r'neither a column "text" nor "image"; columns are "id", "title"'),
         ("id,text\n", "holds no items"),

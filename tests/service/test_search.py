@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from puma_jax.search.open import open_index
 from puma_jax.search.shards import Vectors
+from tests.search.indexed import write_vectors
 from tests.service.serving import COLORS, INSTRUCTION, data_url, picture, serving
 
 
@@ -36,6 +38,21 @@ def test_text_image_and_both_find_what_a_product_finds(live, embedder, vectors):
     for item in ({"text": "a red thing"}, {"image": image}, {"image": image, "text": "in blue"}):
         body = dict(item) | ({"image": data_url(image)} if "image" in item else {})
         check(live.post("/search", {**body, "k": 5}), exact(embedder, vectors, item, 5))
+
+
+def test_queries_are_as_short_as_the_vectors_of_the_index(embedder, vectors, tmp_path):
+    stored = Vectors(vectors)
+    first = np.concatenate([*stored.parts()])[:, :12]
+    short = first / np.linalg.norm(first, axis=1, keepdims=True)
+    folder = write_vectors(
+        tmp_path / "short", short, [*stored.items()], dtype="ubinary", model=stored.spec.model
+    )
+    with serving(embedder, open_index(str(folder))) as live:
+        hits = live.post("/search", {"text": "a red thing", "k": 5, "instruction": ""})
+    query = embedder.encode(["a red thing"], dimensions=12)[0]
+    scores = np.where(first > 0, 1, -1) / np.sqrt(12) @ query
+    found = [hit["score"] for hit in hits.json()["hits"]]
+    np.testing.assert_allclose(found, -np.sort(-scores)[:5], rtol=0, atol=1e-6)
 
 
 def test_a_form_with_a_file_is_the_same_query(live, embedder, vectors):

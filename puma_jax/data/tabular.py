@@ -1,4 +1,4 @@
-"""Tables of items, read by row: CSV and parquet files, and datasets of Hugging Face.
+"""Tables, read by row: CSV and parquet files, JSON lines, and datasets of Hugging Face.
 
 A row is a dictionary of plain values: texts, numbers, true or false, lists of these, and images as
 a path, as bytes, or as both. Columns of other types are left out, and listed.
@@ -6,6 +6,7 @@ a path, as bytes, or as both. Columns of other types are left out, and listed.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
@@ -18,12 +19,21 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from puma_jax.data.lines import MAX_LINE_BYTES, decode_line, located, numbered_lines, reading
+from puma_jax.data.arrow import DatasetTable, ParquetTable
+from puma_jax.data.lines import (
+    MAX_LINE_BYTES,
+    RowIndex,
+    decode_line,
+    json_object,
+    located,
+    numbered_lines,
+    reading,
+)
 from puma_jax.errors import DataError
 from puma_jax.files import sha256
-from puma_jax.search.arrow import DatasetTable, ParquetTable
 
 _HUB = "hf:"
+_LOOKED_AT = 100
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,17})")
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?")
@@ -49,6 +59,10 @@ class Table(Protocol):
         Raises:
             DataError: The row is bad, or can no longer be read.
         """
+        ...
+
+    def place(self, number: int) -> str:
+        """Return where a row stands, for messages."""
         ...
 
 
@@ -82,6 +96,41 @@ def open_table(source: Path, texts: Collection[str]) -> Table:
     return ParquetTable(source, texts) if suffix == ".parquet" else _Csv(source, texts)
 
 
+def open_lines(path: Path) -> Table:
+    """Return the table in a file of JSON lines, whose columns are the keys of the first objects.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    return _Lines(path)
+
+
+class _Lines:
+    """A file of JSON lines; memory holds the place of each line."""
+
+    def __init__(self, path: Path):
+        self._rows = RowIndex(path, json_object)
+        self.left_out: list[str] = []
+        names: dict[str, None] = {}
+        for number in range(min(len(self._rows), _LOOKED_AT)):
+            with contextlib.suppress(DataError):  # told when the row is read
+                names |= dict.fromkeys(self._rows[number])
+        self.names = [*names]
+        with reading(path):
+            self.fingerprint = sha256(path)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def row(self, number: int) -> dict[str, Any]:
+        """Return the object of a line."""
+        return self._rows[number]
+
+    def place(self, number: int) -> str:
+        """Return the file and the line of a row."""
+        return f"{self._rows.path.name}:{self._rows.line_numbers[number]}"
+
+
 class _Csv:
     """A CSV file; memory holds the place of each row.
 
@@ -91,15 +140,17 @@ class _Csv:
 
     def __init__(self, path: Path, texts: Collection[str]):
         self.path, self._delimiter = path, _DELIMITERS[path.suffix.lower()]
-        self.left_out: list[str] = []
         # The limit is that of the whole process, 128 KiB by default.
         csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
         records = self._records()
         number, _, header = next(records, (1, 0, b""))
-        self.names = self._cells(header, number)
-        if not all(self.names) or not self.names or len({*self.names}) < len(self.names):
+        self._header = self._cells(header, number)
+        self.names = [name for name in self._header if name]
+        if not self.names or len({*self.names}) < len(self.names):
             problem = "the first row must give each column a name of its own"
             raise located(DataError(problem), path, number)
+        unnamed = [place for place, name in enumerate(self._header, 1) if not name]
+        self.left_out = [f"column {place} (without a name)" for place in unnamed]
         kinds: dict[str, set[type]] = {
             name: set() if name in texts else {int, float, bool} for name in self.names
         }
@@ -111,8 +162,8 @@ class _Csv:
                 cells = self._cells(content, number)
             except DataError:
                 continue  # told when the row is read
-            for name, cell in zip(self.names, cells, strict=False):
-                if cell and kinds[name]:
+            for name, cell in zip(self._header, cells, strict=False):
+                if name and cell and kinds[name]:
                     kinds[name] &= _kinds(cell)
         self._kinds = kinds
         with reading(path):
@@ -132,11 +183,15 @@ class _Csv:
             content = os.pread(self._descriptor, min(end - start, MAX_LINE_BYTES + 1), start)
         line = int(self._lines[number])
         cells = self._cells(content, line)
-        if len(cells) != len(self.names):
-            problem = f"{len(cells)} columns, but the first row names {len(self.names)}"
+        if len(cells) != len(self._header):
+            problem = f"{len(cells)} columns, but the first row names {len(self._header)}"
             raise located(DataError(problem), self.path, line)
-        named = zip(self.names, cells, strict=True)
-        return {name: _typed(cell, self._kinds[name]) for name, cell in named}
+        named = zip(self._header, cells, strict=True)
+        return {name: _typed(cell, self._kinds[name]) for name, cell in named if name}
+
+    def place(self, number: int) -> str:
+        """Return the file and the line of a row."""
+        return f"{self.path.name}:{self._lines[number]}"
 
     def _records(self) -> Iterator[tuple[int, int, bytes]]:
         """Yield the first line number, the place and the bytes of every row that is not blank."""

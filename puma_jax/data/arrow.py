@@ -59,6 +59,10 @@ class ParquetTable:
         with _failing(self.path):
             return {name: _plain(table.column(name)[place].as_py()) for name in self.names}
 
+    def place(self, number: int) -> str:
+        """Return the file and the number of a row, from 1."""
+        return f"{self.path}, row {number + 1}"
+
     def _group(self, number: int) -> Any:
         with self._lock:
             if number not in self._cache:
@@ -115,6 +119,10 @@ class DatasetTable:
         """Return the values of a row by column."""
         with _failing(self.path):
             return {name: _plain(value) for name, value in self._rows[number].items()}
+
+    def place(self, number: int) -> str:
+        """Return the dataset and the number of a row, from 1."""
+        return f"{self.path}, row {number + 1}"
 
 
 @contextmanager
