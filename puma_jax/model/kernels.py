@@ -111,8 +111,8 @@ def _problem_of_card(name: str, target: Target) -> str | None:
         return None
     there = "is not installed" if version is None else f"is {version} here"
     return (
-        f"needs tokamax {TOKAMAX}, which {there} (pip install 'puma-jax[cuda]' with Python 3.12 or "
-        f"newer, this is {platform.python_version()})"
+        f"needs tokamax {TOKAMAX}, which {there} (run pip install -e '.[cuda]' in the clone of "
+        f"puma_jax with Python 3.12 or newer, this is {platform.python_version()})"
     )
 
 
