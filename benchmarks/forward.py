@@ -14,13 +14,14 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import qwen2_vl_2b
 import torch
-from machine import describe, square_product
+from machine import describe, square_product, write_json
 from transformers import Qwen2VLConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VisionTransformerPretrainedModel,
@@ -57,8 +58,8 @@ def wait_for_torch() -> None:
 
 def report(
     what: str, flops: float, runs: dict[str, Callable[[], object]], repeats: int, dtype: str
-) -> None:
-    """Time the runs and the matrix-product peak; print a line for each run, and the ratio."""
+) -> dict[str, float]:
+    """Time the runs and the matrix-product peak; print and return the FLOP/s of each."""
     product, product_flops = square_product(dtype)
     seconds = in_turns({**runs, "peak": product}, repeats)
     peak = product_flops / seconds.pop("peak")
@@ -68,6 +69,7 @@ def report(
         rates = f"{speed / 1e9:6.1f} GFLOP/s  {speed / peak:4.0%} of peak"
         print(f"{what:8} {name:6} {time_taken:7.3f} s  {rates}")
     print(f"{what:8} puma_jax is {seconds['torch'] / seconds['jax']:.2f} × torch")
+    return {"peak": peak, **{name: flops / taken for name, taken in seconds.items()}}
 
 
 def main() -> None:
@@ -79,11 +81,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--toy", action="store_true", help="a small model, for any machine")
+    parser.add_argument("--json", type=Path, help="file to write the results to as well")
     arguments = parser.parse_args()
     dtype, compute = arguments.dtype, ComputeConfig(dtype=arguments.dtype)
     on = {"device": device_of_torch(), "dtype": getattr(torch, dtype)}
     layers, length, rows = arguments.layers, arguments.length, arguments.rows
-    config = qwen2_vl_2b.config(layers, layers)
+    config = qwen2_vl_2b.toy() if arguments.toy else qwen2_vl_2b.config(layers, layers)
+    layers = config.decoder.layers
     width = config.decoder.width
     params = init(config, jax.random.key(0), dtype)
     theirs = Qwen2VLConfig(
@@ -102,8 +107,10 @@ def main() -> None:
             "eos_token_id": None,
         },
         vision_config={
-            "depth": layers,
+            "depth": config.vision.layers,
             "embed_dim": config.vision.width,
+            "num_heads": config.vision.heads,
+            "mlp_ratio": config.vision.mlp_width // config.vision.width,
             "hidden_size": width,
         },
     )
@@ -128,7 +135,8 @@ def main() -> None:
         "jax": lambda: decode(params.decoder, x_jax).block_until_ready(),
         "torch": torch_decoder,
     }
-    report("decoder", flops, runs, arguments.repeats, dtype)
+    results = {}
+    results["decoder"] = report("decoder", flops, runs, arguments.repeats, dtype)
 
     side = 2 * int((length / 4) ** 0.5)
     patches = np.random.default_rng(0).integers(0, 256, (rows, side * side, 588), np.uint8)
@@ -150,10 +158,12 @@ def main() -> None:
 
     flops = qwen2_vl_2b.vision_flops(config, rows * side * side, side * side)
     runs = {
-        "jax": lambda: see(params.vision, patches_jax).block_until_ready(),
+        "jax": lambda: jax.block_until_ready(see(params.vision, patches_jax)),
         "torch": torch_tower,
     }
-    report("tower", flops, runs, arguments.repeats, dtype)
+    results["tower"] = report("tower", flops, runs, arguments.repeats, dtype)
+    if arguments.json:
+        write_json(arguments.json, results)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -28,3 +30,8 @@ def peak_memory() -> int:
 def describe() -> str:
     """Return a line that names the device, the cores and the jax version."""
     return f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}"
+
+
+def write_json(path: Path, results: object) -> None:
+    """Write results to a file, with the machine that they are from."""
+    path.write_text(json.dumps({"machine": describe(), "results": results}, indent=1) + "\n")

@@ -1,17 +1,22 @@
-"""Measure how fast one core turns JPEGs into patches, compared with transformers' processor.
+"""Measure how fast JPEGs become patches: on one core beside transformers, and on more cores.
 
     python benchmarks/pipeline.py
 
 Both preprocess the same JPEGs of 256 pixels on the short side, in turns, on one core. Ours gives
-uint8 patches, which the device normalizes; the normalized values are compared, too.
+uint8 patches, which the device normalizes; the normalized values are compared, too. Then threads
+alone and threads with a process each, as `encode`, `embed` and `serve` use them, take 1, 2, 4, ...
+cores in turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import os
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +25,8 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
 from puma_jax.config import ImageConfig
-from puma_jax.data.images import open_image, patchify
+from puma_jax.data.image_workers import Pool
+from puma_jax.data.images import open_image, patchify, read_patches
 from puma_jax.model.vision import normalize
 
 LIMITS = ImageConfig()
@@ -40,6 +46,36 @@ def jpegs(count: int) -> list[bytes]:
         Image.fromarray(noisy).save(file, "JPEG", quality=90)
         files.append(file.getvalue())
     return files
+
+
+def scaling(files: list[bytes], repeats: int) -> dict[str, dict[int, float]]:
+    """Return the items per second of threads alone, and with processes, by number of cores."""
+    cores = os.cpu_count() or 1
+    counts = sorted({*(2**n for n in range(cores.bit_length()) if 2**n <= cores), cores})
+    seconds: dict[str, dict[int, list[float]]] = {"threads": {}, "processes": {}}
+    with closing(Pool(cores, many=1)) as pool:
+
+        def by_process(file: bytes) -> None:
+            if pool.read(file, VISION, LIMITS) is None:
+                read_patches(file, VISION, LIMITS)
+
+        while pool.starting or pool.idle < cores:
+            by_process(files[0])
+        for _ in range(repeats):
+            for count in counts:
+                with ThreadPoolExecutor(count) as threads:
+                    for name, read in (
+                        ("threads", lambda file: read_patches(file, VISION, LIMITS)),
+                        ("processes", by_process),
+                    ):
+                        start = time.perf_counter()
+                        list(threads.map(read, files))
+                        taken = time.perf_counter() - start
+                        seconds[name].setdefault(count, []).append(taken)
+    return {
+        name: {count: len(files) / statistics.median(taken) for count, taken in of_name.items()}
+        for name, of_name in seconds.items()
+    }
 
 
 def main() -> None:
@@ -77,6 +113,16 @@ def main() -> None:
     print(f"transformers  {speed['theirs']:7.0f} items/s   ({theirs()[0][0].nbytes} bytes a patch)")
     print(f"ratio         {speed['ours'] / speed['theirs']:7.2f} ×")
     print(f"decoding JPEG alone, an upper bound for both: {speed['decode_alone']:.0f} items/s")
+
+    speeds = scaling(files, arguments.repeats)
+    print(
+        "\n| cores | threads alone, items/s | × one core | with processes, items/s | × one core |"
+    )
+    print("|--:|--:|--:|--:|--:|")
+    one = speeds["threads"][1]
+    for count, alone in speeds["threads"].items():
+        helped = speeds["processes"][count]
+        print(f"| {count} | {alone:.0f} | {alone / one:.2f} | {helped:.0f} | {helped / one:.2f} |")
 
     worst = 0.0
     for patches, values in zip(ours(), theirs(), strict=True):

@@ -18,6 +18,22 @@ def config(
     )
 
 
+def toy() -> ModelConfig:
+    """Return a model of the same kind that any machine runs at once."""
+    small = config(2, 1)
+    return dataclasses.replace(
+        small,
+        image_token_id=509,
+        vision_start_token_id=510,
+        vision_end_token_id=511,
+        decoder=dataclasses.replace(
+            small.decoder, vocab_size=512, width=64, heads=4, kv_heads=2, head_dim=16,
+            mlp_width=96, mrope_section=(2, 3, 3),
+        ),
+        vision=dataclasses.replace(small.vision, width=32, heads=2, mlp_width=64, out_width=64),
+    )  # fmt: skip
+
+
 def decoder_flops(model: ModelConfig, tokens: int, length: int) -> float:
     """Return the forward FLOPs of the decoder over rows of `length` tokens, with attention."""
     decoder = model.decoder

@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from pathlib import Path
 
-import faiss
 import machine
+import ml_dtypes
 import numpy as np
 
 from puma_jax.search.topk import top_k
@@ -25,6 +26,30 @@ def unit(rng: np.random.Generator, count: int, width: int) -> np.ndarray:
     return vectors
 
 
+def search_alone(arguments: argparse.Namespace) -> None:
+    """Time our search, on the devices that it takes by itself."""
+    rng = np.random.default_rng(0)
+    dtype = np.dtype(ml_dtypes.bfloat16 if arguments.dtype == "bfloat16" else np.float32)
+    pool = np.empty((arguments.documents, arguments.width), dtype)
+    for start in range(0, len(pool), 2**16):  # few values in float32 at a time
+        some = pool[start : start + 2**16]
+        some[:] = unit(rng, len(some), arguments.width)
+    print(f"{machine.describe()}: {len(pool):,} × {arguments.width} {arguments.dtype}")
+    print("\n| queries | seconds | queries/s |\n|--:|--:|--:|")
+    results = {}
+    for count in arguments.queries:
+        queries = unit(rng, count, arguments.width).astype(dtype)
+        times = []
+        for _ in range(arguments.repeats + 1):  # the first one compiles
+            start = time.perf_counter()
+            top_k(queries, pool, arguments.k)
+            times.append(time.perf_counter() - start)
+        results[str(count)] = seconds = statistics.median(times[1:])
+        print(f"| {count:,} | {seconds:.3f} | {count / seconds:.1f} |")
+    if arguments.json:
+        machine.write_json(arguments.json, results)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--documents", type=int, default=200_000)
@@ -32,7 +57,15 @@ def main() -> None:
     parser.add_argument("--queries", type=int, nargs="+", default=[1, 32, 1024])
     parser.add_argument("--k", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--alone", action="store_true", help="without faiss")
+    parser.add_argument("--json", type=Path, help="file to write the results to as well")
     arguments = parser.parse_args()
+    if arguments.alone:
+        search_alone(arguments)
+        return
+    import faiss
+
     rng = np.random.default_rng(0)
     pool = unit(rng, arguments.documents, arguments.width)
     index = faiss.IndexFlatIP(arguments.width)

@@ -27,7 +27,7 @@ from puma_jax.config import (
     PromptConfig,
     require,
 )
-from puma_jax.data.images import read_patches
+from puma_jax.data.image_workers import read_patches
 from puma_jax.data.items import Item
 from puma_jax.data.prompts import Processor
 from puma_jax.data.raw_items import RawItem, check_text, checked

@@ -78,6 +78,10 @@ class PackingError(PumaError):
     """An item that does not fit into the rows it should be packed in."""
 
 
+class WorkerError(PumaError):
+    """A process that did a part of the work has ended before its time."""
+
+
 class DataError(PumaError):
     """A data file or record that does not follow the M-BEIR layout."""
 

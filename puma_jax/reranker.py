@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from safetensors import safe_open
 
 from puma_jax.config import ComputeConfig, DType, ImageConfig, PromptConfig
-from puma_jax.data.images import read_patches
+from puma_jax.data.image_workers import read_patches
 from puma_jax.data.items import Item
 from puma_jax.data.pairs import PairProcessor, Side
 from puma_jax.data.raw_items import RawItem, checked

@@ -52,7 +52,8 @@ _TURNS = {
 }
 _SIDEWAYS = (5, 6, 7, 8)
 _STRIP_PIXELS = 2**20
-_LARGE_PIXELS = 2**24
+LARGE_PIXELS = 2**24
+"""An image with more pixels takes memory that is worth to be given back, or to be limited."""
 
 
 class DecodeError(ValueError):
@@ -75,7 +76,7 @@ def decoded(source: ImageSource) -> Iterator[Image.Image]:
     # Pillow decodes an image when its pixels are first needed, and two threads must not.
     alone = _lock_of(source) if isinstance(source, Image.Image) else nullcontext()
     with _opened(source) as image, _in_flight(pixels := image.width * image.height):
-        if pixels > _LARGE_PIXELS:
+        if pixels > LARGE_PIXELS:
             # The C library keeps freed blocks of Pillow's default size, 16 MiB, for their thread,
             # and gives those above 32 MiB back to the system.
             Image.core.set_block_size(2**26)

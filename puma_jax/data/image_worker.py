@@ -1,0 +1,65 @@
+"""The process that decodes images for `data.image_workers`; it is started by it alone."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import sys
+import warnings
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+from PIL import ImageFile
+
+from puma_jax.data.decode import LARGE_PIXELS
+from puma_jax.data.images import image_size, read_patches
+
+_SECONDS_BETWEEN_LOOKS = 5
+
+
+def main(descriptor: int, memory: int) -> None:
+    """Answer requests until the other end closes, or the process that started this one is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process ends this one
+    parent, connection = os.getppid(), Connection(descriptor)
+    buffer = np.frombuffer(mmap.mmap(memory, 0), np.uint8)
+    connection.send(())
+    while True:
+        # A fork of the other process may hold the other end open.
+        while not connection.poll(_SECONDS_BETWEEN_LOOKS):
+            if os.getppid() != parent:
+                return
+        try:
+            connection.send(_answer(buffer, *connection.recv()))
+        except (EOFError, OSError):
+            return
+
+
+def _answer(
+    buffer: np.ndarray, settings: tuple[str, bool], source: Any, vision: Any, limits: Any
+) -> tuple[Any, Any, Exception | None, list[Any]]:
+    """Return shape and grid of the patches, which are in the buffer; an error; the warnings.
+
+    No shape and no error leave the image to the other process.
+    """
+    shape = grid = failed = None
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            folder, ImageFile.LOAD_TRUNCATED_IMAGES = settings
+            if folder != os.getcwd():
+                os.chdir(folder)
+            height, width = image_size(source)
+            if height * width <= LARGE_PIXELS:
+                patches, found = read_patches(source, vision, limits)
+                if patches.size <= len(buffer):
+                    buffer[: patches.size] = patches.ravel()
+                    shape, grid = patches.shape, found
+        except Exception as error:
+            failed = error
+    return shape, grid, failed, [warning.message for warning in told]
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
