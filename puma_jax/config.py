@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from puma_jax.errors import ConfigError, LayerSelectionError
-from puma_jax.schema import Count, CountOrZero, Positive, Range, check, shown
+from puma_jax.schema import Count, CountOrZero, NotNegative, Positive, Range, check, shown
 
 DType = Literal["float32", "bfloat16"]
 Positions = Literal["mrope", "1d"]
@@ -59,7 +59,8 @@ class _WithOptions:
         shown_fields = [
             f"{field.name}={getattr(self, field.name)!r}"
             for field in fields
-            if not (field.metadata.get("option") and getattr(self, field.name) == field.default)
+            if field.repr
+            and not (field.metadata.get("option") and getattr(self, field.name) == field.default)
         ]
         return f"{type(self).__name__}({', '.join(shown_fields)})"
 
@@ -102,6 +103,11 @@ class VisionConfig(_WithOptions):
     """Side of the square table of learned positions; 0 means no table."""
     deepstack_blocks: tuple[CountOrZero, ...] = option(())
     """Blocks after which DeepStack takes features for the first layers of the decoder, in order."""
+    # Not in the text that identifies a model: vectors of texts and images do not depend on these.
+    tokens_per_second: NotNegative = dataclasses.field(default=0.0, repr=False)
+    """Time positions for each second of a video; 0 advances by one from patch to patch."""
+    timestamps: bool = dataclasses.field(default=False, repr=False)
+    """Whether the time of each patch of a video is a text before it, in place of positions."""
 
     def __post_init__(self) -> None:
         """Check the fields, and that heads, rotary angles, windows and blocks come out even."""

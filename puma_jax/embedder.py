@@ -27,11 +27,11 @@ from puma_jax.config import (
     PromptConfig,
     require,
 )
-from puma_jax.data.image_workers import read_patches
 from puma_jax.data.items import Item
 from puma_jax.data.prompts import Processor
 from puma_jax.data.raw_items import RawItem, check_text, checked
 from puma_jax.data.tokenizer import load_tokenizer
+from puma_jax.data.videos import read_visuals
 from puma_jax.errors import ItemError
 from puma_jax.forward import Forward, Running, check_vectors, first_values, shape_for
 from puma_jax.model import encoder, hf
@@ -219,15 +219,15 @@ class Embedder:
             ImageError: An image cannot be read.
             LongTextError: Instruction and text have too many tokens, and are not to be truncated.
         """
-        text, images, own = checked(item)
+        parts = checked(item)
+        own = parts.instruction
         if own is not None and instruction is not None:
             raise ItemError("an instruction is given with the item, and another one for all")
         instruction = own if instruction is None else instruction
         check_text("instruction", instruction)
-        full = self._processor.read(text, instruction)
-        vision, limits = self.config.vision, self.config.images
-        patches = [read_patches(image, vision, limits) for image in images]
-        return self._processor.item(full, patches, instruction, truncate=truncate)
+        full = self._processor.read(parts.text, instruction)
+        visuals = read_visuals(parts, self.config.vision, self.config.images)
+        return self._processor.item(full, visuals, instruction, truncate=truncate)
 
     def largest_item(self, *, images: int) -> tuple[int, int]:
         """Return the most tokens and patches that an item with so many images has."""

@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 from safetensors import safe_open
 
 from puma_jax.config import ComputeConfig, DType, ImageConfig, PromptConfig
-from puma_jax.data.image_workers import read_patches
 from puma_jax.data.items import Item
 from puma_jax.data.pairs import PairProcessor, Side
 from puma_jax.data.raw_items import RawItem, checked
+from puma_jax.data.videos import read_visuals
 from puma_jax.embedder import Embedder
 from puma_jax.errors import CheckpointError, ItemError
 from puma_jax.files import sha256_of
@@ -182,10 +182,12 @@ class Reranker:
 
     def _side(self, raw: RawItem | str) -> tuple[Side, str | None]:
         """Return a query or a document, and its instruction."""
-        text, images, instruction = checked(raw)
+        parts = checked(raw)
+        if parts.frames:
+            raise ItemError("a side of a pair has a video, expected texts and images")
         config = self._embedder.config
-        patches = tuple(read_patches(image, config.vision, config.images) for image in images)
-        return Side(text, patches), instruction
+        visuals = read_visuals(parts, config.vision, config.images)
+        return Side(parts.text, tuple(visuals.images)), parts.instruction
 
     def _preprocessed(
         self, pairs: Iterable[Pair | Item], instruction: str | None, pool: ThreadPoolExecutor

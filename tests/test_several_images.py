@@ -90,8 +90,6 @@ def test_a_bad_image_of_several_is_refused(tiny):
         embedder.encode([{"image": [RED, 3]}])
     with pytest.raises(ItemError, match=r"^item 0: neither text nor image$"):
         embedder.encode([{"image": []}])
-    with pytest.raises(ItemError, match=r'^item 0: an item has a video, .* as "image":'):
-        embedder.encode([{"video": [RED, TALL]}])
 
 
 def test_a_corpus_names_a_list_of_images(tiny, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,7 +13,21 @@ from puma_jax.data.positions import mrope_positions, patch_positions, sequential
 from puma_jax.typing import Bool, Int, UInt8, ndarray
 
 Patches = tuple[UInt8[ndarray, "_ values"], tuple[int, int]]
-"""Patches of an image, and how many rows and columns of them there are: `images.patchify`."""
+"""Patches of an image, and how many rows and columns of them there are: `images.patchify`.
+
+Those of a video follow each other in time, and have the values of several frames.
+"""
+
+
+class Visuals(NamedTuple):
+    """The images of an item, or its video, as they follow each other in a prompt."""
+
+    images: Sequence[Patches]
+    """What lies between marks: an image, a whole video, or the frames of one patch."""
+    captions: Sequence[str] = ()
+    """The text before each of them; empty for none."""
+    time_step: float = 1.0
+    """Time positions from one patch of a video to the next."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +129,8 @@ class TokenizedTemplate:
         images: Sequence[Patches] = (),
         *,
         instruction: int = 0,
+        captions: Sequence[Sequence[int]] = (),
+        time_step: float = 1.0,
     ) -> Item:
         """Return the item of these tokens and of the images before them.
 
@@ -121,6 +138,8 @@ class TokenizedTemplate:
             tokens: Text and prompt suffix, with an instruction if there is one.
             images: The images, in order.
             instruction: How many of the tokens are an instruction; 0 if there is none.
+            captions: Tokens before each image; empty for none.
+            time_step: As in `positions.mrope_positions`.
         """
         head = [*self.start]
         if self.after_instruction is not None:
@@ -129,14 +148,14 @@ class TokenizedTemplate:
         framed = [*self.before_image] if images else []
         # Told by place: a text may hold the id, where the tokenizer does not call it special.
         visual = [False] * (len(head) + len(framed))
-        for image in images:
+        for image, caption in zip(images, captions or [()] * len(images), strict=True):
             own = image_tokens(image, self.config)
-            framed += own
-            visual += [False, *[True] * (len(own) - 2), False]
+            framed += [*caption, *own]
+            visual += [False] * len(caption) + [False, *[True] * (len(own) - 2), False]
         ids = np.array([*head, *framed, *tokens, *self.end], np.int32)
         mask = np.zeros(len(ids), bool)
         mask[: len(visual)] = visual
-        return build_item(ids, mask, images, self.config)
+        return build_item(ids, mask, images, self.config, time_step)
 
 
 def image_tokens(image: Patches, config: ModelConfig) -> list[int]:
@@ -150,6 +169,7 @@ def build_item(
     image_token_mask: Bool[ndarray, "length"],
     images: Sequence[Patches],
     config: ModelConfig,
+    time_step: float = 1.0,
 ) -> Item:
     """Return the item of tokens that are in place.
 
@@ -158,18 +178,22 @@ def build_item(
         image_token_mask: Which of them are placeholders of visual tokens.
         images: The images they stand for, in order.
         config: The model.
+        time_step: As in `positions.mrope_positions`.
     """
     vision = config.vision
     merge = vision.merge_size
-    patches = [np.zeros((0, vision.patch_values), np.uint8), *(cut for cut, _ in images)]
-    grids = [grid for _, grid in images]
-    positions = [np.zeros((0, 2), np.int32)] + [patch_positions(*grid, merge) for grid in grids]
-    numbers = np.repeat(np.arange(len(images)), [len(cut) for cut, _ in images])
+    patches = [cut for cut, _ in images] or [np.zeros((0, vision.patch_values), np.uint8)]
+    grids = [(len(cut) // (rows * columns), rows, columns) for cut, (rows, columns) in images]
+    positions = [np.zeros((0, 2), np.int32)]
+    for times, rows, columns in grids:
+        positions += [patch_positions(rows, columns, merge)] * times
+    # Each time of a video is an image of its own to the tower.
+    sizes = [rows * columns for times, rows, columns in grids for _ in range(times)]
+    numbers = np.repeat(np.arange(len(sizes)), sizes)
+    merged = [(times, rows // merge, columns // merge) for times, rows, columns in grids]
     return Item(
         tokens=tokens,
-        positions=mrope_positions(
-            image_token_mask, [(rows // merge, columns // merge) for rows, columns in grids]
-        )
+        positions=mrope_positions(image_token_mask, merged, time_step)
         if config.prompt.positions == "mrope"
         else sequential_positions(len(tokens)),
         image_token_mask=image_token_mask,

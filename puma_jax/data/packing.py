@@ -19,7 +19,7 @@ from puma_jax.config import VisionConfig
 from puma_jax.data.items import Item
 from puma_jax.errors import PackingError
 from puma_jax.rows import PackedBatch, PackedShape
-from puma_jax.typing import Int, ndarray
+from puma_jax.typing import Int, UInt8, ndarray
 
 
 @dataclass(frozen=True)
@@ -209,6 +209,8 @@ def fill(
         NumPy arrays with a leading axis of chunks.
     """
     merged = vision.merged
+    # Still images have the values of one frame, unless a video shares their batch.
+    values = max((item.patches.shape[1] for item in items), default=vision.patch_values)
     tokens = (packing.chunks, shape.rows, shape.length)
     patches = (packing.chunks, shape.patch_rows, shape.patch_length)
     rows = PackedBatch(
@@ -216,7 +218,7 @@ def fill(
         segment_ids=np.zeros(tokens, np.int32),
         positions=np.zeros((*tokens, 3), np.int32),
         image_token_index=np.full(tokens, -1, np.int32),
-        patches=np.zeros((*patches, vision.patch_values), np.uint8),
+        patches=np.zeros((*patches, values), np.uint8),
         patch_segment_ids=np.zeros(patches, np.int32),
         patch_positions=np.zeros((*patches, 2), np.int32),
         pool_index=np.zeros((packing.chunks, shape.slots), np.int32),
@@ -234,7 +236,7 @@ def fill(
         if len(item.patches):
             row, column = packing.patch_row[i], packing.patch_column[i]
             there = (chunk, row, slice(column, column + len(item.patches)))
-            rows.patches[there] = item.patches
+            rows.patches[there] = _with_frames(item.patches, values, vision)
             rows.patch_positions[there] = item.patch_positions
             rows.patch_segment_ids[there] = column + 1 + item.patch_images
             first = ((row % patch_rows) * shape.patch_length + column) // merged
@@ -242,6 +244,17 @@ def fill(
                 len(item.patches) // merged
             )
     return rows
+
+
+def _with_frames(
+    patches: UInt8[ndarray, "n _"], values: int, vision: VisionConfig
+) -> UInt8[ndarray, "n {values}"]:
+    """Return patches of so many values, the frame of a still image repeated in each channel."""
+    frames = values // patches.shape[1]
+    if frames == 1:
+        return patches
+    channels = patches.reshape(len(patches), vision.channels, 1, -1)
+    return np.repeat(channels, frames, axis=2).reshape(len(patches), values)
 
 
 def rows_needed(sizes: Int[ndarray, "n"], length: int) -> int:

@@ -11,16 +11,20 @@ from puma_jax.typing import Bool, Int, ndarray
 
 
 def mrope_positions(
-    image_token_mask: Bool[ndarray, "length"], grids: Sequence[tuple[int, int]]
+    image_token_mask: Bool[ndarray, "length"],
+    grids: Sequence[tuple[int, int, int]],
+    time_step: float = 1.0,
 ) -> Int[ndarray, "length 3"]:
     """Return time, height and width position of every token (arXiv 2409.12191, section 2.1).
 
     Text advances all three by one. The visual tokens of an image share one time position and add
-    their row and column to it; the text after an image continues after the largest position.
+    their row and column to it; those of a video advance in time, too. The text after them continues
+    after the largest row or column, as in transformers.
 
     Args:
         image_token_mask: Which tokens are placeholders of visual tokens; one run for each image.
-        grids: Rows and columns of visual tokens (after merging) of each image, in order.
+        grids: Times, rows and columns of visual tokens (after merging) of each image, in order.
+        time_step: Time positions from one time to the next, rounded down after they are added up.
 
     Returns:
         int32 positions that start at 0.
@@ -31,17 +35,19 @@ def mrope_positions(
     length = len(image_token_mask)
     positions = np.empty((length, 3), np.int32)
     start, at = 0, 0  # next position to give, next token to give it to
-    for rows, columns in grids:
+    for times, rows, columns in grids:
         remaining = image_token_mask[at:]
         first = at + int(np.argmax(remaining)) if remaining.any() else length
-        last = first + rows * columns
+        last = first + times * rows * columns
         if last > length or not image_token_mask[first:last].all():
             raise ValueError(f"no run of {rows} × {columns} visual tokens at token {first}")
         positions[at:first] = np.arange(start, start + first - at)[:, None]
         start += first - at
-        positions[first:last, 0] = start
-        positions[first:last, 1] = start + np.repeat(np.arange(rows), columns)
-        positions[first:last, 2] = start + np.tile(np.arange(columns), rows)
+        grid = np.indices((times, rows, columns)).reshape(3, -1).T
+        # In float32, as the reference has it.
+        passed = grid[:, 0].astype(np.float32) * np.float32(time_step)
+        positions[first:last, 0] = start + passed.astype(np.int32)
+        positions[first:last, 1:] = start + grid[:, 1:]
         start += max(rows, columns)
         at = last
     if image_token_mask[at:].any():

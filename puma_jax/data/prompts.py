@@ -1,11 +1,4 @@
-"""Items to token ids: the prompt of PUMA, which ends at [RET], and that of Qwen3-VL-Embedding.
-
-PUMA's prompt texts, normalization and truncation are those of arXiv 2507.08064 and its released
-code. Attention is causal, so tokens after [RET] have no effect and are left out. The bare template,
-for models that were never tuned to chat, leaves out all that is not the item. The template
-"instruct" is that of Qwen3-VL-Embedding: it reads a text as it came, and an instruction is the
-system turn before the item.
-"""
+"""Items to token ids: texts and images between the strings of a prompt template."""
 
 from __future__ import annotations
 
@@ -15,15 +8,16 @@ import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from puma_jax.artifacts import write_json
-from puma_jax.config import ModelConfig, PromptStyle
+from puma_jax.config import ModelConfig
 from puma_jax.data.images import most_patches
-from puma_jax.data.items import Item, Patches, TokenizedTemplate, TokenizedText
+from puma_jax.data.items import Item, Patches, TokenizedTemplate, TokenizedText, Visuals
+from puma_jax.data.templates import PROMPT_TEMPLATES
 from puma_jax.data.texts import normalize_text
 from puma_jax.errors import CheckpointError, ItemError, LongTextError
 from puma_jax.schema import shown
@@ -31,61 +25,6 @@ from puma_jax.schema import shown
 # A longer text is cut before it is tokenized. What is left is more than enough for the tokens that
 # are kept, and this many characters more: tokens never depend on what comes after their own word.
 _LONGEST_WORD = 2**16
-
-
-class PromptTemplate(NamedTuple):
-    """The strings that a prompt puts around an item."""
-
-    start: str
-    """Comes before the item."""
-    text_end: str
-    """Comes after every text and is truncated with it."""
-    suffix: Mapping[tuple[bool, bool], str]
-    """The sentence after the item that asks for one word, by (has image, has text)."""
-    generation_prompt: str
-    """Comes after the suffix, before [RET] if there is one: the start of the assistant's turn."""
-    instruction: str = ""
-    """The instruction of an item that comes without one, where it has a turn of its own."""
-    after_instruction: str = ""
-    """Comes between that turn and the item; empty where an instruction is part of the text."""
-    text_start: str = ""
-    """Comes before the item, and is tokenized with a text that has no image before it."""
-    no_text: str = ""
-    """Stands for an empty text without an image; empty where there is no such item."""
-
-
-_NO_SUFFIX = {(True, True): "", (False, True): "", (True, False): ""}
-PROMPT_TEMPLATES: Mapping[PromptStyle, PromptTemplate] = {
-    "chat": PromptTemplate(
-        start="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
-        text_end="",
-        suffix={
-            (True, True): "\nSummarize above image and sentence in one word: ",
-            (False, True): "\nSummarize above sentence in one word: ",
-            (True, False): "\nSummarize above image in one word: ",
-        },
-        generation_prompt="<|im_end|>\n<|im_start|>assistant\n",
-    ),
-    # Every text ends with a newline, because an instruction is tokenized with its newline whether
-    # or not a text follows it. This rarely costs a token: Qwen tokenizers have one token for a
-    # full stop with a newline.
-    "bare": PromptTemplate(
-        start="",
-        text_end="\n",
-        suffix=_NO_SUFFIX,
-        generation_prompt="",
-    ),
-    "instruct": PromptTemplate(
-        start="<|im_start|>system\n",
-        text_end="",
-        suffix=_NO_SUFFIX,
-        generation_prompt="<|im_end|>\n<|im_start|>assistant\n",
-        instruction="Represent the user's input.",
-        after_instruction="<|im_end|>\n<|im_start|>user",
-        text_start="\n",
-        no_text="NULL",
-    ),
-}
 
 
 class TextTruncationWarning(UserWarning):
@@ -170,7 +109,7 @@ class Processor:
     def item(
         self,
         text: str,
-        images: Sequence[Patches] = (),
+        images: Sequence[Patches] | Visuals = (),
         instruction: str | None = None,
         *,
         truncate: bool = True,
@@ -179,7 +118,7 @@ class Processor:
 
         Args:
             text: The text as the model reads it; see `read`.
-            images: The images, in order.
+            images: The images, in order, or a video.
             instruction: Instruction of the item, unless `text` holds it.
             truncate: Whether to truncate a text of too many tokens; see `tokenize_text`.
 
@@ -187,13 +126,20 @@ class Processor:
             ItemError: There is neither text nor image, and the prompt has nothing in their place.
             LongTextError: The text has too many tokens, and is not to be truncated.
         """
-        if not text and not images and not self._strings.no_text:
+        visuals = images if isinstance(images, Visuals) else Visuals(images)
+        if not text and not visuals.images and not self._strings.no_text:
             raise ItemError("an item has neither text nor image")
         before: tuple[int, ...] = ()
         if instruction and self._strings.after_instruction:
             before = self.tokenize_instruction(instruction)
-        tokens = self.tokenize_text(text, image=bool(images), truncate=truncate).tokens
-        return self.template.assemble((*before, *tokens), images, instruction=len(before))
+        tokens = self.tokenize_text(text, image=bool(visuals.images), truncate=truncate).tokens
+        return self.template.assemble(
+            (*before, *tokens),
+            visuals.images,
+            instruction=len(before),
+            captions=[self._encode(caption) for caption in visuals.captions],
+            time_step=visuals.time_step,
+        )
 
     def tokenize_text(
         self, text: str, *, image: bool, instructed: bool = False, truncate: bool = True

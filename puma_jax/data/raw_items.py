@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from puma_jax.data.decode import ImageSource
 from puma_jax.errors import ImageError, ItemError
@@ -11,13 +12,28 @@ from puma_jax.errors import ImageError, ItemError
 RawItem = Mapping[str, Any]
 """An item: {"text": str}, {"image": path, bytes, PIL image or uint8 array}, or both.
 
-{"image": [...]} is an item of several images, in order. {"instruction": str} beside them is the
-instruction of this item alone.
+{"image": [...]} is an item of several images, in order. {"video": [...]} in their place is a video,
+whose frames were taken at {"fps": float}, 2 a second by default. {"instruction": str} beside them
+is the instruction of this item alone.
 """
 
+_FIELDS = ("text", "image", "video", "fps", "instruction")
+_FPS = 2.0
 
-def checked(item: RawItem | str) -> tuple[str | None, tuple[ImageSource, ...], str | None]:
-    """Return text, images and instruction of an item, the types of which are right.
+
+class Parts(NamedTuple):
+    """What an item consists of."""
+
+    text: str | None
+    images: tuple[ImageSource, ...]
+    frames: tuple[ImageSource, ...]
+    """Frames of a video."""
+    fps: float
+    instruction: str | None
+
+
+def checked(item: RawItem | str) -> Parts:
+    """Return the parts of an item, the types of which are right.
 
     Raises:
         ItemError: The item has none of them, a field of the wrong kind, or an unknown one.
@@ -28,25 +44,28 @@ def checked(item: RawItem | str) -> tuple[str | None, tuple[ImageSource, ...], s
         raise ItemError(
             f'an item is a {type(item).__name__}, expected a text or {{"text": ..., "image": ...}}'
         )
-    unknown = set(item) - {"text", "image", "instruction"}
-    if "video" in unknown:
-        raise ItemError(
-            'an item has a video, which is not read as such: give frames of it as "image": [...]'
-        )
+    unknown = set(item) - {*_FIELDS}
     if unknown:
-        raise ItemError(f"unknown fields {sorted(unknown)}, expected text, image and instruction")
-    text, instruction = item.get("text"), item.get("instruction")
-    images = images_of(item)
-    if text is None and not images and instruction is None:
+        raise ItemError(f"unknown fields {sorted(unknown)}, expected {', '.join(_FIELDS)}")
+    text, instruction, video = (item.get(name) for name in ("text", "instruction", "video"))
+    images, fps = images_of(item), item.get("fps", _FPS)
+    if not isinstance(video, list | tuple | None):
+        raise ItemError(f"video is a {type(video).__name__}, expected a list of its frames")
+    frames = tuple(video or ())
+    if not isinstance(fps, int | float) or not 0 < fps < math.inf or ("fps" in item and not frames):
+        raise ItemError(f"fps is {fps!r}, expected frames a second, of an item with a video")
+    if images and frames:
+        raise ItemError("an item has images and a video, expected one of the two")
+    if text is None and not images and not frames and instruction is None:
         raise ItemError("neither text nor image")
     check_text("text", text)
-    for image in images:
+    for image in (*images, *frames):
         if not isinstance(image, ImageSource):
             raise ImageError(
                 f"image is a {type(image).__name__}, expected a path, bytes, a PIL image or an "
                 "array, or a list of them"
             )
-    return text, images, instruction
+    return Parts(text, images, frames, float(fps), instruction)
 
 
 def images_of(item: RawItem) -> tuple[Any, ...]:

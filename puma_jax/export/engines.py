@@ -23,8 +23,9 @@ import numpy as np
 
 from puma_jax.artifacts import write_json
 from puma_jax.data.images import open_image
-from puma_jax.data.prompts import PROMPT_TEMPLATES, query_text
+from puma_jax.data.prompts import query_text
 from puma_jax.data.raw_items import images_of
+from puma_jax.data.templates import PROMPT_TEMPLATES
 from puma_jax.embedder import Embedder, RawItem
 from puma_jax.errors import EvaluationError
 from puma_jax.export.golden import GoldenItem, by_instruction

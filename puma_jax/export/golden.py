@@ -25,8 +25,9 @@ from safetensors.numpy import load_file
 
 from puma_jax.artifacts import write_json
 from puma_jax.data.images import open_image
-from puma_jax.data.prompts import PROMPT_TEMPLATES, TextTruncationWarning
+from puma_jax.data.prompts import TextTruncationWarning
 from puma_jax.data.raw_items import images_of
+from puma_jax.data.templates import PROMPT_TEMPLATES
 from puma_jax.embedder import Embedder, RawItem
 from puma_jax.errors import ArtifactError
 from puma_jax.files import read_object, save_tensors

@@ -41,7 +41,7 @@ from typing import Any
 
 from puma_jax.artifacts import write_json, write_text
 from puma_jax.config import require
-from puma_jax.data.prompts import PROMPT_TEMPLATES
+from puma_jax.data.templates import PROMPT_TEMPLATES
 from puma_jax.embedder import Embedder
 from puma_jax.files import as_json, read_json
 from puma_jax.model.composed import check_in_transformers

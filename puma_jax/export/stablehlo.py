@@ -31,7 +31,8 @@ from puma_jax.config import ModelConfig, require
 from puma_jax.data import decode
 from puma_jax.data.images import MOST_ELONGATED
 from puma_jax.data.items import TokenizedTemplate
-from puma_jax.data.prompts import PROMPT_TEMPLATES, Processor
+from puma_jax.data.prompts import Processor
+from puma_jax.data.templates import PROMPT_TEMPLATES
 from puma_jax.embedder import Embedder
 from puma_jax.files import save_tensors, sha256
 from puma_jax.model import encoder

@@ -44,7 +44,7 @@ from puma_jax.model.qwen2_vl import backbone_key, hf_key
 from puma_jax.model.remat import rematerialize
 from puma_jax.model.rope import axial_angles
 from puma_jax.model.vision import PatchEmbedding, PatchMerger, VisionAttention
-from puma_jax.schema import CountOrZero
+from puma_jax.schema import CountOrZero, NotNegative
 from puma_jax.typing import Array, Float, Int, UInt8
 
 
@@ -159,6 +159,7 @@ class _TowerFields(TowerFields):
     window_size: Width | None = None
     fullatt_block_indexes: tuple[CountOrZero, ...] | None = None
     hidden_act: Literal["silu"] | None = None
+    tokens_per_second: NotNegative | None = None
 
 
 def read_config(hf: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> ModelConfig:
@@ -191,6 +192,7 @@ def read_config(hf: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Model
         image_std=or_default(fields.processor.image_std, CLIP_STD),
         window_size=pixels // merge // patch * merge,
         full_attention_blocks=tuple(sorted({block for block in full if block < layers})),
+        tokens_per_second=or_default(tower.tokens_per_second, 4.0),
     )
     return fields.model_config("qwen2_5_vl", vision, decoder)
 
@@ -216,6 +218,7 @@ def write_config(config: ModelConfig, source: Mapping[str, Any]) -> dict[str, An
             "spatial_merge_size": vision.merge_size,
             "window_size": vision.window_size * vision.patch_size,
             "fullatt_block_indexes": list(vision.full_attention_blocks),
+            "tokens_per_second": vision.tokens_per_second,
         },
     )
 
@@ -233,6 +236,7 @@ def _published(
             out_width=width,
             window_size=8,
             full_attention_blocks=(7, 15, 23, 31),
+            tokens_per_second=2.0,
         ),
         decoder=DecoderConfig(
             vocab_size=vocab_size,

@@ -228,6 +228,7 @@ def read_config(hf: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Model
         image_std=or_default(fields.processor.image_std, _HALF),
         position_table_side=math.isqrt(entries),
         deepstack_blocks=blocks,
+        timestamps=True,
     )
     # 300 visual tokens at most, as PUMA has them for smaller patches.
     return fields.model_config("qwen3_vl", vision, decoder, _limits(vision, 300))
@@ -292,6 +293,7 @@ def _published(
         image_std=_HALF,
         position_table_side=48,
         deepstack_blocks=tower[3],
+        timestamps=True,
     )
     return ModelConfig(
         family="qwen3_vl",

@@ -29,7 +29,8 @@ class PatchEmbedding(nnx.Module):
     """A convolution whose stride is its size, which is one matrix product.
 
     The kernel keeps the published shape, `temporal_patch_size` frames wide. A still image fills
-    every frame with the same values, so the frames' weights are summed and applied once.
+    every frame with the same values, so the frames' weights are summed and applied once. Patches of
+    a video have all their frames, channel by channel.
     """
 
     def __init__(self, config: VisionConfig, rngs: nnx.Rngs, *, bias: bool = False):
@@ -42,14 +43,16 @@ class PatchEmbedding(nnx.Module):
     def __call__(
         self, patches: UInt8[Array, "rows length values"], dtype: DType
     ) -> Float[Array, "rows length width"]:
-        """Return one vector for each patch of a still image."""
-        kernel = einops.reduce(
-            self.projection.kernel[...].astype(jnp.float32),
-            "(channel frame pixel) width -> (channel pixel) width",
-            "sum",
-            channel=len(self.mean),
-            frame=self.frames,
-        )
+        """Return one vector for each patch of a still image, or of as many frames as it has."""
+        kernel = self.projection.kernel[...].astype(jnp.float32)
+        if patches.shape[-1] < kernel.shape[0]:
+            kernel = einops.reduce(
+                kernel,
+                "(channel frame pixel) width -> (channel pixel) width",
+                "sum",
+                channel=len(self.mean),
+                frame=self.frames,
+            )
         x = normalize(patches, self.mean, self.std).astype(dtype) @ kernel.astype(dtype)
         bias = self.projection.bias
         return x if bias is None else x + bias[...].astype(dtype)
