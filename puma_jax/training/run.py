@@ -130,14 +130,12 @@ def _run_stages(
     """Run the stages that are not finished; return the folder of the last one's model."""
     multihost.on_process_zero(lambda: _make_base(workdir / "base", config))
     data = _open_data(config, workdir, mesh)
-    folder: str | Path = workdir / "base"
     for name, stage in config.stages.items():
-        folder, out = stage.model or folder, workdir / name
-        if not out.exists():
+        if not (workdir / name).exists():
+            folder = stage.model or workdir / (config.stage_before(name) or "base")
             _run_stage(name, config, folder, data.get(name), workdir, mesh, reuse)
         multihost.on_process_zero(functools.partial(finish_stage, workdir, name))
-        folder = out
-    return Path(folder)
+    return workdir / name
 
 
 def _make_base(folder: Path, config: TrainConfig) -> None:
@@ -158,11 +156,13 @@ def _open_data(
     """
     stores: dict[str, Store] = {}
     found = {}
-    tokenizer = workdir / "base"
+    tokenizers: dict[str | None, Path] = {None: workdir / "base"}
     for name, base in base_configs(config, workdir).items():
         stage = config.stages[name]
+        tokenizer = tokenizers[config.stage_before(name)]
         if stage.model is not None:
             tokenizer = hf.open_checkpoint(stage.model).folder
+        tokenizers[name] = tokenizer
         if not stage.trains or (workdir / name).exists():
             continue
         root = stage.data_root or config.data.root
