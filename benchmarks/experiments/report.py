@@ -24,7 +24,7 @@ from puma_jax.files import read_json
 RESULTS = Path(__file__).parents[2] / "docs/results"
 BEGIN, END = "<!-- tables of report.py -->", "<!-- end of tables -->"
 NOISE = "noise"
-"""The question whose name ends so compares an arm with itself, rounded in another order."""
+"""End of the names of arms that are another arm, rounded in another order."""
 _K = 5
 
 
@@ -146,10 +146,8 @@ def _spread(values: Sequence[float]) -> str:
 def answers_table(content: Mapping[str, Any]) -> str:
     """Return the table of paired differences in points, with their 95 % intervals."""
     answers = [(one, {pool: Interval(**one[pool]) for pool in POOLS}) for one in content["answers"]]
-    noise = {
-        pool: max((abs(each[pool].mean) for one, each in answers if _is_noise(one)), default=0.0)
-        for pool in POOLS
-    }
+    measured = [each for one, each in answers if one["arm"].endswith(NOISE)]
+    noise = {pool: max((abs(each[pool].mean) for each in measured), default=0.0) for pool in POOLS}
     rows = [
         [
             one["question"],
@@ -161,15 +159,13 @@ def answers_table(content: Mapping[str, Any]) -> str:
     ]
     table = markdown(["question", "difference", "seeds", *POOLS], rows)
     rounding = ", ".join(f"{100 * noise[pool]:.1f} points in {pool} pools" for pool in POOLS)
+    if not measured:
+        rounding = "an amount that is not measured yet"
     return (
         f"{table}\n\nDifferences are in points, paired by seed and query, with 95 % intervals; "
         "with one seed, they are of the queries alone. Another order of rounding, of the same arm, "
         f"moves the mean by {rounding}. Bold are differences that both tell apart from nothing."
     )
-
-
-def _is_noise(answer: Mapping[str, Any]) -> bool:
-    return answer["arm"].endswith(NOISE)
 
 
 def _points(interval: Interval, noise: float) -> str:

@@ -24,7 +24,8 @@ SMALL = Experiment(
         Arm("one", "one", stage(2, rate=0.1)),
         Arm("low", "two, low", stage(2, rate=0.2), family="two"),
         Arm("high", "two, high", stage(2, rate=0.3), family="two"),
-        Arm("lost", "lost", stage(2, rate=0.4), every_seed=False, random_layers=True),
+        Arm("lost", "lost", stage(2, rate=0.4), every_seed=False, forgets="layers"),
+        Arm("new", "from scratch", stage(2, rate=0.4), every_seed=False, forgets="all"),
         Arm("one-noise", "one, rounded", stage(2, rate=0.1, chunks=2), every_seed=False),
     ),
     questions=(
@@ -87,7 +88,8 @@ def test_further_seeds_run_what_is_marked_and_the_best_of_each_family(finished):
     _, _, results = finished
     ran = {name: list(by_seed) for name, by_seed in results["arms"].items()}
     assert ran == {
-        "one": ["3", "4"], "low": ["3"], "high": ["3", "4"], "lost": ["3"], "one-noise": ["3"],
+        "one": ["3", "4"], "low": ["3"], "high": ["3", "4"],
+        "lost": ["3"], "new": ["3"], "one-noise": ["3"],
     }  # fmt: skip
 
 
@@ -100,6 +102,7 @@ def test_all_arms_continue_from_the_model_of_the_start(finished):
         assert config.stages[ARM].model == str(out / "small/start/cut")
         assert config.data.built == out / "base/data/built"
         assert config.scratch is None
+    assert trainer.configs["new"].stages[ARM].model == str(out / "base/base")
 
 
 def test_random_layers_replace_the_decoders_layers_and_nothing_else(finished, tiny):
