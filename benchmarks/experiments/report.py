@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from arms import EXPERIMENTS, Experiment, Question
 from paired import Hits, Interval, hits, of_pool, paired_interval
-from run import RANKS, representatives
+from run import FOUND, RANKS, representatives
 
 from puma_jax.artifacts import write_json, write_text
 from puma_jax.evaluation.report import POOLS, Pool, markdown
@@ -48,23 +48,30 @@ def collect(folder: Path, experiment: Experiment) -> dict[str, Any]:
         folder: Folder of the experiment's runs.
         experiment: Its arms and questions.
     """
-    found = read_json(folder / "results.json")
-    seeds = found["seeds"]
-    best = representatives(experiment.arms, found["arms"], seeds[0])
+    run = read_json(folder / "results.json")
+    # As it is on disk: a runner that was stopped has not listed its last arm.
+    found = {
+        arm.name: {
+            str(seed): read_json(path)
+            for seed in run["seeds"]
+            if (path := folder / f"seed-{seed}" / arm.name / FOUND).exists()
+        }
+        for arm in experiment.arms
+    }
+    found = {name: by_seed for name, by_seed in found.items() if by_seed}
+    best = representatives(experiment.arms, found, run["seeds"][0])
     labels = {arm.name: arm.label for arm in experiment.arms}
     answers = []
     for question in experiment.questions:
-        if question.arm in best and question.other in best | found["arms"]:
+        if question.arm in best and question.other in best | found:
             other = best[question.other].name if question.other in best else question.other
-            answers.append(_answer(folder, question, best[question.arm].name, other, found["arms"]))
+            answers.append(_answer(folder, question, best[question.arm].name, other, found))
     return {
         "title": experiment.title,
-        "seeds": seeds,
-        "start": found["start"],
+        "seeds": run["seeds"],
+        "start": run["start"],
         "arms": {
-            name: {"label": labels[name], "seeds": found["arms"][name]}
-            for name in labels
-            if name in found["arms"]
+            name: {"label": labels[name], "seeds": by_seed} for name, by_seed in found.items()
         },
         "answers": answers,
     }
