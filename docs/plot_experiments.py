@@ -108,6 +108,8 @@ def _line(
 ) -> None:
     """Draw arms, each at the mean of its seeds, by a cost; their seeds are small dots."""
     known = [list(found["arms"][arm]["seeds"].values()) for arm in arms if arm in found["arms"]]
+    if not known:
+        return
     across = [runs[0][cost[0]] / cost[1] for runs in known]
     rates = [[100 * run["mean"][pool] for run in runs] for runs in known]
     panel.plot(across, [np.mean(of_arm) for of_arm in rates], style, color=color, label=label)
@@ -123,16 +125,17 @@ def _learning(found: dict[str, Any], arms: dict[str, str]) -> Figure:
     for name, color in arms.items():
         arm = found["arms"][name]
         run, label = arm["seeds"][first], arm["label"].removesuffix(", τ 0.05")
-        panels[0].plot(*zip(*run["loss"], strict=True), "o-", color=color, markersize=3)
+        steps, values = zip(*run["loss"], strict=True)
+        panels[0].plot(steps, values, "o-", color=color, markersize=3, label=label)
         start = found["start"]["curve"][-1]
         for place, panel in enumerate(panels[1:], 1):
             points = [(0, start[place]), *((point[0], point[place]) for point in run["curve"])]
             if run["layers"] < found["start"]["layers"]:
                 points = points[1:]  # what the pruned model finds before training is not measured
             steps, rates = zip(*points, strict=True)
-            panel.plot(steps, 100 * np.array(rates), "o-", color=color, markersize=3, label=label)
+            panel.plot(steps, 100 * np.array(rates), "o-", color=color, markersize=3)
     for panel, name in zip(panels, names, strict=True):
         panel.set_xlabel("step")
         panel.set_title(name, fontsize=10)
-    panels[1].legend(fontsize=9, loc="lower right")
+    panels[0].legend(fontsize=9, loc="upper right")
     return figure

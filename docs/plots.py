@@ -40,11 +40,11 @@ def main() -> None:
         "plot-learning": learning,
         "plot-gradients": gradients,
         "plot-temperature": temperature,
-        "plot-pruning": pruning,
-        "plot-pruning-learning": learning_of_pruning,
-        "plot-losses": losses,
-        "plot-losses-learning": learning_of_losses,
     }
+    if (RESULTS / "pruning.json").exists():
+        plots |= {"plot-pruning": pruning, "plot-pruning-learning": learning_of_pruning}
+    if (RESULTS / "losses.json").exists():
+        plots |= {"plot-losses": losses, "plot-losses-learning": learning_of_losses}
     for name, draw in plots.items():
         figure = draw()
         save(figure, IMAGES / f"{name}.svg")

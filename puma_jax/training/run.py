@@ -47,7 +47,7 @@ from puma_jax.parallel import multihost
 from puma_jax.parallel.mesh import make_mesh
 from puma_jax.training.adapter import write_adapter
 from puma_jax.training.checkpoint import versions
-from puma_jax.training.checks import base_configs, check_run
+from puma_jax.training.checks import check_run
 from puma_jax.training.config import TrainConfig
 from puma_jax.training.loop import Measure, run_stage
 from puma_jax.training.metric_writer import MetricWriter
@@ -156,17 +156,18 @@ def _open_data(
     """
     stores: dict[str, Store] = {}
     found = {}
-    tokenizers: dict[str | None, Path] = {None: workdir / "base"}
-    for name, base in base_configs(config, workdir).items():
-        stage = config.stages[name]
-        tokenizer = tokenizers[config.stage_before(name)]
+    folders: dict[str | None, Path] = {None: workdir / "base"}
+    for name, stage in config.stages.items():
+        folder = folders[config.stage_before(name)]
         if stage.model is not None:
-            tokenizer = hf.open_checkpoint(stage.model).folder
-        tokenizers[name] = tokenizer
+            folder = hf.open_checkpoint(stage.model).folder
+        folders[name] = folder
         if not stage.trains or (workdir / name).exists():
             continue
+        # The ids of special tokens are those of this tokenizer, which a run from scratch trains.
+        model = with_inputs(hf.open_checkpoint(folder).config, config)
+        processor = Processor(load_tokenizer(folder), model)
         root = stage.data_root or config.data.root
-        processor = Processor(load_tokenizer(tokenizer), base)
         key = sha256_of([str(root), prompt_fingerprint(processor)])
         if key not in stores:
             stores[key] = open_store(config, root, processor, workdir)

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from puma_jax.config import ImageConfig, PromptConfig
+from puma_jax.data.tokenizer import load_tokenizer
 from puma_jax.errors import ArtifactError, ConfigError, DataError, LayerSelectionError, PumaError
 from puma_jax.files import read_object
 from puma_jax.parallel.mesh import MeshConfig, make_mesh
@@ -178,6 +179,22 @@ def test_a_stage_starts_from_the_model_of_the_one_it_names(config, tmp_path, mon
 def test_a_stage_starts_from_one_earlier_model(config, stage, fields, message):
     with pytest.raises(ConfigError, match=message):
         changed(branched(config), stage, **fields)
+
+
+def test_a_run_from_scratch_frames_images_with_the_tokens_of_its_tokenizer(config, tmp_path):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    training_run._make_base(tmp_path / "base", config)
+    (loader, _), *_ = training_run._open_data(config, tmp_path, mesh).values()
+    ids = load_tokenizer(tmp_path / "base").get_vocab()
+    rows = loader(0).rows
+    tokens = rows.tokens[0]
+    assert (rows.image_token_index[0] >= 0).any()
+    for name, at in (
+        ("<|image_pad|>", rows.image_token_index[0] >= 0),
+        ("<|vision_start|>", tokens == ids["<|vision_start|>"]),
+    ):
+        assert at.any()
+        assert set(tokens[at].tolist()) == {ids[name]}
 
 
 def test_a_damaged_result_is_refused_in_one_line(config, tmp_path):
