@@ -135,7 +135,8 @@ def stage(
     )
 
 
-BASE = {"whole": stage(400, rate=2e-3)}
+BASE_STEPS = 800
+BASE = {"whole": stage(BASE_STEPS, rate=2e-3)}
 """Stages of the base model, which all experiments start from."""
 
 # The states of a model this small are of order 1, so their errors count in full.
@@ -169,7 +170,7 @@ PRUNING = Experiment(
             Arm(
                 f"scratch-{n}",
                 f"{n} of 4 layers from scratch",
-                stage(400 + STEPS, n, rate=2e-3),
+                stage(BASE_STEPS + STEPS, n, rate=2e-3),
                 every_seed=False,
                 forgets="all",
             )
@@ -203,16 +204,6 @@ PRUNING = Experiment(
         Question("keep-2-noise", "keep-2", "How far does rounding alone move a result?"),
     ),
 )
-_MAIN = ("full", "keep-2", "keep-2-distilled", "keep-2-noise", "keep-1", "keep-1-distilled")
-TRAINED_LONGER = Experiment(
-    title="Pruning and distillation of a base that was trained for longer",
-    start={"longer": stage(400)},
-    arms=tuple(arm for arm in PRUNING.arms if arm.name in _MAIN),
-    questions=tuple(
-        question for question in PRUNING.questions if {question.arm, question.other} <= {*_MAIN}
-    ),
-)
-
 TEMPERATURES = (0.05, 0.03, 0.08)
 LOSSES = {
     "info-nce": ("InfoNCE", LossConfig(kind="info_nce")),
@@ -258,4 +249,4 @@ COMPARED = Experiment(
         Question("info-nce-noise", "info-nce-0.05", "How far does rounding alone move a result?"),
     ),
 )
-EXPERIMENTS = {"pruning": PRUNING, "pruning-longer": TRAINED_LONGER, "losses": COMPARED}
+EXPERIMENTS = {"pruning": PRUNING, "losses": COMPARED}
