@@ -8,15 +8,16 @@ variables, which the fragments #only-light and #only-dark choose.
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
+import plot_style
 from matplotlib import pyplot
 from matplotlib.figure import Figure
+from plot_experiments import learning_of_losses, learning_of_pruning, losses, pruning
+from plot_style import GREEN, ORANGE, SOFT, VIOLET, save
 
 from puma_jax.losses import hard_temperature, mac_loss
 from puma_jax.model.qwen2_vl import PUBLISHED
@@ -25,46 +26,13 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 IMAGES = HERE / "img"
 
-# Stand-in for each color while matplotlib draws → CSS variable, light value, dark value.
-INK, SOFT, FAINT = "#010101", "#020202", "#030303"
-GREEN, ORANGE, VIOLET = "#040404", "#050505", "#060606"
-COLORS = {
-    INK: ("--ink", "#1b2530", "#e8edf2"),
-    SOFT: ("--soft", "#56636f", "#a9b5c0"),
-    FAINT: ("--faint", "#d5dbe1", "#3c454e"),
-    GREEN: ("--a", "#0f766e", "#5fe0cd"),
-    ORANGE: ("--b", "#c26a17", "#f5b454"),
-    VIOLET: ("--c", "#4b44a3", "#c3bdfb"),
-}
 MODALITIES = {0: "t → i", 1: "t → t", 2: "t → it", 3: "i → t", 4: "i → i"}
 MODALITIES |= {6: "it → t", 7: "it → i", 8: "it → it"}
 
 
 def main() -> None:
     """Draw all plots into docs/img."""
-    matplotlib.rcParams.update(
-        {
-            "svg.fonttype": "none",
-            "svg.hashsalt": "puma_jax",
-            "font.family": "sans-serif",
-            "font.size": 11,
-            "text.color": INK,
-            "axes.labelcolor": SOFT,
-            "axes.titlecolor": INK,
-            "axes.titlelocation": "left",
-            "axes.titlesize": 12,
-            "axes.edgecolor": FAINT,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "grid.color": FAINT,
-            "xtick.color": SOFT,
-            "ytick.color": SOFT,
-            "legend.frameon": False,
-            "lines.linewidth": 2.2,
-        }
-    )
+    plot_style.use()
     plots = {
         "plot-results": results,
         "plot-size": size,
@@ -73,6 +41,10 @@ def main() -> None:
         "plot-gradients": gradients,
         "plot-temperature": temperature,
     }
+    if (RESULTS / "pruning.json").exists():
+        plots |= {"plot-pruning": pruning, "plot-pruning-learning": learning_of_pruning}
+    if (RESULTS / "losses.json").exists():
+        plots |= {"plot-losses": losses, "plot-losses-learning": learning_of_losses}
     for name, draw in plots.items():
         figure = draw()
         save(figure, IMAGES / f"{name}.svg")
@@ -245,29 +217,6 @@ def temperature() -> Figure:
     panel.set_xlabel("training done, %")
     panel.set_title("Temperatures of MAC-Loss")
     return figure
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as SVG with colors for light and for dark pages."""
-    figure.savefig(path, format="svg", transparent=True, metadata={"Date": None})
-    text = path.read_text("utf-8")
-    for stand_in, (variable, _, _) in COLORS.items():
-        text = text.replace(stand_in, f"var({variable})")
-    light, dark = (
-        ";".join(f"{variables[0]}:{variables[which]}" for variables in COLORS.values())
-        for which in (1, 2)
-    )
-    style = (
-        f"<style>:root{{{light}}}"
-        f"@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"
-        f"#only-light:target{{{light}}}#only-dark:target{{{dark}}}"
-        "text{font-family:system-ui,sans-serif !important}</style>"
-    )
-    text = re.sub(r"<\?xml.*?(?=<svg)", "", text, flags=re.DOTALL)
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r"<svg ", '<svg id="only-dark" ', text, count=1)
-    text = text.replace('<g id="figure_1">', f'{style}\n<g id="only-light">')
-    path.write_text("\n".join(line.rstrip() for line in text.splitlines()) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -177,8 +177,9 @@ def base_model(config: TrainConfig, stage: str) -> ModelConfig:
     Raises:
         ConfigError: The stage or the shapes of its model are unknown.
     """
-    model = None
+    made: dict[str | None, ModelConfig | None] = {None: None}
     for name, of_stage in config.stages.items():
+        model = made[config.stage_before(name)]
         if of_stage.model is not None:
             folder = Path(of_stage.model)
             shapes = published()
@@ -190,7 +191,7 @@ def base_model(config: TrainConfig, stage: str) -> ModelConfig:
             raise ConfigError(f"stage {name} starts from scratch, whose shapes the data decide")
         if name == stage:
             return with_inputs(model, config)
-        model = model.with_layers(
+        made[name] = model.with_layers(
             tuple(model.kept_layers[i] for i in kept_layers(of_stage, model.decoder.layers))
         )
     raise ConfigError(f"--stage {stage} is not one of {', '.join(config.stages)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from puma_jax.config import ComputeConfig, ImageConfig, PlanConfig, PromptConfig
 from puma_jax.training.config import (
@@ -34,12 +35,8 @@ SCRATCH = ScratchConfig(
     vision_layers=2,
     vision_heads=2,
 )
-BASE_STEPS = 1000
-"""Steps of the base model, after which its hit rate rises slowly."""
 STEPS = 60
 """Steps of an arm, unless its name says otherwise."""
-START = "whole"
-"""The stage that all experiments have in common."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +52,9 @@ class Arm:
     family: str = ""
     """Arms of one family differ in a setting that is tuned: the one that is best on the validation
     split at the first seed represents the family, and runs with every seed. Empty is no family."""
-    random_layers: bool = False
-    """Whether the layers that it keeps lose what they learned: they are drawn at random again."""
+    forgets: Literal["nothing", "layers", "all"] = "nothing"
+    """What it does not take over from the start: "layers" draws the decoder's layers at random
+    again, "all" is the model before any training."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +71,10 @@ class Experiment:
     """Arms from one start, and the questions that they answer."""
 
     title: str
-    start: dict[str, StageConfig]
-    """Stages that lead to the model that all arms start from."""
     arms: tuple[Arm, ...]
     questions: tuple[Question, ...]
+    start: dict[str, StageConfig] = dataclasses.field(default_factory=dict)
+    """Stages after those of the base, if its model is not what all arms start from."""
 
 
 def train_config(
@@ -137,12 +135,15 @@ def stage(
     )
 
 
+BASE_STEPS = 800
+BASE = {"whole": stage(BASE_STEPS, rate=2e-3)}
+"""Stages of the base model, which all experiments start from."""
+
 # The states of a model this small are of order 1, so their errors count in full.
 DISTILL = DistillConfig(weight=(0.5, 0.1), scale=1.0)
 
 PRUNING = Experiment(
     title="What pruning costs and what distillation gives back",
-    start={START: stage(BASE_STEPS, rate=2e-3)},
     arms=(
         Arm("full", "4 layers", stage()),
         Arm("keep-2", "2 layers", stage(layers="2")),
@@ -150,7 +151,7 @@ PRUNING = Experiment(
         Arm("keep-1", "1 layer", stage(layers="1")),
         Arm("keep-2-noise", "2 layers, other rounding", stage(layers="2", chunks=2)),
         Arm("keep-2-longer", "2 layers, equal cost", stage(109, "2")),
-        Arm("keep-2-random", "2 random layers", stage(layers="2"), random_layers=True),
+        Arm("keep-2-random", "2 random layers", stage(layers="2"), forgets="layers"),
         Arm("keep-1-distilled", "1 layer, distilled", stage(layers="1", distill=DISTILL)),
         Arm("keep-3", "3 layers", stage(layers="3")),
         Arm(
@@ -165,10 +166,28 @@ PRUNING = Experiment(
             stage(layers="2", distill=DistillConfig(weight=(0.9, 0.5), scale=1.0)),
             every_seed=False,
         ),
+        *(
+            Arm(
+                f"scratch-{n}",
+                f"{n} of 4 layers from scratch",
+                stage(BASE_STEPS + STEPS, n, rate=2e-3),
+                every_seed=False,
+                forgets="all",
+            )
+            for n in ("2", "1")
+        ),
+        *(
+            Arm(f"keep-{n}-untrained", f"{n} of 4 layers, untrained", stage(0, n), every_seed=False)
+            for n in ("3", "2", "1")
+        ),
         Arm("keep-2-last", "layers 1 and 4", stage(layers="0,3"), every_seed=False),
         Arm("keep-2-spaced", "layers 1 and 3", stage(layers="0,2"), every_seed=False),
     ),
     questions=(
+        *(
+            Question(f"keep-{n}-untrained", "full", f"What is left of {n} of 4 layers, untrained?")
+            for n in ("3", "2", "1")
+        ),
         Question("keep-3", "full", "What does pruning to 3 of 4 layers cost?"),
         Question("keep-2", "full", "What does pruning to half of the layers cost?"),
         Question("keep-1", "full", "What does pruning to a quarter of the layers cost?"),
@@ -178,12 +197,14 @@ PRUNING = Experiment(
         Question("keep-2-distilled-more", "keep-2", "With more weight?"),
         Question("keep-2-distilled-paper", "keep-2", "With the paper's weight and scale?"),
         Question("keep-2-random", "keep-2", "What are the layers' trained weights worth?"),
+        Question("scratch-2", "keep-2", "2 layers trained from scratch for as many steps in all?"),
+        Question("scratch-1", "keep-1", "1 layer trained from scratch for as many steps in all?"),
         Question("keep-2-last", "keep-2", "The first and the last layer, or the first two?"),
         Question("keep-2-spaced", "keep-2", "Layers evenly spaced, or the first two?"),
         Question("keep-2-noise", "keep-2", "How far does rounding alone move a result?"),
     ),
 )
-TEMPERATURES = (0.03, 0.05, 0.08)
+TEMPERATURES = (0.05, 0.03, 0.08)
 LOSSES = {
     "info-nce": ("InfoNCE", LossConfig(kind="info_nce")),
     "mac": ("MAC-Loss, the paper's form", LossConfig(kind="mac")),
@@ -202,24 +223,21 @@ def _loss_arms() -> tuple[Arm, ...]:
             stage(loss=dataclasses.replace(loss, temperature=temperature)),
             family=name,
         )
-        for name, (label, loss) in LOSSES.items()
         for temperature in TEMPERATURES
+        for name, (label, loss) in LOSSES.items()
     ]
     learned = LossConfig(kind="info_nce", temperature=0.05, learn_temperature=True)
     noise = LossConfig(kind="info_nce", temperature=0.05)
     return (
         *tuned,
         Arm("learned", "InfoNCE, learned τ", stage(loss=learned)),
-        Arm("noise", "InfoNCE, τ 0.05, other rounding", stage(loss=noise, chunks=2)),
+        Arm("info-nce-noise", "InfoNCE, τ 0.05, other rounding", stage(loss=noise, chunks=2)),
     )
 
 
 COMPARED = Experiment(
     title="Contrastive losses from one distilled model",
-    start={
-        START: PRUNING.start[START],
-        "distilled": stage(layers="2", distill=DISTILL),
-    },
+    start={"distilled": stage(layers="2", distill=DISTILL)},
     arms=_loss_arms(),
     questions=(
         *(
@@ -228,7 +246,7 @@ COMPARED = Experiment(
             if name != "info-nce"
         ),
         Question("learned", "info-nce", "A learned temperature, or a tuned one?"),
-        Question("noise", "info-nce-0.05", "How far does rounding alone move a result?"),
+        Question("info-nce-noise", "info-nce-0.05", "How far does rounding alone move a result?"),
     ),
 )
 EXPERIMENTS = {"pruning": PRUNING, "losses": COMPARED}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from arms import EXPERIMENTS, Experiment, Question
 from paired import Hits, Interval, hits, of_pool, paired_interval
-from run import RANKS, representatives
+from run import FOUND, RANKS, representatives
 
 from puma_jax.artifacts import write_json, write_text
 from puma_jax.evaluation.report import POOLS, Pool, markdown
@@ -24,7 +24,7 @@ from puma_jax.files import read_json
 RESULTS = Path(__file__).parents[2] / "docs/results"
 BEGIN, END = "<!-- tables of report.py -->", "<!-- end of tables -->"
 NOISE = "noise"
-"""The question whose name ends so compares an arm with itself, rounded in another order."""
+"""End of the names of arms that are another arm, rounded in another order."""
 _K = 5
 
 
@@ -48,23 +48,30 @@ def collect(folder: Path, experiment: Experiment) -> dict[str, Any]:
         folder: Folder of the experiment's runs.
         experiment: Its arms and questions.
     """
-    found = read_json(folder / "results.json")
-    seeds = found["seeds"]
-    best = representatives(experiment.arms, found["arms"], seeds[0])
+    run = read_json(folder / "results.json")
+    # As it is on disk: a runner that was stopped has not listed its last arm.
+    found = {
+        arm.name: {
+            str(seed): read_json(path)
+            for seed in run["seeds"]
+            if (path := folder / f"seed-{seed}" / arm.name / FOUND).exists()
+        }
+        for arm in experiment.arms
+    }
+    found = {name: by_seed for name, by_seed in found.items() if by_seed}
+    best = representatives(experiment.arms, found, run["seeds"][0])
     labels = {arm.name: arm.label for arm in experiment.arms}
     answers = []
     for question in experiment.questions:
-        if question.arm in best and question.other in best | found["arms"]:
+        if question.arm in best and question.other in best | found:
             other = best[question.other].name if question.other in best else question.other
-            answers.append(_answer(folder, question, best[question.arm].name, other, found["arms"]))
+            answers.append(_answer(folder, question, best[question.arm].name, other, found))
     return {
         "title": experiment.title,
-        "seeds": seeds,
-        "start": found["start"],
+        "seeds": run["seeds"],
+        "start": run["start"],
         "arms": {
-            name: {"label": labels[name], "seeds": found["arms"][name]}
-            for name in labels
-            if name in found["arms"]
+            name: {"label": labels[name], "seeds": by_seed} for name, by_seed in found.items()
         },
         "answers": answers,
     }
@@ -146,10 +153,8 @@ def _spread(values: Sequence[float]) -> str:
 def answers_table(content: Mapping[str, Any]) -> str:
     """Return the table of paired differences in points, with their 95 % intervals."""
     answers = [(one, {pool: Interval(**one[pool]) for pool in POOLS}) for one in content["answers"]]
-    noise = {
-        pool: max((abs(each[pool].mean) for one, each in answers if _is_noise(one)), default=0.0)
-        for pool in POOLS
-    }
+    measured = [each for one, each in answers if one["arm"].endswith(NOISE)]
+    noise = {pool: max((abs(each[pool].mean) for each in measured), default=0.0) for pool in POOLS}
     rows = [
         [
             one["question"],
@@ -161,15 +166,13 @@ def answers_table(content: Mapping[str, Any]) -> str:
     ]
     table = markdown(["question", "difference", "seeds", *POOLS], rows)
     rounding = ", ".join(f"{100 * noise[pool]:.1f} points in {pool} pools" for pool in POOLS)
+    if not measured:
+        rounding = "an amount that is not measured yet"
     return (
         f"{table}\n\nDifferences are in points, paired by seed and query, with 95 % intervals; "
         "with one seed, they are of the queries alone. Another order of rounding, of the same arm, "
         f"moves the mean by {rounding}. Bold are differences that both tell apart from nothing."
     )
-
-
-def _is_noise(answer: Mapping[str, Any]) -> bool:
-    return answer["arm"].endswith(NOISE)
 
 
 def _points(interval: Interval, noise: float) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from arms import EXPERIMENTS, START, Arm, Experiment, train_config
+from arms import BASE, EXPERIMENTS, Arm, Experiment, train_config
 from cost import forward_flops, training_flops
 from paired import read_ranks
 
@@ -75,7 +75,7 @@ def run_experiment(
     Args:
         name: Name of the experiment.
         root: Benchmark in M-BEIR layout.
-        out: Folder of all experiments; they share the first stage.
+        out: Folder of all experiments; they share the base model.
         seeds: Seeds of the arms, the first of which tunes.
         train: Runs one config.
         experiments: All experiments.
@@ -95,7 +95,8 @@ def run_experiment(
             arms = tuple(arm for arm in arms if arm.every_seed and arm in best)
         for arm in arms:
             folder = out / name / f"seed-{seed}" / arm.name
-            model = _with_random_layers(start, out / name, seed) if arm.random_layers else start
+            model = {"nothing": start, "all": out / "base/base"}.get(arm.forgets)
+            model = model or _with_random_layers(start, out / name, seed)
             stage = dataclasses.replace(arm.stage, model=str(model.absolute()))
             config = train_config(root, {ARM: stage}, seed, built=built)
             found = _finished(config, folder, None, train)
@@ -125,23 +126,24 @@ def representatives(
 
 
 def _validation(found: Mapping[str, Any], arm: Arm, seed: int) -> float:
-    """Return the mean of local and global hit rates that training measured last."""
-    return float(np.mean(found[arm.name][str(seed)]["curve"][-1][1:]))
+    """Return the mean of local and global hit rates that training measured last; 0 if none."""
+    curve = found[arm.name][str(seed)]["curve"]
+    return float(np.mean(curve[-1][1:])) if curve else 0.0
 
 
 def _start(
     name: str, experiment: Experiment, root: Path, out: Path, train: Train
 ) -> tuple[Path, Path]:
     """Return the model that arms start from and the built data; train and build them if missing."""
-    first = {START: experiment.start[START]}
-    folder = out / START
-    _finished(train_config(root, first, seed=0, scratch=True), folder, None, train)
+    folder = out / "base"
+    _finished(train_config(root, BASE, seed=0, scratch=True), folder, None, train)
     built = next((folder / "data").iterdir())
-    if len(experiment.start) > 1:
-        config = train_config(root, experiment.start, seed=0, scratch=True, built=built)
+    stages = BASE | experiment.start
+    if experiment.start:
+        config = train_config(root, stages, seed=0, scratch=True, built=built)
         _finished(config, out / name / "start", folder, train)
         folder = out / name / "start"
-    return folder / list(experiment.start)[-1], built
+    return folder / list(stages)[-1], built
 
 
 def _finished(
@@ -208,9 +210,8 @@ def _cost(config: TrainConfig, workdir: Path, name: str) -> dict[str, float]:
     """Return the operations of training and of embedding an item of the mean size."""
     stage = config.stages[name]
     model = hf.open_checkpoint(workdir / name).config
-    names = list(config.stages)
-    before = names[names.index(name) - 1] if name != names[0] else "base"
-    teacher = hf.open_checkpoint(stage.model or workdir / before).config
+    before = workdir / (config.stage_before(name) or "base")
+    teacher = hf.open_checkpoint(stage.model or before).config
     built = config.data.built or next((workdir / "data").iterdir())
     store = Store.open(built)
     processor = Processor(load_tokenizer(workdir / name), model)
@@ -228,10 +229,13 @@ def _cost(config: TrainConfig, workdir: Path, name: str) -> dict[str, float]:
 
 
 def _curves(metrics: Path, name: str) -> dict[str, Any]:
-    """Return the curves of a stage, the median seconds of its steps, and its peak memory."""
-    lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
+    """Return the curves of a stage, the median seconds of its steps, and its peak memory.
+
+    A stage without steps has no curves, and no costs.
+    """
+    lines = metrics.read_text("utf-8").splitlines() if metrics.exists() else []
     by_step: dict[int, dict[str, Any]] = {}
-    for line in lines:
+    for line in map(json.loads, lines):
         if line["stage"] == name:
             by_step.setdefault(line["step"], {}).update(line)
     steps = sorted(by_step.items())
@@ -243,8 +247,8 @@ def _curves(metrics: Path, name: str) -> dict[str, Any]:
             if "hit@k local" in line
         ],
         "loss": [[line["step"], line["contrastive"]] for line in trained],
-        "seconds_per_step": float(np.median([line["seconds"] for line in trained])),
-        "peak_memory": max(line["peak_memory"] for line in trained),
+        "seconds_per_step": float(np.median([line["seconds"] for line in trained] or [0])),
+        "peak_memory": max((line["peak_memory"] for line in trained), default=0),
     }
 
 

@@ -84,6 +84,7 @@ class Stage:
     """
 
     model: str | None
+    init_from: str | None
     keep_layers: str
     loss: Loss
     distill: Distillation
@@ -114,12 +115,11 @@ class Training:
     @property
     def stages(self) -> dict[str, Stage]:
         """The stages that made the model, by name, from the last one that names a base model."""
-        made: dict[str, Stage] = {}
-        for name, stage in self.run.stages.items():
-            made = {name: stage} if stage.model else {**made, name: stage}
-            if name == self.stage:
-                break
-        return made
+        names = list(self.run.stages)
+        made = [self.stage]
+        while (first := self.run.stages[made[0]]).model is None and made[0] != names[0]:
+            made.insert(0, first.init_from or names[names.index(made[0]) - 1])
+        return {name: self.run.stages[name] for name in made}
 
     @property
     def base(self) -> str | None:

@@ -69,9 +69,11 @@ def base_configs(config: TrainConfig, workdir: Path) -> dict[str, ModelConfig]:
             widths or depths that its model does not have, or cannot train its adapter further.
         LayerSelectionError: A stage keeps layers that its base model lacks.
     """
-    model = None if config.scratch is None else _scratch(config)
+    scratch = None if config.scratch is None else _scratch(config)
+    made: dict[str | None, ModelConfig | None] = {None: scratch}
     found = {}
     for name, stage in config.stages.items():
+        model = made[config.stage_before(name)]
         if stage.model is not None:
             checkpoint, adapter = open_adapted(stage.model, stage.adapter)
             model = checkpoint.config
@@ -96,7 +98,7 @@ def base_configs(config: TrainConfig, workdir: Path) -> dict[str, ModelConfig]:
             )
         if (workdir / name).exists():
             hf.open_checkpoint(workdir / name)
-        model = model.with_layers(tuple(model.kept_layers[index] for index in kept))
+        made[name] = model.with_layers(tuple(model.kept_layers[index] for index in kept))
     return found
 
 

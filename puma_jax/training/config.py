@@ -165,6 +165,9 @@ class StageConfig:
     model: str | None = None
     """Hugging Face folder or hub id to start from; None takes the model of the stage before, or
     for the first stage the one made from scratch."""
+    init_from: str | None = None
+    """Earlier stage whose model to start from, such as one that several stages continue; None takes
+    the stage before."""
     adapter: str | None = None
     """PEFT folder or hub id of an adapter on `model`. If adapters are trained, this one is trained
     further, with the rank, alpha and targets it has; otherwise it is merged first."""
@@ -201,6 +204,11 @@ class StageConfig:
             not self.score_distill.weight or self.plan.hard_negatives > 0,
             f"stage.score_distill.weight {self.score_distill.weight} needs plan.hard_negatives "
             "above 0: a teacher's scores are those of a positive and of hard negatives",
+        )
+        require(
+            self.init_from is None or self.model is None,
+            f"stage.init_from {self.init_from} and stage.model {self.model} exclude each other: a "
+            "stage starts from one model",
         )
         require(
             self.adapter is None or self.model is not None,
@@ -391,8 +399,29 @@ class TrainConfig:
                 f"evaluation.final_stages names {name}, which is not one of the stages "
                 f"{', '.join(self.stages)}",
             )
-        first = next(iter(self.stages))
+        names = list(self.stages)
+        for place, (name, stage) in enumerate(self.stages.items()):
+            require(
+                stage.init_from is None or stage.init_from in names[:place],
+                f"stages.{name}.init_from {stage.init_from} is not a stage before it: "
+                f"{', '.join(names[:place]) or 'there is none'}",
+            )
+        first = names[0]
         require(
             self.scratch is not None or self.stages[first].model is not None,
             f"stage {first} has no model to start from: set stages.{first}.model or scratch",
         )
+
+    def stage_before(self, name: str) -> str | None:
+        """Return the stage whose model a stage starts from.
+
+        Args:
+            name: Name of the stage.
+
+        Returns:
+            None if the stage names a model, or is the first one and starts from scratch.
+        """
+        stage, names = self.stages[name], list(self.stages)
+        if stage.model is not None or name == names[0]:
+            return None
+        return stage.init_from or names[names.index(name) - 1]

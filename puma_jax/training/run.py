@@ -48,7 +48,7 @@ from puma_jax.parallel import multihost
 from puma_jax.parallel.mesh import make_mesh
 from puma_jax.training.adapter import write_adapter
 from puma_jax.training.checkpoint import versions
-from puma_jax.training.checks import base_configs, check_run
+from puma_jax.training.checks import check_run
 from puma_jax.training.config import TrainConfig
 from puma_jax.training.loop import Measure, run_stage
 from puma_jax.training.metric_writer import MetricWriter
@@ -131,16 +131,14 @@ def _run_stages(
     """Run the stages that are not finished; return the folder of the last one's model."""
     multihost.on_process_zero(lambda: _make_base(workdir / "base", config))
     data = _open_data(config, workdir, mesh)
-    folder: str | Path = workdir / "base"
     for name, stage in config.stages.items():
-        folder, out = stage.model or folder, workdir / name
-        if not out.exists():
+        if not (workdir / name).exists():
+            folder = stage.model or workdir / (config.stage_before(name) or "base")
             _run_stage(name, config, folder, data.get(name), workdir, mesh, reuse)
         keep = config.checkpoint.keep_finished
         finish = functools.partial(finish_stage, workdir, name, keep_checkpoints=keep)
         multihost.on_process_zero(finish)
-        folder = out
-    return Path(folder)
+    return workdir / name
 
 
 def _make_base(folder: Path, config: TrainConfig) -> None:
@@ -161,15 +159,18 @@ def _open_data(
     """
     stores: dict[str, Store] = {}
     found = {}
-    tokenizer = workdir / "base"
-    for name, base in base_configs(config, workdir).items():
-        stage = config.stages[name]
+    folders: dict[str | None, Path] = {None: workdir / "base"}
+    for name, stage in config.stages.items():
+        folder = folders[config.stage_before(name)]
         if stage.model is not None:
-            tokenizer = hf.open_checkpoint(stage.model).folder
+            folder = hf.open_checkpoint(stage.model).folder
+        folders[name] = folder
         if not stage.trains or (workdir / name).exists():
             continue
+        # The ids of special tokens are those of this tokenizer, which a run from scratch trains.
+        model = with_inputs(hf.open_checkpoint(folder).config, config)
+        processor = Processor(load_tokenizer(folder), model)
         root = stage.data_root or config.data.root
-        processor = Processor(load_tokenizer(tokenizer), base)
         key = sha256_of([str(root), prompt_fingerprint(processor)])
         if key not in stores:
             stores[key] = open_store(config, root, processor, workdir)

@@ -137,7 +137,7 @@ def stage_job(
         "settings": {
             field: value
             for field, value in settings.items()
-            if field not in ("model", "adapter", "data_root")
+            if field not in ("model", "init_from", "adapter", "data_root")
         },
         **{field: values[field] for field in ("seed", "images", "prompt", "causal", "compute")},
         "on_bad_record": config.data.on_bad_record,

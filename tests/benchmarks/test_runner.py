@@ -1,14 +1,15 @@
 """A runner reads what is finished, and further seeds run the best of each family."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from arms import EXPERIMENTS, Arm, Experiment, Question, stage
+from arms import BASE, EXPERIMENTS, Arm, Experiment, Question, stage
 from report import BEGIN, END, collect, with_tables
-from run import ARM, FOUND, RANKS, START, run_experiment
+from run import ARM, FOUND, RANKS, _curves, run_experiment
 
 from puma_jax import Embedder
 from puma_jax.artifacts import write_json
@@ -18,12 +19,13 @@ from puma_jax.training.workdir import as_json
 
 SMALL = Experiment(
     title="Three arms",
-    start={START: stage(3), "cut": stage(2, "2")},
+    start={"cut": stage(2, "2")},
     arms=(
         Arm("one", "one", stage(2, rate=0.1)),
         Arm("low", "two, low", stage(2, rate=0.2), family="two"),
         Arm("high", "two, high", stage(2, rate=0.3), family="two"),
-        Arm("lost", "lost", stage(2, rate=0.4), every_seed=False, random_layers=True),
+        Arm("lost", "lost", stage(2, rate=0.4), every_seed=False, forgets="layers"),
+        Arm("new", "from scratch", stage(2, rate=0.4), every_seed=False, forgets="all"),
         Arm("one-noise", "one, rounded", stage(2, rate=0.1, chunks=2), every_seed=False),
     ),
     questions=(
@@ -42,7 +44,7 @@ class Trainer:
         self.configs: dict = {}
 
     def __call__(self, config, workdir, reuse):
-        self.configs[workdir.name if ARM in config.stages else "/".join(config.stages)] = config
+        self.configs[workdir.name] = config
         *_, stage = config.stages.values()
         rate = stage.optimizer.learning_rate
         queries = np.arange(40)
@@ -86,19 +88,21 @@ def test_further_seeds_run_what_is_marked_and_the_best_of_each_family(finished):
     _, _, results = finished
     ran = {name: list(by_seed) for name, by_seed in results["arms"].items()}
     assert ran == {
-        "one": ["3", "4"], "low": ["3"], "high": ["3", "4"], "lost": ["3"], "one-noise": ["3"],
+        "one": ["3", "4"], "low": ["3"], "high": ["3", "4"],
+        "lost": ["3"], "new": ["3"], "one-noise": ["3"],
     }  # fmt: skip
 
 
 def test_all_arms_continue_from_the_model_of_the_start(finished):
     out, trainer, _ = finished
-    assert trainer.configs[START].scratch is not None
-    assert list(trainer.configs[f"{START}/cut"].stages) == [START, "cut"]
+    assert trainer.configs["base"].scratch is not None
+    assert trainer.configs["start"].stages == {**BASE, **SMALL.start}
     for name in ("one", "low", "high"):
         config = trainer.configs[name]
         assert config.stages[ARM].model == str(out / "small/start/cut")
-        assert config.data.built == out / START / "data/built"
+        assert config.data.built == out / "base/data/built"
         assert config.scratch is None
+    assert trainer.configs["new"].stages[ARM].model == str(out / "base/base")
 
 
 def test_random_layers_replace_the_decoders_layers_and_nothing_else(finished, tiny):
@@ -142,6 +146,25 @@ def test_tables_say_which_differences_are_more_than_chance_and_rounding(finished
     assert "earlier" not in page
     assert "**+20.0** (" in page
     assert "moves the mean by 2.5 points in local pools, 2.5 points in global pools" in page
+
+
+def test_curves_take_the_later_line_of_a_step_and_leave_other_stages_out(tmp_path):
+    lines = [
+        {"stage": stage, "step": step, "loss": loss, "contrastive": loss, "seconds": seconds}
+        | {"peak_memory": 10 - seconds}
+        for stage, step, loss, seconds in (
+            ("arm", 10, 2.0, 9), ("other", 10, 7.0, 0), ("arm", 10, 1.0, 4), ("arm", 20, 0.5, 6)
+        )
+    ]  # fmt: skip
+    lines.append({"stage": "arm", "step": 10, "hit@k local": 0.5, "hit@k global": 0.25})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert _curves(tmp_path / "metrics.jsonl", "arm") == {
+        "curve": [[10, 0.5, 0.25]],
+        "loss": [[10, 1.0], [20, 0.5]],
+        "seconds_per_step": 5,
+        "peak_memory": 6,
+    }
+    assert not _curves(tmp_path / "none.jsonl", "arm")["curve"]
 
 
 def test_every_question_is_about_arms_of_its_experiment():

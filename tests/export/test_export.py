@@ -87,6 +87,10 @@ def test_a_card_tells_of_the_stages_that_made_the_model():
     run = from_json(Run, config, unknown="ignore")
     assert list(Training(run, second, None).stages) == [first, second]
     assert Training(run, third, None).base is None
+    config["stages"][third]["init_from"] = first
+    run = from_json(Run, config, unknown="ignore")
+    assert list(Training(run, third, None).stages) == [first, third]
+    config["stages"][third]["init_from"] = None
     config["stages"][second]["model"] = "some/base"
     run = from_json(Run, config, unknown="ignore")
     assert list(Training(run, third, None).stages) == [second, third]

@@ -8,10 +8,12 @@ import jax
 import pytest
 
 from puma_jax.config import ImageConfig, PromptConfig
+from puma_jax.data.tokenizer import load_tokenizer
 from puma_jax.errors import ArtifactError, ConfigError, DataError, LayerSelectionError, PumaError
 from puma_jax.files import read_object
 from puma_jax.parallel.mesh import MeshConfig, make_mesh
 from puma_jax.train import load_config
+from puma_jax.training import run as training_run
 from puma_jax.training.checks import base_configs, check_run
 from puma_jax.training.config import EvaluationConfig, LogConfig, LossConfig, ScratchConfig
 from puma_jax.training.results import StageResult, stage_result
@@ -141,6 +143,63 @@ def test_a_model_from_scratch_without_a_prompt_has_the_defaults(config, tmp_path
     bases = base_configs(changed(config, images=None, prompt=None), tmp_path)
     assert [base.prompt for base in bases.values()] == [PromptConfig()] * 2
     assert [base.decoder.layers for base in bases.values()] == [3, 3]
+
+
+def branched(config):
+    """Two stages that continue the deep one: the whole model after the pruned one."""
+    whole = dataclasses.replace(config.stages["deep"], init_from="deep")
+    return changed(config, stages={**config.stages, "whole": whole})
+
+
+def test_a_stage_starts_from_the_model_of_the_one_it_names(config, tmp_path, monkeypatch):
+    config = branched(config)
+    assert [config.stage_before(name) for name in config.stages] == [None, "deep", "deep"]
+    layers = [base.decoder.layers for base in base_configs(config, tmp_path).values()]
+    assert layers == [2, 2, 2]
+    chained = changed(config, "whole", init_from=None)
+    assert base_configs(chained, tmp_path)["whole"].decoder.layers == 1
+    started = {}
+
+    def run_stage(name, config, folder, *others):
+        started[name] = folder
+
+    monkeypatch.setattr(training_run, "_make_base", lambda folder, config: None)
+    monkeypatch.setattr(training_run, "_open_data", lambda config, workdir, mesh: {})
+    monkeypatch.setattr(training_run, "_run_stage", run_stage)
+    monkeypatch.setattr(training_run, "finish_stage", lambda workdir, name: None)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    assert training_run._run_stages(config, tmp_path, mesh, None) == tmp_path / "whole"
+    folders = {name: folder.relative_to(tmp_path).name for name, folder in started.items()}
+    assert folders == {"deep": "base", "cut": "deep", "whole": "deep"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "fields", "message"),
+    [
+        ("cut", {"init_from": "whole"}, "cut.init_from whole is not a stage before it: deep"),
+        ("deep", {"init_from": "deep"}, "deep.init_from deep is not .* it: there is none"),
+        ("whole", {"model": "DIR"}, "stage.init_from deep and stage.model DIR exclude each other"),
+    ],
+)
+def test_a_stage_starts_from_one_earlier_model(config, stage, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        changed(branched(config), stage, **fields)
+
+
+def test_a_run_from_scratch_frames_images_with_the_tokens_of_its_tokenizer(config, tmp_path):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    training_run._make_base(tmp_path / "base", config)
+    (loader, _), *_ = training_run._open_data(config, tmp_path, mesh).values()
+    ids = load_tokenizer(tmp_path / "base").get_vocab()
+    rows = loader(0).rows
+    tokens = rows.tokens[0]
+    assert (rows.image_token_index[0] >= 0).any()
+    for name, at in (
+        ("<|image_pad|>", rows.image_token_index[0] >= 0),
+        ("<|vision_start|>", tokens == ids["<|vision_start|>"]),
+    ):
+        assert at.any()
+        assert set(tokens[at].tolist()) == {ids[name]}
 
 
 def test_a_damaged_result_is_refused_in_one_line(config, tmp_path):
