@@ -200,6 +200,7 @@ def read_config(hf: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Model
 def write_config(config: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config.json of `config`, in the form transformers 5 writes."""
     decoder, vision = config.decoder, config.vision
+    rate = float(vision.tokens_per_second)
     return written(
         config,
         source,
@@ -218,7 +219,8 @@ def write_config(config: ModelConfig, source: Mapping[str, Any]) -> dict[str, An
             "spatial_merge_size": vision.merge_size,
             "window_size": vision.window_size * vision.patch_size,
             "fullatt_block_indexes": list(vision.full_attention_blocks),
-            "tokens_per_second": vision.tokens_per_second,
+            # transformers reads whole numbers only.
+            "tokens_per_second": int(rate) if rate.is_integer() else rate,
         },
     )
 
