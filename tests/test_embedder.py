@@ -256,7 +256,7 @@ def test_an_instruction_that_is_no_unicode_is_refused(tiny):
         ({"text": "  "}, ItemError, "item 1: an item has neither text nor image"),
         ({"text": 3}, ItemError, "item 1: text is a int, expected a str"),
         ({"text": "\ud800"}, ItemError, "item 1: text is not valid Unicode"),
-        ({"txt": "a"}, ItemError, r"item 1: unknown fields \['txt'\], expected text, image and"),
+        ({"txt": "a"}, ItemError, r"item 1: unknown fields \['txt'\], expected text, image, video"),
         ({"image": "no.jpg"}, ImageError, "item 1: no.jpg does not exist"),
         ({"image": b"nonsense"}, ImageError, "item 1: image cannot be decoded"),
         ({"image": 3}, ImageError, "item 1: image is a int, expected a path, bytes"),
