@@ -47,7 +47,7 @@ def main() -> None:
             demo.data, root=given.root, built=None if built.is_relative_to(shared) else built
         )
         demo = dataclasses.replace(demo, seed=seed, data=data)
-        *before, last = demo.stages
+        *before, last = (name for name in demo.stages if name != "full")
         run(with_stages(demo, {name: demo.stages[name] for name in before}), shared)
         for name, loss in LOSSES.items():
             stage = dataclasses.replace(

@@ -155,9 +155,9 @@ def test_a_stage_starts_from_the_model_of_the_one_it_names(config, tmp_path, mon
     config = branched(config)
     assert [config.stage_before(name) for name in config.stages] == [None, "deep", "deep"]
     layers = [base.decoder.layers for base in base_configs(config, tmp_path).values()]
-    assert layers == [2, 2, 2]
+    assert layers == [3, 3, 3]
     chained = changed(config, "whole", init_from=None)
-    assert base_configs(chained, tmp_path)["whole"].decoder.layers == 1
+    assert base_configs(chained, tmp_path)["whole"].decoder.layers == 2
     started = {}
 
     def run_stage(name, config, folder, *others):
@@ -166,7 +166,7 @@ def test_a_stage_starts_from_the_model_of_the_one_it_names(config, tmp_path, mon
     monkeypatch.setattr(training_run, "_make_base", lambda folder, config: None)
     monkeypatch.setattr(training_run, "_open_data", lambda config, workdir, mesh: {})
     monkeypatch.setattr(training_run, "_run_stage", run_stage)
-    monkeypatch.setattr(training_run, "finish_stage", lambda workdir, name: None)
+    monkeypatch.setattr(training_run, "finish_stage", lambda workdir, name, **_: None)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     assert training_run._run_stages(config, tmp_path, mesh, None) == tmp_path / "whole"
     folders = {name: folder.relative_to(tmp_path).name for name, folder in started.items()}
