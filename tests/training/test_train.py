@@ -39,6 +39,8 @@ def test_the_flags_of_the_docs_are_accepted(capsys):
     for flag in shown:
         try:
             needed = ["--stages.mac.model", "DIR"] if ".adapter" in flag else []
+            if "score-distill" in flag:
+                needed += ["--stages.mac.plan.hard-negatives", "4"]
             parse(flags(*needed, *shlex.split(flag)))
         except SystemExit:
             # A page may name a flag without its value.
