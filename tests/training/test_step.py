@@ -161,7 +161,10 @@ def test_eight_devices_take_the_steps_of_one(tiny, of_one_device, config, axes):
     ):
         np.testing.assert_allclose([loss, norm], [loss_one, norm_one], rtol=1e-5)
         for name, leaf in trained_one.items():
-            np.testing.assert_allclose(trained[name], leaf, rtol=0, atol=1e-5, err_msg=name)
+            # Attention hardly sees the bias of keys: rounding is much of its gradient, and AdamW
+            # scales gradients up.
+            atol = 1e-4 if name.endswith("key.bias") else 1e-5
+            np.testing.assert_allclose(trained[name], leaf, rtol=0, atol=atol, err_msg=name)
 
 
 def three_steps(pair, config, mesh):
