@@ -122,7 +122,7 @@ def main() -> None:
     x_jax, x_torch = jnp.asarray(x, dtype), torch.tensor(x, **on)
     segment_ids = jnp.ones((rows, length), jnp.int32)
     positions = jnp.asarray(np.tile(sequential_positions(length), (rows, 1, 1)))
-    decode = jax.jit(lambda p, x: p.norm(p(x, segment_ids, positions, compute)))
+    decode = jax.jit(lambda p, x: p.norm(p(x, segment_ids, positions, compute)[0]))
     decoder = Qwen2VLTextModel(theirs.text_config).eval().to(**on)
 
     def torch_decoder() -> None:
