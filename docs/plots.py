@@ -126,7 +126,7 @@ def stages() -> Figure:
     panel.set_yticks(places, list(evaluations))
     panel.grid(axis="y", visible=False)
     panel.set_title("mean hit@5 of eight tasks, %")
-    panel.legend(loc="lower right", bbox_to_anchor=(1, 0.35))
+    panel.legend(loc="upper right")
     return figure
 
 
