@@ -65,7 +65,7 @@ def get_config(preset: Literal["quick", "full"] = "quick") -> TrainConfig:
                 train_vision=True,
                 optimizer=optimizer,
             ),
-            # A step of three layers costs nearly twice as much as one of a single layer.
+            # A step of three layers takes 1.6 times as long as one of a single layer.
             "full": StageConfig(
                 steps=130 if quick else 570,
                 init_from="deep",

@@ -45,7 +45,7 @@ class Arm:
 
     name: str
     label: str
-    """What tables call it."""
+    """The name of the arm in tables and plots."""
     stage: StageConfig
     every_seed: bool = True
     """Whether it runs with every seed, or with the first one alone."""
@@ -53,8 +53,8 @@ class Arm:
     """Arms of one family differ in a setting that is tuned: the one that is best on the validation
     split at the first seed represents the family, and runs with every seed. Empty is no family."""
     forgets: Literal["nothing", "layers", "all"] = "nothing"
-    """What it does not take over from the start: "layers" draws the decoder's layers at random
-    again, "all" is the model before any training."""
+    """The weights that the arm does not take from the start of the experiment: "layers" draws those
+    of the decoder's layers at random again, "all" starts from a model without any training."""
 
 
 @dataclass(frozen=True)

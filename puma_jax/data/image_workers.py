@@ -127,7 +127,7 @@ class Pool:
 
 
 class Answer:
-    """What a process found: patches, an error, or neither for an image that it leaves to us."""
+    """The answer of a process: patches, an error, or neither for an image it does not read."""
 
     def __init__(self, patches: Patches | None, error: Exception | None, told: list[Warning]):
         self._patches, self._error, self._told = patches, error, told

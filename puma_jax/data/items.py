@@ -23,7 +23,7 @@ class Visuals(NamedTuple):
     """The images of an item, or its video, as they follow each other in a prompt."""
 
     images: Sequence[Patches]
-    """What lies between marks: an image, a whole video, or the frames of one patch."""
+    """One for each pair of vision marks: an image, a whole video, or the frames of one patch."""
     captions: Sequence[str] = ()
     """The text before each of them; empty for none."""
     time_step: float = 1.0

@@ -57,7 +57,7 @@ class Part(NamedTuple):
 
     @property
     def modality(self) -> Modality:
-        """What there is of it."""
+        """The modality of the parts that are there."""
         if self.image is None:
             return "text"
         return "image,text" if self.text else "image"

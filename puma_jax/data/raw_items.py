@@ -22,7 +22,7 @@ _FPS = 2.0
 
 
 class Parts(NamedTuple):
-    """What an item consists of."""
+    """The text, images, video frames and instruction of an item."""
 
     text: str | None
     images: tuple[ImageSource, ...]
