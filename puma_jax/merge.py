@@ -55,6 +55,7 @@ def main(
     )
     require(not (last and steps), f"--last {last} and --steps exclude each other")
     require(last is None or last >= 2, f"last is {last}, expected at least 2")
+    require(workdir is None or workdir.is_dir(), f"--workdir {workdir} is not a folder")
     check_output(out)
     if workdir is not None and stage is not None:
         # Training deletes checkpoints.

@@ -28,6 +28,7 @@ from paired import read_ranks
 
 from puma_jax import Embedder, compilation_cache
 from puma_jax.artifacts import write_json
+from puma_jax.cli import exit_on_error
 from puma_jax.data.plan import Plan
 from puma_jax.data.prompts import Processor
 from puma_jax.data.store import Store
@@ -164,12 +165,17 @@ def _finished(
 def in_process(config: TrainConfig, workdir: Path, reuse: Path | None) -> None:
     """Run a config in a new process, whose peak memory is that of this run alone."""
     process = multiprocessing.get_context("spawn").Process(
-        target=measure, args=(config, workdir, reuse)
+        target=_measure_or_say_why_not, args=(config, workdir, reuse)
     )
     process.start()
     process.join()
     if process.exitcode:
         raise SystemExit(f"{workdir} is not finished: rerun the same command to resume")
+
+
+def _measure_or_say_why_not(config: TrainConfig, workdir: Path, reuse: Path | None) -> None:
+    """Run a config as `measure` does; print an error that users can cause as one line."""
+    exit_on_error(lambda: measure(config, workdir, reuse))
 
 
 def measure(config: TrainConfig, workdir: Path, reuse: Path | None) -> None:
@@ -274,4 +280,4 @@ def _summary(found: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_error(main)
