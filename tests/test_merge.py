@@ -122,7 +122,7 @@ def test_what_cannot_be_weighted_is_refused(models, tmp_path):
     with pytest.raises(ConfigError, match="needs a --stage"):
         merge.main(tmp_path / "out", folders, last=2)
     (tmp_path / "there").write_text("")
-    with pytest.raises(ConfigError, match="--workdir .*/nowhere is not a folder"):
+    with pytest.raises(ConfigError, match=r"--workdir .*/nowhere is not a folder"):
         merge.main(tmp_path / "out", workdir=tmp_path / "nowhere", stage="mac", last=2)
     assert not (tmp_path / "nowhere").exists()
     with pytest.raises(ArtifactError, match="is not empty"):
