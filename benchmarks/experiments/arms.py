@@ -7,9 +7,10 @@ model and read the same data in the same order, for each seed; they differ in wh
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from puma_jax.config import ComputeConfig, ImageConfig, PlanConfig, PromptConfig
 from puma_jax.training.config import (
@@ -19,6 +20,7 @@ from puma_jax.training.config import (
     EvaluationConfig,
     LossConfig,
     OptimizerConfig,
+    ScoreDistillConfig,
     ScratchConfig,
     StageConfig,
     TrainConfig,
@@ -55,6 +57,16 @@ class Arm:
     forgets: Literal["nothing", "layers", "all"] = "nothing"
     """The weights that the arm does not take from the start of the experiment: "layers" draws those
     of the decoder's layers at random again, "all" starts from a model without any training."""
+    continues: str = ""
+    """An arm before this one, from whose model of the same seed this one starts; empty is the start
+    of the experiment."""
+    averages: int = 0
+    """Last checkpoints of the arm that it continues, from whose mean it starts; 0 takes its model.
+    That arm has to keep them."""
+    negatives: Literal["none", "mined", "scored"] = "none"
+    """Hard negatives of its data: those that the start of the experiment mined, and also scored."""
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of the run's config that it sets, beside its stage."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,7 @@ def train_config(
     *,
     scratch: bool = False,
     built: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
     """Return the config of a run.
 
@@ -94,9 +107,10 @@ def train_config(
         scratch: Whether the first stage starts from random weights; otherwise it names a model,
             whose prompt and image sizes all stages take over.
         built: Training data that another run built; None builds them.
+        settings: Further fields of the config.
     """
     steps = max(one.steps or 0 for one in stages.values())
-    return TrainConfig(
+    config = TrainConfig(
         data=DataConfig(root=root, built=built),
         stages=stages,
         seed=seed,
@@ -110,6 +124,7 @@ def train_config(
         ),
         checkpoint=CheckpointConfig(every_steps=50),
     )
+    return dataclasses.replace(config, **(settings or {}))
 
 
 def stage(
@@ -249,4 +264,88 @@ COMPARED = Experiment(
         Question("info-nce-noise", "info-nce-0.05", "How far does rounding alone move a result?"),
     ),
 )
-EXPERIMENTS = {"pruning": PRUNING, "losses": COMPARED}
+
+
+def _kept(*, exits: tuple[int, ...] = (), widths: tuple[int, ...] = ()) -> LossConfig:
+    """Return InfoNCE at all depths and widths that a model is trained for."""
+    return LossConfig(kind="info_nce", temperature=0.05, exit_layers=exits, widths=widths)
+
+
+def _with_negatives(steps: int = STEPS, weight: float = 0.0) -> StageConfig:
+    """Return a stage with two hard negatives for each query, and distilled scores if asked for."""
+    return dataclasses.replace(
+        stage(steps, "2"),
+        plan=PlanConfig(batch_size=128, hard_negatives=2),
+        score_distill=ScoreDistillConfig(weight=weight),
+    )
+
+
+def _muon(steps: int, layers: str, rate: float) -> StageConfig:
+    """Return a stage that Muon optimizes."""
+    one = stage(steps, layers, rate=rate)
+    return dataclasses.replace(one, optimizer=dataclasses.replace(one.optimizer, kind="muon"))
+
+
+_KEEPS_CHECKPOINTS = {
+    "checkpoint": CheckpointConfig(every_steps=5, max_to_keep=4, keep_finished=True)
+}
+_BOTH_WAYS = {
+    "causal": False,
+    "prompt": PromptConfig(template="bare", max_text_tokens=64, pooling="mean"),
+}
+RECIPE = Experiment(
+    title="What each part of the recipe adds",
+    arms=(
+        Arm("plain", "2 layers", stage(layers="2"), settings=_KEEPS_CHECKPOINTS),
+        Arm("plain-noise", "2 layers, other rounding", stage(layers="2", chunks=2)),
+        Arm("negatives", "2 hard negatives a query", _with_negatives(), negatives="mined"),
+        Arm(
+            "negatives-equal",
+            "2 hard negatives a query, equal cost",
+            _with_negatives(STEPS // 2),
+            negatives="mined",
+        ),
+        Arm(
+            "scores",
+            "2 hard negatives, distilled scores",
+            _with_negatives(weight=1.0),
+            negatives="scored",
+        ),
+        Arm(
+            "matryoshka",
+            "trained for 1 and 2 layers, widths 32, 64, 128",
+            stage(layers="2", loss=_kept(exits=(1,), widths=(32, 64))),
+        ),
+        Arm("matryoshka-1", "its first layer", stage(0, "1"), continues="matryoshka"),
+        Arm("one", "1 layer", stage(layers="1")),
+        Arm(
+            "averaged",
+            "2 layers, mean of the last 4 checkpoints",
+            stage(0),
+            continues="plain",
+            averages=4,
+        ),
+        Arm("both-ways", "attention both ways, mean", stage(layers="2"), settings=_BOTH_WAYS),
+        *(
+            Arm(
+                f"muon-{rate}",
+                f"Muon, learning rate {rate}",
+                _muon(STEPS, "2", rate),
+                family="muon",
+            )
+            for rate in (1e-3, 3e-3)
+        ),
+    ),
+    questions=(
+        Question("negatives", "plain", "Two hard negatives for each query, equal steps?"),
+        Question("negatives-equal", "plain", "Two hard negatives for each query, equal cost?"),
+        Question("scores", "negatives", "Distilled scores of the whole model, beside negatives?"),
+        Question("matryoshka", "plain", "What do further depths and widths cost the whole model?"),
+        Question("matryoshka-1", "one", "Its first layer, or a model of one layer?"),
+        Question("averaged", "plain", "The mean of the last four checkpoints?"),
+        Question("both-ways", "plain", "Attention both ways with mean pooling?"),
+        Question("muon", "plain", "Muon in place of AdamW?"),
+        Question("plain-noise", "plain", "How far does rounding alone move a result?"),
+    ),
+)
+EXPERIMENTS = {"pruning": PRUNING, "losses": COMPARED, "recipe": RECIPE}

@@ -20,13 +20,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from arms import BASE, EXPERIMENTS, Arm, Experiment, train_config
 from cost import forward_flops, training_flops
+from material import ARM, Data, data_of, model_of
 from paired import read_ranks
 
-from puma_jax import Embedder, compilation_cache
+from puma_jax import compilation_cache
 from puma_jax.artifacts import write_json
 from puma_jax.cli import exit_on_error
 from puma_jax.data.plan import Plan
@@ -34,14 +34,12 @@ from puma_jax.data.prompts import Processor
 from puma_jax.data.store import Store
 from puma_jax.data.tokenizer import load_tokenizer
 from puma_jax.files import read_json
-from puma_jax.model import encoder, hf
+from puma_jax.model import hf
 from puma_jax.training.config import TrainConfig
 from puma_jax.training.loop import Preempted
 from puma_jax.training.run import run
 from puma_jax.training.workdir import claim_run, finished_model
 
-ARM = "arm"
-"""Name of the only stage of an arm's run."""
 FOUND = "found.json"
 RANKS = "ranks.npz"
 _LOOKED_AT = 8
@@ -95,12 +93,14 @@ def run_experiment(
             best = representatives(arms, results["arms"], seeds[0]).values()
             arms = tuple(arm for arm in arms if arm.every_seed and arm in best)
         for arm in arms:
-            folder = out / name / f"seed-{seed}" / arm.name
-            model = {"nothing": start, "all": out / "base/base"}.get(arm.forgets)
-            model = model or _with_random_layers(start, out / name, seed)
+            of_seed = out / name / f"seed-{seed}"
+            model = model_of(arm, start, out / "base/base", of_seed)
             stage = dataclasses.replace(arm.stage, model=str(model.absolute()))
-            config = train_config(root, {ARM: stage}, seed, built=built)
-            found = _finished(config, folder, None, train)
+            data = data_of(arm, start, Data(root, built), out / name)
+            config = train_config(
+                data.root, {ARM: stage}, seed, built=data.built, settings=arm.settings
+            )
+            found = _finished(config, of_seed / arm.name, None, train)
             results["arms"].setdefault(arm.name, {})[str(seed)] = found
             write_json(out / name / "results.json", results)
             print(f"{name}, seed {seed}, {arm.label}: {_summary(found)}", flush=True)
@@ -256,17 +256,6 @@ def _curves(metrics: Path, name: str) -> dict[str, Any]:
         "seconds_per_step": float(np.median([line["seconds"] for line in trained] or [0])),
         "peak_memory": max((line["peak_memory"] for line in trained), default=0),
     }
-
-
-def _with_random_layers(model: Path, out: Path, seed: int) -> Path:
-    """Return the folder of a model whose decoder layers are drawn at random again."""
-    folder = out / f"random-{seed}"
-    if not folder.exists():
-        embedder = Embedder.load(model, dtype=None)
-        fresh = encoder.init(embedder.config, jax.random.key(seed + 1))
-        embedder.params.decoder.layers = fresh.decoder.layers
-        embedder.save(folder)
-    return folder
 
 
 def _summary(found: Mapping[str, Any]) -> str:

@@ -57,6 +57,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     # They are merged as soon as they are read.
     (r"vision\.[\w.]+\.lora_[ab]", PartitionSpec()),
     (r"((attention|mlp|query|key)_)?norm\.(scale|bias)", PartitionSpec()),
+    (r"ns_coeffs", PartitionSpec()),  # in Muon's state
 )
 
 

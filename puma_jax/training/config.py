@@ -129,8 +129,12 @@ class ScoreDistillConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warmup and cosine decay (arXiv 2507.08064)."""
+    """AdamW or Muon, with linear warmup and cosine decay (arXiv 2507.08064)."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """"muon" gives the kernels of linears updates whose singular values are all about 1, with the
+    root mean square of AdamW's, so that a learning rate fits both; embeddings, biases, norms and
+    adapters keep AdamW."""
     learning_rate: Positive = 2e-4
     """Peak learning rate, reached at the end of warmup."""
     first_layer_lr_scale: NotNegative = 1.0
@@ -143,6 +147,8 @@ class OptimizerConfig:
     """Decay rate of AdamW's second moment."""
     eps: Positive = 1e-7
     """Constant in the denominator of AdamW's update."""
+    momentum: DecayRate = 0.95
+    """Decay rate of Muon's momentum."""
     weight_decay: NotNegative = 0.0
     """Weight decay of matrices; biases, norms and the temperature do not decay."""
     max_grad_norm: Positive = 1.0

@@ -21,6 +21,8 @@ from puma_jax.parallel import rules
 from puma_jax.parallel.mesh import MeshConfig, batch_sharding, data_shards, make_mesh
 from puma_jax.parallel.rules import sharding_fn, sharding_of, shardings
 from puma_jax.rows import PackedBatch, PackedShape
+from puma_jax.training.config import OptimizerConfig
+from puma_jax.training.optimizer import make_optimizer
 from tests.reference import FLOAT32, pack, random_image
 
 QWEN2_VL_2B = qwen2_vl.PUBLISHED["Qwen/Qwen2-VL-2B-Instruct"]
@@ -63,6 +65,16 @@ def test_every_leaf_of_a_model_its_adapters_and_its_optimizer_has_a_rule(tiny, s
             moments = {f"0.{moment}.{name}" for name in of_tree for moment in ("mu", "nu")}
             assert of_state.keys() == moments
             assert all(of_state[name] == of_tree[name[5:]] for name in moments)
+
+
+def test_muons_momentum_is_split_as_its_kernel(tiny):
+    mesh, leaves = mesh_of(2, 2, 2), named_leaves(encoder.abstract(tiny.config))
+    init = make_optimizer(OptimizerConfig(kind="muon"), 10).init
+    of_state = named_leaves(shardings(jax.eval_shape(init, leaves), mesh, tiny.config))
+    of_leaves = named_leaves(shardings(leaves, mesh, tiny.config))
+    for name, sharding in of_leaves.items():
+        kept = [of_state[one] for one in of_state if one.endswith("." + name)]
+        assert kept == [sharding] * (1 if name.endswith(".kernel") else 2)
 
 
 def test_axes_of_some_leaves():

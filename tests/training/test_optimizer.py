@@ -1,4 +1,6 @@
-"""The optimizer is torch's AdamW, under a cosine with a warm-up, slower in the first layer."""
+"""The optimizer is torch's AdamW, or Muon, under a cosine with a warm-up."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +46,51 @@ def test_updates_are_those_of_torch():
         reference.step()
     for name in NAMES:
         np.testing.assert_allclose(ours[name], theirs[name].detach(), rtol=0, atol=1e-6)
+
+
+def orthogonalized(matrix):
+    """Return what five steps of the quintic Newton–Schulz iteration make of a matrix, in float64.
+
+    Coefficients: https://kellerjordan.github.io/posts/muon.
+    """
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = wide / np.linalg.norm(wide)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x if wide is matrix else x.T
+
+
+def test_muon_orthogonalizes_the_kernel_of_each_layer_and_leaves_the_rest_to_adam():
+    table, kernel, bias = "decoder.embedding.table", *NAMES
+    rng = np.random.default_rng(0)
+    steps = [
+        {n: rng.normal(size=s) for n, s in ((kernel, (3, 8, 5)), (bias, (5,)), (table, (7, 4)))}
+        for _ in range(4)
+    ]
+    config = OptimizerConfig(kind="muon", learning_rate=1e-2, max_grad_norm=1e9, momentum=0.9)
+    updates = {}
+    for kind in ("muon", "adamw"):
+        optimizer = make_optimizer(dataclasses.replace(config, kind=kind), STEPS)
+        leaves = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), steps[0])
+        state = optimizer.init(leaves)
+        for gradient in steps:
+            moved = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), gradient)
+            updates[kind], state = optimizer.update(moved, state, leaves)
+    for name in (bias, table):
+        np.testing.assert_array_equal(updates["muon"][name], updates["adamw"][name])
+
+    # Nesterov's momentum, corrected for its start as in NAdam.
+    mean, count = np.zeros((3, 8, 5)), len(steps)
+    for gradient in steps:
+        mean = 0.9 * mean + 0.1 * gradient[kernel]
+    ahead = 0.9 * mean / (1 - 0.9 ** (count + 1)) + 0.1 * steps[-1][kernel] / (1 - 0.9**count)
+    rate = float(learning_rate(config, STEPS)(count - 1))
+    for layer in range(3):
+        expected = -rate * 0.2 * np.sqrt(8) * orthogonalized(ahead[layer])
+        np.testing.assert_allclose(updates["muon"][kernel][layer], expected, rtol=0, atol=1e-6)
+        values = np.linalg.svd(expected, compute_uv=False) / (rate * 0.2 * np.sqrt(8))
+        assert 0.6 < values.min() <= values.max() < 1.3
 
 
 def test_the_rate_rises_to_its_peak_and_falls_to_nothing():
