@@ -135,6 +135,7 @@ def stage(
     distill: DistillConfig | None = None,
     rate: float = 1e-3,
     chunks: int = 1,
+    optimizer: Literal["adamw", "muon"] = "muon",
 ) -> StageConfig:
     """Return a stage that trains the whole model."""
     return StageConfig(
@@ -146,7 +147,7 @@ def stage(
         distill=distill or DistillConfig(),
         trainable="full",
         train_vision=True,
-        optimizer=OptimizerConfig(learning_rate=rate, warmup_ratio=0.1),
+        optimizer=OptimizerConfig(kind=optimizer, learning_rate=rate, warmup_ratio=0.1),
     )
 
 
@@ -156,6 +157,8 @@ BASE = {"whole": stage(BASE_STEPS, rate=2e-3)}
 
 # The states of a model this small are of order 1, so their errors count in full.
 DISTILL = DistillConfig(weight=(0.5, 0.1), scale=1.0)
+
+SIMILARITIES = DistillConfig(weight=(0.5, 0.5), scale=1.0, target="similarities")
 
 PRUNING = Experiment(
     title="What pruning costs and what distillation gives back",
@@ -280,12 +283,6 @@ def _with_negatives(steps: int = STEPS, weight: float = 0.0) -> StageConfig:
     )
 
 
-def _muon(steps: int, layers: str, rate: float) -> StageConfig:
-    """Return a stage that Muon optimizes."""
-    one = stage(steps, layers, rate=rate)
-    return dataclasses.replace(one, optimizer=dataclasses.replace(one.optimizer, kind="muon"))
-
-
 _KEEPS_CHECKPOINTS = {
     "checkpoint": CheckpointConfig(every_steps=5, max_to_keep=4, keep_finished=True)
 }
@@ -318,6 +315,24 @@ RECIPE = Experiment(
         ),
         Arm("matryoshka-1", "its first layer", stage(0, "1"), continues="matryoshka"),
         Arm("one", "1 layer", stage(layers="1")),
+        *(
+            Arm(
+                f"similarities-{n}",
+                f"{n} of 4 layers, similarities distilled",
+                stage(layers=n, distill=SIMILARITIES),
+            )
+            for n in ("2", "1")
+        ),
+        Arm(
+            "similarities-alone",
+            "2 layers, nothing but similarities distilled",
+            stage(layers="2", distill=dataclasses.replace(SIMILARITIES, weight=(1.0, 1.0))),
+        ),
+        Arm(
+            "margin",
+            "likely answers left out of the negatives",
+            stage(layers="2", loss=LossConfig(temperature=0.05, mask_margin=0.1)),
+        ),
         Arm(
             "averaged",
             "2 layers, mean of the last 4 checkpoints",
@@ -328,12 +343,12 @@ RECIPE = Experiment(
         Arm("both-ways", "attention both ways, mean", stage(layers="2"), settings=_BOTH_WAYS),
         *(
             Arm(
-                f"muon-{rate}",
-                f"Muon, learning rate {rate}",
-                _muon(STEPS, "2", rate),
-                family="muon",
+                f"adamw-{rate}",
+                f"AdamW, learning rate {rate}",
+                stage(layers="2", rate=rate, optimizer="adamw"),
+                family="adamw",
             )
-            for rate in (1e-3, 3e-3)
+            for rate in (5e-4, 1e-3, 2e-3)
         ),
     ),
     questions=(
@@ -342,9 +357,13 @@ RECIPE = Experiment(
         Question("scores", "negatives", "Distilled scores of the whole model, beside negatives?"),
         Question("matryoshka", "plain", "What do further depths and widths cost the whole model?"),
         Question("matryoshka-1", "one", "Its first layer, or a model of one layer?"),
+        Question("similarities-2", "plain", "Distilled similarities, 2 layers?"),
+        Question("similarities-1", "one", "Distilled similarities, 1 layer?"),
+        Question("similarities-alone", "plain", "Nothing but distilled similarities?"),
+        Question("margin", "plain", "Negatives far above the positive left out?"),
         Question("averaged", "plain", "The mean of the last four checkpoints?"),
         Question("both-ways", "plain", "Attention both ways with mean pooling?"),
-        Question("muon", "plain", "Muon in place of AdamW?"),
+        Question("adamw", "plain", "AdamW in place of Muon?"),
         Question("plain-noise", "plain", "How far does rounding alone move a result?"),
     ),
 )

@@ -11,6 +11,7 @@ from puma_jax.losses.contrastive import (
 from puma_jax.losses.distillation import distill_loss, score_distill_loss
 from puma_jax.losses.matryoshka import matryoshka
 from puma_jax.losses.sharded import DENSE, Layout
+from puma_jax.losses.similarity import similarity_distill_loss
 from puma_jax.losses.softmax import Temperature
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "mamcl_loss",
     "matryoshka",
     "score_distill_loss",
+    "similarity_distill_loss",
 ]

@@ -15,6 +15,8 @@ Arguments they share:
     document: Number of the document of each candidate. Candidates with the same number as a
         query's own are left out of its negatives. None makes every other candidate a negative.
     negatives: Further candidates that are no query's positive, such as hard negatives.
+    mask_margin: Negatives whose cosine exceeds that of the query's positive by more are left out,
+        as likely answers; None keeps all. Qwen3-Embedding takes 0.1 (arXiv 2506.05176).
     layout: How the work is spread over memory and devices; the result does not depend on it.
 """
 
@@ -77,6 +79,7 @@ def mac_loss(
     valid: Bool[Array, "n"] | None = None,
     document: Int[Array, "n"] | None = None,
     negatives: Negatives | None = None,
+    mask_margin: float | None = None,
     layout: Layout = DENSE,
 ) -> Float[Array, ""]:
     """Return the modality-adaptive contrastive loss (MAC-Loss, arXiv 2507.08064).
@@ -99,13 +102,19 @@ def mac_loss(
         valid: See above.
         document: See above.
         negatives: See above; with a modality.
+        mask_margin: See above.
         layout: See above.
 
     Raises:
         ConfigError: The negatives have no modality.
     """
     logits = _relative_mac_logits if relative else _mac_logits
-    rule = LogitRule((tau_norm, tau_hard), logits, mask_documents=document is not None)
+    rule = LogitRule(
+        (tau_norm, tau_hard),
+        logits,
+        mask_documents=document is not None,
+        mask_margin=mask_margin,
+    )
     positives, further = _with_metadata(candidates, modality, valid, document, negatives)
     return mean_cross_entropy(queries, positives, further, rule, layout)
 
@@ -118,13 +127,19 @@ def info_nce(
     valid: Bool[Array, "n"] | None = None,
     document: Int[Array, "n"] | None = None,
     negatives: Negatives | None = None,
+    mask_margin: float | None = None,
     layout: Layout = DENSE,
 ) -> Float[Array, ""]:
     """Return InfoNCE (arXiv 1807.03748): all negatives count, at one temperature.
 
     The logit is l_ij = s_ij / temperature: MAC-Loss with equal temperatures.
     """
-    rule = LogitRule((temperature, temperature), _mac_logits, mask_documents=document is not None)
+    rule = LogitRule(
+        (temperature, temperature),
+        _mac_logits,
+        mask_documents=document is not None,
+        mask_margin=mask_margin,
+    )
     positives, further = _with_metadata(candidates, None, valid, document, negatives)
     return mean_cross_entropy(queries, positives, further, rule, layout)
 
@@ -138,6 +153,7 @@ def mamcl_loss(
     valid: Bool[Array, "n"] | None = None,
     document: Int[Array, "n"] | None = None,
     negatives: Negatives | None = None,
+    mask_margin: float | None = None,
     layout: Layout = DENSE,
 ) -> Float[Array, ""]:
     """Return the modality-aware masked contrastive loss (MAMCL of UNITE, arXiv 2505.19650).
@@ -153,6 +169,7 @@ def mamcl_loss(
         _mac_logits,
         same_modality_only=True,
         mask_documents=document is not None,
+        mask_margin=mask_margin,
     )
     positives, further = _with_metadata(candidates, modality, valid, document, negatives)
     return mean_cross_entropy(queries, positives, further, rule, layout)

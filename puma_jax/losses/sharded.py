@@ -7,8 +7,9 @@ candidates all at once, or one device's after the other's in a ring.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ def mean_cross_entropy(
     """
     if layout.mesh is None:
         candidates = _concatenated(positives, negatives)
-        total = _sum_in_chunks(queries, positives, candidates, rule, layout.chunk_size)
+        total = _sum(queries, positives, candidates, rule, layout.chunk_size)
         return total / jnp.maximum(positives.metadata.valid.sum(), 1)
 
     axes, chunk_size = layout.axes, layout.chunk_size
@@ -79,7 +80,7 @@ def mean_cross_entropy(
             candidates = jax.tree.map(
                 lambda leaf: jax.lax.all_gather(leaf, axes, tiled=True), candidates
             )
-            total = _sum_in_chunks(queries, positives, candidates, rule, chunk_size)
+            total = _sum(queries, positives, candidates, rule, chunk_size)
         valid = jax.lax.psum(positives.metadata.valid.sum(), axes)
         return jax.lax.psum(total, axes) / jnp.maximum(valid, 1)
 
@@ -98,17 +99,23 @@ def _concatenated(positives: Candidates, negatives: Candidates | None) -> Candid
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), positives, negatives)
 
 
-def _sum_in_chunks(
-    queries: Array,
-    positives: Candidates,
-    candidates: Candidates,
-    rule: LogitRule,
-    chunk_size: int | None,
+def sum_in_chunks(
+    losses: Callable[[Any], Float[Array, "r"]], rows: Any, chunk_size: int | None
 ) -> Float[Array, ""]:
-    """Return the sum of `cross_entropy` over queries, some of them at a time."""
-    n = len(queries)
+    """Return the sum of the losses of queries, some of them at a time.
+
+    Args:
+        losses: Returns the loss of each query, from the rows of some of them.
+        rows: Arrays whose first axis is the queries; the first of them holds numbers.
+        chunk_size: Queries at a time; None takes all.
+
+    Raises:
+        ConfigError: The queries do not divide into chunks.
+    """
+    first = jax.tree.leaves(rows)[0]
+    n = len(first)
     if chunk_size is None or chunk_size >= n:
-        return cross_entropy(queries, positives, candidates, rule).sum()
+        return losses(rows).sum()
     if n % chunk_size:
         raise ConfigError(
             f"{n} queries of a device do not divide into chunks of {chunk_size} queries: "
@@ -116,13 +123,24 @@ def _sum_in_chunks(
         )
 
     @jax.checkpoint
-    def add(total: Array, chunk: tuple[Array, Candidates]) -> tuple[Array, None]:
-        return total + cross_entropy(*chunk, candidates, rule).sum(), None
+    def add(total: Array, chunk: Any) -> tuple[Array, None]:
+        return total + losses(chunk).sum(), None
 
-    chunks = jax.tree.map(
-        lambda leaf: leaf.reshape(-1, chunk_size, *leaf.shape[1:]), (queries, positives)
-    )
+    chunks = jax.tree.map(lambda leaf: leaf.reshape(-1, chunk_size, *leaf.shape[1:]), rows)
     # The sum starts as a value that varies over devices as what is added to it does.
-    start = queries[0, 0].astype(jnp.float32) * 0
+    start = first.reshape(-1)[0].astype(jnp.float32) * 0
     total, _ = jax.lax.scan(add, start, chunks)
     return total
+
+
+def _sum(
+    queries: Array,
+    positives: Candidates,
+    candidates: Candidates,
+    rule: LogitRule,
+    chunk_size: int | None,
+) -> Float[Array, ""]:
+    """Return the sum of `cross_entropy` over queries, some of them at a time."""
+    return sum_in_chunks(
+        lambda rows: cross_entropy(*rows, candidates, rule), (queries, positives), chunk_size
+    )

@@ -51,6 +51,8 @@ class LogitRule:
     """Whether to leave out candidates of another modality than the positive's."""
     mask_documents: bool = jax.tree.static(default=False)
     """Whether to leave out candidates that are the same document as the positive."""
+    mask_margin: float | None = jax.tree.static(default=None)
+    """Leave out candidates whose score exceeds the positive's by more; None keeps all."""
 
 
 def cross_entropy(
@@ -110,5 +112,7 @@ def negative_margins(
         counts &= same_modality
     if rule.mask_documents:
         counts &= of_positives.document[:, None] != metadata.document[None]
+    if rule.mask_margin is not None:
+        counts &= scores <= positive[:, None] + rule.mask_margin
     logits, of_positive = rule.logits(scores, positive[:, None], same_modality, *rule.temperatures)
     return jnp.where(counts, logits - of_positive, jnp.finfo(jnp.float32).min)

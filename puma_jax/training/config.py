@@ -55,6 +55,9 @@ class LossConfig:
     mask_same_document: bool = False
     """Leave another query's positive out of the negatives if it is the query's own document, told
     by text and image, not by id."""
+    mask_margin: NotNegative | None = None
+    """Leave out negatives whose cosine exceeds that of the query's positive by more than this, as
+    likely answers; None keeps all, and 0.1 is the value of Qwen3-Embedding (arXiv 2506.05176)."""
     widths: tuple[Count, ...] = ()
     """Narrower widths that vectors are trained for, too (Matryoshka, arXiv 2205.13147): for each,
     the loss of the first values of all vectors, scaled to length 1, is added."""
@@ -95,7 +98,13 @@ class DistillConfig:
     """Weight of distillation in the loss at the first and the last step, from 0 to 1; the rest is
     contrastive. Two zeros train without a teacher."""
     scale: NotNegative = 0.05
-    """Factor that multiplies the squared errors."""
+    """Factor that multiplies the squared errors, or the divergence."""
+    target: Literal["states", "similarities"] = "states"
+    """What is distilled: "states" the pooled states of the teacher, by squared error, as in the
+    paper, "similarities" its softmax over all candidates of the batch for each query, by the
+    Kullback-Leibler divergence (SEED, arXiv 2101.04731)."""
+    temperature: Positive = 0.05
+    """Temperature that divides the cosines of both models if similarities are distilled."""
     cached: bool = False
     """Compute the teacher's states of all items once before training, not in every step."""
 
@@ -210,6 +219,13 @@ class StageConfig:
             not self.score_distill.weight or self.plan.hard_negatives > 0,
             f"stage.score_distill.weight {self.score_distill.weight} needs plan.hard_negatives "
             "above 0: a teacher's scores are those of a positive and of hard negatives",
+        )
+        require(
+            not self.distill.on
+            or self.distill.target == "states"
+            or self.loss.cross_device == "gather",
+            'stage.distill.target "similarities" compares each query with all candidates: it needs '
+            'stage.loss.cross_device "gather"',
         )
         require(
             self.init_from is None or self.model is None,

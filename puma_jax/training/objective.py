@@ -14,7 +14,7 @@ from puma_jax import losses
 from puma_jax.axes import BATCH_AXES
 from puma_jax.data.pipeline import Batch
 from puma_jax.model.encoder import l2_normalize
-from puma_jax.training.config import LossConfig, ScoreDistillConfig, StageConfig
+from puma_jax.training.config import DistillConfig, LossConfig, ScoreDistillConfig, StageConfig
 from puma_jax.typing import AnyArray, Array, Float
 
 Metrics = dict[str, Array]
@@ -93,8 +93,9 @@ def _loss(
     vectors = [l2_normalize(states.query), l2_normalize(states.candidate)]
     if states.negative is not None:
         vectors.append(l2_normalize(states.negative))
+    layout = _layout(config.loss, mesh)
     contrastive, narrow = losses.matryoshka(
-        _contrastive(config.loss, batch, temperature, hard, _layout(config.loss, mesh)),
+        _contrastive(config.loss, batch, temperature, hard, layout),
         vectors,
         config.loss.widths,
         config.loss.width_weights,
@@ -105,10 +106,7 @@ def _loss(
     if teacher_states is not None:
         start, end = config.distill.weight
         weight = start + (end - start) * progress
-        distillation = config.distill.scale * (
-            losses.distill_loss(states.query, teacher_states.query, valid=batch.valid)
-            + losses.distill_loss(states.candidate, teacher_states.candidate, valid=batch.valid)
-        )
+        distillation = _distillation(config.distill, states, teacher_states, batch, layout)
         loss = (1 - weight) * contrastive + weight * distillation
         metrics["distillation"] = distillation
     if config.score_distill.weight:
@@ -119,6 +117,28 @@ def _loss(
         loss = loss + config.score_distill.weight * distilled
         metrics["score_distillation"] = distilled
     return loss, {"loss": loss, **metrics}
+
+
+def _distillation(
+    config: DistillConfig,
+    student: PairStates,
+    teacher: PairStates,
+    batch: Batch,
+    layout: losses.Layout,
+) -> Array:
+    """Return what the student has not learned of the teacher, scaled."""
+    if config.target == "states":
+        return config.scale * (
+            losses.distill_loss(student.query, teacher.query, valid=batch.valid)
+            + losses.distill_loss(student.candidate, teacher.candidate, valid=batch.valid)
+        )
+    return config.scale * losses.similarity_distill_loss(
+        (l2_normalize(student.query), l2_normalize(teacher.query)),
+        (l2_normalize(student.candidate), l2_normalize(teacher.candidate)),
+        temperature=config.temperature,
+        valid=batch.valid,
+        layout=layout,
+    )
 
 
 def _contrastive(
@@ -144,6 +164,7 @@ def _contrastive(
             "valid": batch.valid,
             "document": document,
             "negatives": None if negatives is None else _negatives(config, negatives, batch),
+            "mask_margin": config.mask_margin,
             "layout": layout,
         }
         if config.kind == "info_nce":

@@ -21,6 +21,26 @@ def score_distillation(queries, documents, teacher, *, temperature, teacher_temp
     return float(np.mean(losses)) if losses else 0.0
 
 
+def similarity_distillation(queries, candidates, *, temperature, valid):
+    """Mean over valid queries of Σ_j p_j (log p_j − log q_j), p of the teacher and q of the student.
+
+    Queries and candidates are those of the student and of the teacher.
+    """
+
+    def softmax(query, vectors):
+        logits = np.exp(vectors[valid] @ query / temperature)
+        return logits / logits.sum()
+
+    losses = []
+    for i in np.flatnonzero(valid):
+        found, wanted = (
+            softmax(of_queries[i], of_pool)
+            for of_queries, of_pool in zip(queries, candidates, strict=True)
+        )
+        losses.append(np.sum(wanted * np.log(wanted / found)))
+    return float(np.mean(losses))
+
+
 def contrastive(
     queries,
     candidates,
@@ -33,6 +53,7 @@ def contrastive(
     valid=None,
     document=None,
     negatives=None,
+    mask_margin=np.inf,
 ):
     """Mean over valid i of −log softmax_j (s_ij / T_ij)[i], over the j that count."""
     n = len(queries)
@@ -55,9 +76,10 @@ def contrastive(
             counted = counts[j]
             counted &= not (same_modality_only and kinds[j] != kinds[i])
             counted &= documents is None or documents[j] != documents[i]
+            score = float(queries[i] @ keys[j])
+            counted &= score <= own + mask_margin
             if j != i and not counted:
                 continue
-            score = float(queries[i] @ keys[j])
             temperature = tau_hard if kinds[j] == kinds[i] else tau_norm
             logits[j] = ((score - own) if relative else score) / temperature
         most = max(logits.values())

@@ -39,6 +39,7 @@ def pairs():
         "modality": rng.integers(0, 3, N),
         "valid": rng.random(N) > 0.2,
         "document": rng.integers(0, 30, N),
+        "mask_margin": -0.55,  # leaves out a few of all negatives here
         "negatives": (
             units(rng, H),
             rng.integers(0, 3, H),
@@ -67,12 +68,21 @@ LOSSES = {
     ),
 }  # fmt: skip
 WIDTHS = (4, 9)
-MASKS = [(), ("valid",), ("document",), ("negatives",), ("valid", "document", "negatives")]
+MASKS = [
+    (),
+    ("valid",),
+    ("document",),
+    ("negatives",),
+    ("mask_margin",),
+    ("valid", "document", "negatives", "mask_margin"),
+]
 
 
 def ours(pairs, loss, masks, layout=None, widths=()):
     """The loss as a function of queries and candidates."""
-    given = {name: jnp.asarray(pairs[name]) for name in masks if name != "negatives"}
+    given = {name: jnp.asarray(pairs[name]) for name in masks if name in ("valid", "document")}
+    if "mask_margin" in masks:
+        given["mask_margin"] = pairs["mask_margin"]
     further = []
     if "negatives" in masks:
         negatives, modality, document, valid = pairs["negatives"]
