@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from arms import BASE, EXPERIMENTS, Arm, Experiment, train_config
-from cost import forward_flops, training_flops
+from cost import training_flops
 from material import ARM, Data, data_of, model_of
 from paired import read_ranks
 
@@ -35,6 +35,7 @@ from puma_jax.data.store import Store
 from puma_jax.data.tokenizer import load_tokenizer
 from puma_jax.files import read_json
 from puma_jax.model import hf
+from puma_jax.model.flops import forward_flops
 from puma_jax.training.config import TrainConfig
 from puma_jax.training.loop import Preempted
 from puma_jax.training.run import run

@@ -20,6 +20,7 @@ from puma_jax.evaluation.report_page import evaluation_sections, page, table
 from puma_jax.evaluation.results import compare
 from puma_jax.evaluation.selection import Selection, select
 from puma_jax.files import read_object
+from puma_jax.model.flops import forward_flops
 from puma_jax.model.tree import named_leaves
 from puma_jax.parallel import multihost
 from puma_jax.parallel.mesh import MeshConfig, make_mesh
@@ -28,8 +29,8 @@ from puma_jax.training.config import TrainConfig
 from puma_jax.training.curves import curves
 from puma_jax.training.workdir import finished_model
 
-_TIMED_ITEMS = 1024
-"""Number of candidates that are embedded to measure the speed of a model."""
+_MEASURED_ITEMS = 1024
+"""Number of candidates that are embedded to measure what a model costs."""
 _REPORT = "report.html"
 
 
@@ -44,6 +45,8 @@ class StageResult:
     layers: Count
     parameters: Count
     decoder_parameters: CountOrZero
+    flops_per_item: NotNegative | None
+    """Mean operations that embed a document of the benchmark, see `puma_jax.model.flops`."""
     items_per_second: NotNegative | None
     evaluation: dict[str, Any] | None
     """None if the benchmark has no queries of the split."""
@@ -72,7 +75,7 @@ def stage_result(name: str, config: TrainConfig, workdir: Path) -> dict[str, Any
     # Every process encodes its part of the items, on its own devices.
     mesh = make_mesh(MeshConfig(), jax.local_devices())
     embedder = Embedder.load(workdir / name, dtype=config.compute.dtype, mesh=mesh)
-    evaluation, speed = None, None
+    evaluation, flops, speed = None, None, None
     benchmark = discover(config.data.root)
     if any(found.split == split for found in benchmark.sets):
         print(f"Evaluating {name} on {split}", flush=True)
@@ -86,7 +89,7 @@ def stage_result(name: str, config: TrainConfig, workdir: Path) -> dict[str, Any
         )
         for note in evaluation.notes():
             print(note, flush=True)
-        speed = _items_per_second(embedder, selection)
+        flops, speed = _costs(embedder, selection)
         multihost.on_process_zero(lambda: _write_found(folder, selection, evaluation))
     else:
         print(f"{name} is not evaluated: {benchmark.root} has no queries of split {split}")
@@ -99,6 +102,7 @@ def stage_result(name: str, config: TrainConfig, workdir: Path) -> dict[str, Any
             layers=embedder.config.decoder.layers,
             parameters=sum(leaf.size for leaf in leaves.values()),
             decoder_parameters=sum(layers),
+            flops_per_item=flops,
             items_per_second=speed,
             evaluation=None if evaluation is None else evaluation.to_json(),
         )
@@ -151,11 +155,14 @@ def _tables(results: dict[str, Any]) -> list[str]:
             str(result["layers"]),
             f"{result['parameters'] / 1e6:.2f} M",
             f"{result['decoder_parameters'] / 1e6:.2f} M",
+            f"{flops / 1e6:,.1f}" if (flops := result["flops_per_item"]) else "–",
             f"{speed:,.0f}" if (speed := result["items_per_second"]) else "–",
         ]
         for name, result in results["stages"].items()
     ]
-    costs = markdown(["model", "layers", "parameters", "of its layers", "items/s"], rows)
+    costs = markdown(
+        ["model", "layers", "parameters", "of its layers", "MFLOP/item", "items/s"], rows
+    )
     return [compare(found), costs] if found else [costs]
 
 
@@ -168,12 +175,19 @@ def _write_found(folder: Path, selection: Selection, evaluation: Evaluation) -> 
     write_text(folder / _REPORT, page(f"Stage {folder.name} on {selection.split}", sections))
 
 
-def _items_per_second(embedder: Embedder, selection: Selection) -> float:
-    """Return how many candidates are embedded per second, reading of images included."""
-    rows = np.linspace(0, len(selection.dids) - 1, _TIMED_ITEMS).astype(int)
+def _costs(embedder: Embedder, selection: Selection) -> tuple[float, float]:
+    """Return the mean operations of embedding a candidate, and how many are embedded per second.
+
+    Reading images is part of the time.
+    """
+    rows = np.linspace(0, len(selection.dids) - 1, _MEASURED_ITEMS).astype(int)
     items = [selection.document(row) for row in rows.tolist()]
+    prepared = [embedder.preprocess(item) for item in items]
+    tokens = np.array([len(item.tokens) for item in prepared])
+    patches = np.array([len(item.patches) for item in prepared])
     encode = ItemEncoder(embedder, shared=False)
     encode(items)  # compiles
     began = time.perf_counter()
     encode(items)
-    return len(items) / (time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    return float(forward_flops(embedder.config, tokens, patches).mean()), len(items) / seconds

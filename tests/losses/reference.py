@@ -22,7 +22,7 @@ def score_distillation(queries, documents, teacher, *, temperature, teacher_temp
 
 
 def similarity_distillation(queries, candidates, *, temperature, valid):
-    """Mean over valid queries of Σ_j p_j (log p_j − log q_j), p of the teacher and q of the student.
+    """Mean over valid queries of Σ_j p_j (log p_j − log q_j), teacher p and student q.
 
     Queries and candidates are those of the student and of the teacher.
     """
