@@ -110,10 +110,10 @@ def stages() -> Figure:
     """Return the mean hit@5 of the quick demo's model after each of its stages."""
     of_run = json.loads((RESULTS / "openmoji-quick/results.json").read_text("utf-8"))["stages"]
     labels = {
-        "deep": "3 layers",
-        "full": "3 layers, trained further",
-        "distil": "1 layer, distilled",
-        "mac": "1 layer, trained further",
+        "deep": "4 layers",
+        "cut": "2 layers",
+        "distil": "2 layers, distilled",
+        "mac": "2 layers, trained further",
     }
     evaluations = {label: of_run[name]["evaluation"] for name, label in labels.items()}
     figure, panel = pyplot.subplots(figsize=(7.2, 2.6), layout="constrained")

@@ -207,7 +207,7 @@ def test_a_mistyped_folder_leaves_the_workdir_free(tmp_path):
 def test_the_demo_config_trains_on_a_folder_of_ones_own(root, tmp_path):
     demo = REPOSITORY / "configs/openmoji.py"
     # Steps are for the test's sake; --data.root is all that a user gives.
-    few = {"deep": "2", "full": "0", "distil": "2", "mac": "2"}
+    few = {"deep": "2", "distil": "2", "mac": "0"}
     steps = [flag for name in few for flag in (f"--stages.{name}.steps", few[name])]
     done = run(tmp_path / "run", root, *steps, config=demo)
     assert done.returncode == 0, done.stderr
