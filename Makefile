@@ -25,7 +25,7 @@ serve: $(DEMO)
 		--service.instruction "Find the drawing with this name."
 
 VECTORS    = runs/vectors-$(PRESET)
-EMBED_DEMO = $(BIN)/python -m puma_jax.embed --model runs/demo-$(PRESET)/mac --out $(VECTORS) \
+EMBED_DEMO = $(BIN)/python -m puma_jax.embed --model runs/demo-$(PRESET)/pruned --out $(VECTORS) \
 	--items runs/openmoji/cand_pool/global/mbeir_union_test_cand_pool.jsonl
 
 # Most of a test is one thread that compiles: two at a time take little more than half as long.

@@ -1,6 +1,6 @@
 """Print the results of a demo run as a table of emoji, without the art.
 
-    python benchmarks/emoji_table.py --run runs/demo-full/results/mac --data.root runs/openmoji
+    python benchmarks/emoji_table.py --run runs/demo-full/results/pruned --data.root runs/openmoji
 
 The drawings are CC BY-SA and not part of the repository; the table shows their emoji, which are
 characters. Queries are evenly spaced among those of each task.

@@ -1,6 +1,6 @@
 """Compare the service with sentence-transformers behind FastAPI: latency and requests per second.
 
-    python benchmarks/serve.py --model runs/demo-quick/mac
+    python benchmarks/serve.py --model runs/demo-quick/pruned
     python benchmarks/serve.py --model DIR --requests 500 --clients 1 8 32 --images 0.5
 
 Both serve the same weights in float32, each in a process of its own, and are loaded in turns by the
@@ -153,7 +153,7 @@ def running(command: list[str], port: int) -> Iterator[None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="runs/demo-quick/mac", help="folder of the model")
+    parser.add_argument("--model", default="runs/demo-quick/pruned", help="folder of the model")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--requests", type=int, default=200, help="in each turn")
     parser.add_argument("--images", type=float, default=0.5, help="share of items with an image")

@@ -113,7 +113,7 @@ def stages() -> Figure:
         "deep": "4 layers",
         "cut": "2 layers",
         "distil": "2 layers, distilled",
-        "mac": "2 layers, trained further",
+        "pruned": "2 layers, trained further",
     }
     evaluations = {label: of_run[name]["evaluation"] for name, label in labels.items()}
     figure, panel = pyplot.subplots(figsize=(7.2, 2.6), layout="constrained")

@@ -350,6 +350,17 @@ RECIPE = Experiment(
             )
             for rate in (5e-4, 1e-3, 2e-3)
         ),
+        *(
+            Arm(
+                f"scratch-{kind}-{rate}",
+                f"4 layers from scratch, {label}, learning rate {rate}",
+                stage(200, rate=rate, optimizer=kind),
+                family=f"scratch-{kind}",
+                forgets="all",
+            )
+            for kind, label in (("muon", "Muon"), ("adamw", "AdamW"))
+            for rate in (2e-3, 4e-3)
+        ),
     ),
     questions=(
         Question("negatives", "plain", "Two hard negatives for each query, equal steps?"),
@@ -364,6 +375,7 @@ RECIPE = Experiment(
         Question("averaged", "plain", "The mean of the last four checkpoints?"),
         Question("both-ways", "plain", "Attention both ways with mean pooling?"),
         Question("adamw", "plain", "AdamW in place of Muon?"),
+        Question("scratch-adamw", "scratch-muon", "And from scratch, for 200 steps?"),
         Question("plain-noise", "plain", "How far does rounding alone move a result?"),
     ),
 )

@@ -16,8 +16,8 @@ Leaves = dict[str, AnyArray]
 """Arrays by name; `puma_jax.model.tree` names them."""
 
 _NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
-"""Coefficients of each iteration (https://kellerjordan.github.io/posts/muon). Given one by one, they
-are looped over, which compiles in a fraction of the time that five copies take."""
+"""Coefficients of each iteration (https://kellerjordan.github.io/posts/muon). Given one by one,
+they are looped over, which compiles in a fraction of the time that five copies take."""
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:

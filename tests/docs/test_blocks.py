@@ -31,7 +31,7 @@ def world(tiny, tmp_path_factory):
     """A working directory with all that the pages' commands would have made."""
     here = tmp_path_factory.mktemp("world")
     embedder = Embedder.load(tiny.folder, dtype="float32")
-    for stage in ("deep", "mac"):
+    for stage in ("deep", "pruned"):
         embedder.save(here / "runs/demo-quick" / stage)
     embedder.save(here / "my-puma")
     embedder.save(here / "exported/huggingface")
@@ -54,7 +54,7 @@ def world(tiny, tmp_path_factory):
     embed(open_corpus(folder), embedder, here / "runs/vectors", items_per_shard=3)
     random_image(120, 80).save(here / "bike.jpg")
     save_reranker(here / "reranker")
-    metrics = {"stage": "mac", "step": 10, "loss": 5.5}
+    metrics = {"stage": "pruned", "step": 10, "loss": 5.5}
     (here / "runs/demo-quick/metrics.jsonl").write_text(json.dumps(metrics) + "\n")
     (here / "mine/photos").mkdir(parents=True)
     (here / "mine/images").mkdir()
@@ -145,7 +145,7 @@ def test_a_client_gets_a_vector_of_the_service(run_page, tiny):
 def test_exports_give_the_vectors_of_the_embedder(world, no_videos, monkeypatch):
     monkeypatch.chdir(world)
     for kind in ("stablehlo", "sentence-transformers"):
-        export.main(kind, "runs/demo-quick/mac", world / "exported" / kind)
+        export.main(kind, "runs/demo-quick/pruned", world / "exported" / kind)
     stablehlo, sentence, transformers = blocks(ROOT / "docs/export.md", "python")
     lines = stablehlo.rstrip().splitlines()
     assert "word" in lines[-1]

@@ -83,7 +83,7 @@ def test_an_adapter_is_merged_into_what_is_exported_and_pruned(tiny, tmp_path):
 
 def test_a_card_tells_of_the_stages_that_made_the_model():
     config = as_json(load_config(DEMO)())
-    first, second, third = names = ("deep", "distil", "mac")
+    first, second, third = names = ("deep", "distil", "pruned")
     config["stages"] = {name: config["stages"][name] | {"init_from": None} for name in names}
     run = from_json(Run, config, unknown="ignore")
     assert list(Training(run, second, None).stages) == [first, second]

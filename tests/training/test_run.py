@@ -207,9 +207,9 @@ def test_a_mistyped_folder_leaves_the_workdir_free(tmp_path):
 def test_the_demo_config_trains_on_a_folder_of_ones_own(root, tmp_path):
     demo = REPOSITORY / "configs/openmoji.py"
     # Steps are for the test's sake; --data.root is all that a user gives.
-    few = {"deep": "2", "distil": "2", "mac": "0"}
+    few = {"deep": "2", "distil": "2", "pruned": "0"}
     steps = [flag for name in few for flag in (f"--stages.{name}.steps", few[name])]
     done = run(tmp_path / "run", root, *steps, config=demo)
     assert done.returncode == 0, done.stderr
     assert "the data has 13 pairs" in done.stdout
-    assert (tmp_path / "run/mac/model.safetensors").exists()
+    assert (tmp_path / "run/pruned/model.safetensors").exists()

@@ -22,10 +22,10 @@ def flags(*more: str, config: str = DEMO) -> list[str]:
 
 def test_flags_change_the_config():
     config, workdir, reuse = parse(
-        flags("--preset", "full", "--stages.mac.loss.relative", "--reuse", "other")
+        flags("--preset", "full", "--stages.pruned.loss.relative", "--reuse", "other")
     )
-    assert config.stages["mac"].loss.relative
-    assert config.stages["mac"].steps == 900
+    assert config.stages["pruned"].loss.relative
+    assert config.stages["pruned"].steps == 500
     assert (workdir, reuse) == (Path("run"), Path("other"))
 
 
@@ -33,14 +33,14 @@ def test_the_flags_of_the_docs_are_accepted(capsys):
     pages = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
     text = "\n".join(page.read_text() for page in pages)
     text = re.sub(r"(--[\w.-]+)\n(\w)", r"\1 \2", text.replace("\\\n", " "))
-    shown = sorted(set(FLAG.findall(text.replace("stages.NAME", "stages.mac"))))
-    assert "--stages.mac.loss.relative" in shown
+    shown = sorted(set(FLAG.findall(re.sub(r"stages\.\w+", "stages.pruned", text))))
+    assert "--stages.pruned.loss.relative" in shown
     refused = []
     for flag in shown:
         try:
-            needed = ["--stages.mac.model", "DIR"] if ".adapter" in flag else []
+            needed = ["--stages.pruned.model", "DIR"] if ".adapter" in flag else []
             if "score-distill" in flag:
-                needed += ["--stages.mac.plan.hard-negatives", "4"]
+                needed += ["--stages.pruned.plan.hard-negatives", "4"]
             parse(flags(*needed, *shlex.split(flag)))
         except SystemExit:
             # A page may name a flag without its value.
@@ -58,9 +58,9 @@ def test_the_flags_of_the_docs_are_accepted(capsys):
         ("--scratch.heads", "0", "scratch.heads 0 must be in"),
         ("--scratch.width", str(10**30), "scratch.width 1000.* must be in"),
         ("--seed", str(10**30), "seed 1000.* must be in"),
-        ("--stages.mac.steps", str(10**30), "stage.steps 1000.* must be in"),
-        ("--stages.mac.loss.temperature", "-1", "loss.temperature -1.0 must be above 0"),
-        ("--stages.mac.optimizer.learning-rate", "nan", "learning_rate NaN is not a finite"),
+        ("--stages.pruned.steps", str(10**30), "stage.steps 1000.* must be in"),
+        ("--stages.pruned.loss.temperature", "-1", "loss.temperature -1.0 must be above 0"),
+        ("--stages.pruned.optimizer.learning-rate", "nan", "learning_rate NaN is not a finite"),
     ],
 )
 def test_a_value_that_cannot_be_run_is_one_line(flag, value, message):
