@@ -67,7 +67,7 @@ def abstract_batch(model: ModelConfig, pairs: int, chunks: int, tokens: int, ima
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
     items = 2 * pairs // chunks
-    rows, patch_rows = items * tokens // 1024, items * images * model.vision.merged // 2 // 1024
+    rows, patch_rows = items * tokens // 1024, items * images * model.patches_per_token // 2 // 1024
     token, patch = (chunks, rows, 1024), (chunks, patch_rows, 1024)
     packed = PackedBatch(
         tokens=ints(*token),

@@ -221,7 +221,7 @@ def lower(settings: Settings, config: TrainConfig, mesh: Mesh) -> Lowered:
     if computes_teacher:
         teacher_fn = make_teacher(base, kept, config.compute, data_shards(mesh))
     pairs = settings.pairs or stage.plan.batch_size
-    shape = row_shape(settings, pairs, stage, data_shards(mesh), model.vision.merged)
+    shape = row_shape(settings, pairs, stage, data_shards(mesh), model.patches_per_token)
     batch = abstract_batch(shape, stage, pairs, mesh, model)
     teacher_states = None
     if stage.distill.on and not computes_teacher:
@@ -250,12 +250,12 @@ def _with_sharding(leaf: Any, place: jax.sharding.Sharding) -> Any:
 
 
 def row_shape(
-    settings: Settings, pairs: int, stage: StageConfig, parts: int, merged: int
+    settings: Settings, pairs: int, stage: StageConfig, parts: int, patches_per_token: int
 ) -> PackedShape:
     """Return the shape of chunk that a batch of such items needs, as `Plan.fitting_shape` does."""
     items = (2 + stage.plan.hard_negatives) * pairs
     lengths = np.full(items, settings.text_tokens + settings.visual_tokens + _PROMPT_TOKENS)
-    patches = np.full(items, settings.visual_tokens * merged)
+    patches = np.full(items, settings.visual_tokens * patches_per_token)
     largest = int(lengths[0]), int(patches[0])
     return batch_shape([(lengths, patches)], stage.grad_cache_chunks, parts, largest)
 
@@ -372,7 +372,7 @@ def model_flops(settings: Settings, stage: StageConfig, lowered: Lowered) -> flo
     model, decoder, vision = lowered.model, lowered.model.decoder, lowered.model.vision
     items = (2 + stage.plan.hard_negatives) * (settings.pairs or stage.plan.batch_size)
     length = settings.visual_tokens + settings.text_tokens + _PROMPT_TOKENS
-    patches = settings.visual_tokens * vision.merged
+    patches = settings.visual_tokens * model.patches_per_token
     layer, tower = _parameters(model)
     attention = 2 * length * decoder.heads * decoder.head_dim
     adapters = 0

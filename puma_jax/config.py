@@ -14,6 +14,7 @@ Positions = Literal["mrope", "1d"]
 Remat = Literal["none", "dots", "full"]
 PromptStyle = Literal["chat", "bare", "instruct"]
 Pooling = Literal["ret", "last", "mean"]
+PoolMode = Literal["average", "random"]
 LoraTarget = Literal["query", "key", "value", "out", "gate", "up", "down"]
 
 # What no model exceeds: a wrong number in a config.json is refused before anything is sized by it.
@@ -141,7 +142,7 @@ class VisionConfig(_WithOptions):
 
     @property
     def merged(self) -> int:
-        """Patches in one visual token."""
+        """Patches that the tower merges into one visual token."""
         return self.merge_size**2
 
     @classmethod
@@ -200,14 +201,23 @@ class DecoderConfig(_WithOptions):
         )
 
 
-@dataclass(frozen=True)
-class ImageConfig:
-    """Limits on the size of a resized image (arXiv 2507.08064: 4·28² to 300·28² pixels)."""
+@dataclass(frozen=True, repr=False)
+class ImageConfig(_WithOptions):
+    """The size of a resized image, and how many visual tokens it becomes.
+
+    The limits on its size are those of arXiv 2507.08064: 4·28² to 300·28² pixels.
+    """
 
     min_pixels: Pixels = 4 * 28**2
     """Area in pixels that smaller images are enlarged to."""
     max_pixels: Pixels = 300 * 28**2
     """Area in pixels that larger images are reduced to."""
+    spatial_pool_stride: Literal[1, 2] = option(1)
+    """Side of the squares of visual tokens that become one each behind the tower: 2 leaves a
+    quarter of them (arXiv 2602.05275), 1 leaves all."""
+    spatial_pool_mode: PoolMode = option("average")
+    """One token in place of a square: "average", their mean; "random", one of them, drawn by the
+    content of the image, a control that the mean has to beat."""
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -216,6 +226,15 @@ class ImageConfig:
             self.min_pixels <= self.max_pixels,
             f"images.min_pixels {self.min_pixels} is above images.max_pixels {self.max_pixels}",
         )
+        require(
+            self.spatial_pool_stride > 1 or self.spatial_pool_mode == "average",
+            f'images.spatial_pool_mode "{self.spatial_pool_mode}" needs '
+            "images.spatial_pool_stride 2: with 1, nothing is pooled",
+        )
+
+    def token_side(self, vision: VisionConfig) -> int:
+        """Return the side, in pixels, of the square that becomes one visual token."""
+        return vision.patch_size * vision.merge_size * self.spatial_pool_stride
 
 
 @dataclass(frozen=True, repr=False)
@@ -303,6 +322,11 @@ class ModelConfig:
                 "token table",
             )
         self._check_deepstack()
+
+    @property
+    def patches_per_token(self) -> int:
+        """Patches in one visual token of the decoder, merged by the tower and pooled."""
+        return self.vision.merged * self.images.spatial_pool_stride**2
 
     def _check_deepstack(self) -> None:
         """Check that each layer that DeepStack feeds, if it is kept, is where it was.

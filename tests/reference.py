@@ -31,6 +31,7 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from puma_jax.config import ComputeConfig, ImageConfig, LoraConfig, ModelConfig, VisionConfig
 from puma_jax.data.images import patchify
@@ -361,6 +362,39 @@ def grid_thw(item: Item) -> torch.Tensor:
     images = range(item.patch_images.max() + 1)
     sizes = [item.patch_positions[item.patch_images == image].max(0) + 1 for image in images]
     return torch.tensor(np.array([[1, *size] for size in sizes]))
+
+
+def pooled_features(
+    model: PreTrainedModel, vision: VisionConfig, limits: ImageConfig, images: list[Image.Image]
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The reference's visual tokens, then its DeepStack features, averaged by torch on the grid.
+
+    And the grids of the images, in patches, as if each had a quarter of them.
+    """
+    unit = 2 * vision.merge_size * vision.patch_size
+    sizes = [
+        smart_resize(image.height, image.width, unit, limits.min_pixels, limits.max_pixels)
+        for image in images
+    ]
+    resized = [
+        image.resize(size[::-1], Image.Resampling.BICUBIC)
+        for image, size in zip(images, sizes, strict=True)
+    ]
+    inputs = image_processor(ImageConfig(1, 2**26), vision)(resized, return_tensors="pt")
+    grids = inputs["image_grid_thw"]
+    with torch.no_grad():
+        found = model.visual(inputs["pixel_values"], grid_thw=grids)
+    pooled = []
+    for features in (found.pooler_output, *getattr(found, "deepstack_features", [])):
+        parts = features.split((grids.prod(1) // vision.merge_size**2).tolist())
+        averaged = [
+            torch.nn.functional.avg_pool2d(
+                part.T.reshape(-1, rows // vision.merge_size, columns // vision.merge_size), 2
+            )
+            for part, (_, rows, columns) in zip(parts, grids.tolist(), strict=True)
+        ]
+        pooled.append(torch.cat([part.flatten(1).T for part in averaged]))
+    return pooled, grids // torch.tensor([1, 2, 2])
 
 
 def image_processor(limits: ImageConfig, vision: VisionConfig = VISION) -> Qwen2VLImageProcessorPil:

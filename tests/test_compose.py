@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from transformers import LlamaModel
 
 from puma_jax import Embedder
 from puma_jax.compose import main
-from puma_jax.config import PromptConfig
+from puma_jax.config import ImageConfig, PromptConfig
 from puma_jax.errors import CheckpointError, ConfigError, UnknownModelError
 from puma_jax.export import loader, sentence_transformers, stablehlo
 from puma_jax.model import encoder
@@ -20,7 +22,7 @@ from puma_jax.parallel.mesh import MeshConfig, make_mesh
 from puma_jax.parallel.rules import shardings
 from puma_jax.rows import PackedShape
 from tests import reference
-from tests.reference import FLOAT32, pack, random_image
+from tests.reference import FLOAT32, pack, pooled_features, random_image
 
 ITEMS = ["A red bicycle.", {"text": "Blue.", "image": random_image(90, 200)}]
 
@@ -95,10 +97,27 @@ def test_a_text_has_the_states_of_the_decoder_alone(decoders, tiny, tmp_path):
     np.testing.assert_allclose(*states, rtol=0, atol=1e-6)
 
 
+def test_pooled_visual_tokens_are_those_of_the_tower_between_texts(decoders, tiny, tmp_path):
+    main(str(decoders["llama"]), str(tiny.folder), tmp_path / "composed")
+    images = ImageConfig(spatial_pool_stride=2)
+    embedder = Embedder.load(tmp_path / "composed", dtype="float32", images=images)
+    item = embedder.preprocess(ITEMS[1])
+    vision, table = embedder.config.vision, embedder.params.decoder.embedding.table[...]
+    (features,), _ = pooled_features(tiny.torch.model, vision, images, [ITEMS[1]["image"]])
+    embeddings = torch.tensor(np.asarray(table)[item.tokens])
+    embeddings[torch.tensor(item.image_token_mask)] = features
+    decoder = LlamaModel.from_pretrained(decoders["llama"], dtype=torch.float32)
+    with torch.no_grad():
+        state = decoder(inputs_embeds=embeddings[None]).last_hidden_state[0, -1]
+    theirs = torch.nn.functional.normalize(state, dim=0).numpy()
+    np.testing.assert_allclose(embedder.encode([ITEMS[1]])[0], theirs, rtol=0, atol=1e-5)
+
+
 def test_a_new_tower_trains(decoders, tmp_path):
     out = tmp_path / "composed"
     main(str(decoders["llama"]), "new", out, new_layers=2, new_width=32, new_heads=2, seed=1)
-    embedder = Embedder.load(out, dtype="float32").keep_layers([0, 3])
+    images = ImageConfig(spatial_pool_stride=2)  # gradients pass through the mean
+    embedder = Embedder.load(out, dtype="float32", images=images).keep_layers([0, 3])
     item = embedder.preprocess(ITEMS[1])
     rows, _ = pack([item], PackedShape(1, 256, 1, 128, 1), embedder.config.vision)
 

@@ -1,5 +1,7 @@
 """Videos: as transformers reads their frames, in every family."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -69,9 +71,14 @@ def test_a_video_is_read_as_transformers_reads_it(family, count, fps):
     np.testing.assert_allclose(embedder.encode(["A dog.", still]), beside, rtol=0, atol=1e-6)
 
 
-def test_positions_of_a_video_are_those_of_transformers(family):
-    item = embedder_of(family).preprocess({"text": "A cat.", "video": FRAMES, "fps": 1.5})
-    rows, columns = item.patch_positions[item.patch_images == 0].max(0) + 1
+@pytest.mark.parametrize("stride", [1, 2])
+def test_positions_of_a_video_are_those_of_transformers(family, stride):
+    """Those of pooled tokens are the positions of a video of a quarter of the patches."""
+    embedder = embedder_of(family)
+    limits = dataclasses.replace(embedder.config.images, spatial_pool_stride=stride)
+    embedder = Embedder.load(family.folder, images=limits)
+    item = embedder.preprocess({"text": "A cat.", "video": FRAMES, "fps": 1.5})
+    rows, columns = (item.patch_positions[item.patch_images == 0].max(0) + 1) // stride
     extra = {}
     if family.config.family == "qwen2_5_vl":
         extra["second_per_grid_ts"] = torch.tensor([2 / 1.5])

@@ -75,8 +75,8 @@ def resized_sizes(
 ) -> tuple[Int[ndarray, "n"], Int[ndarray, "n"]]:
     """Return the heights and widths, in pixels, that images are resized to.
 
-    Both are multiples of `patch_size` × `merge_size`, their product lies within the limits, and
-    the proportions change as little as that allows.
+    Both are multiples of the side of a visual token, their product lies within the limits, and the
+    proportions change as little as that allows.
 
     Raises:
         ImageError: One side of an image is more than 200 times the other, or the model has no
@@ -94,7 +94,7 @@ def resized_sizes(
             f"image of {widths[worst]} × {heights[worst]} pixels is too elongated: "
             f"one side may be {MOST_ELONGATED} times the other"
         )
-    unit = vision.patch_size * vision.merge_size
+    unit = limits.token_side(vision)
     sides = [np.asarray(side, np.float64) for side in (heights, widths)]
     rounded = [np.rint(side / unit) for side in sides]
     shrink = np.sqrt(sides[0] * sides[1] / limits.max_pixels)
@@ -132,11 +132,11 @@ def most_patches(vision: VisionConfig, limits: ImageConfig) -> int:
     It is the area of `max_pixels` for nearly all images. Those whose short side would be less than
     one visual token, or which are enlarged to `min_pixels`, may come out larger.
     """
-    unit = (vision.patch_size * vision.merge_size) ** 2
+    unit = limits.token_side(vision) ** 2
     most, least = limits.max_pixels / unit, limits.min_pixels / unit
     thin = math.sqrt(MOST_ELONGATED * most)
     enlarged = least + math.sqrt(MOST_ELONGATED * least) + math.sqrt(least) + 1
-    return math.ceil(max(most, thin, enlarged)) * vision.merged
+    return math.ceil(max(most, thin, enlarged)) * (unit // vision.patch_size**2)
 
 
 def patchify(
@@ -157,11 +157,13 @@ def patchify(
     height, width = int(heights[0]), int(widths[0])
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    side, merge = vision.patch_size, vision.merge_size
+    side, merge, stride = vision.patch_size, vision.merge_size, limits.spatial_pool_stride
     patches = einops.rearrange(
         np.asarray(image),
-        "(block_row row y) (block_column column x) channel"
-        " -> (block_row block_column row column) (channel y x)",
+        "(block_row token_row row y) (block_column token_column column x) channel"
+        " -> (block_row block_column token_row token_column row column) (channel y x)",
+        token_row=stride,
+        token_column=stride,
         row=merge,
         column=merge,
         y=side,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -120,7 +121,7 @@ class TokenizedTemplate:
         """
         around = len(self.start) + len(self.instruction) + len(self.after_instruction or ())
         marks = len(self.before_image) + 2 * images
-        image = np.where(patches > 0, marks + patches // self.config.vision.merged, 0)
+        image = np.where(patches > 0, marks + patches // self.config.patches_per_token, 0)
         return around + len(self.end) + tokens + image
 
     def assemble(
@@ -160,7 +161,7 @@ class TokenizedTemplate:
 
 def image_tokens(image: Patches, config: ModelConfig) -> list[int]:
     """Return the tokens of an image: a placeholder for each visual token, between two marks."""
-    placeholders = [config.image_token_id] * (len(image[0]) // config.vision.merged)
+    placeholders = [config.image_token_id] * (len(image[0]) // config.patches_per_token)
     return [config.vision_start_token_id, *placeholders, config.vision_end_token_id]
 
 
@@ -180,24 +181,51 @@ def build_item(
         config: The model.
         time_step: As in `positions.mrope_positions`.
     """
-    vision = config.vision
-    merge = vision.merge_size
-    patches = [cut for cut, _ in images] or [np.zeros((0, vision.patch_values), np.uint8)]
+    vision, pooling = config.vision, config.images
+    merge, stride = vision.merge_size, pooling.spatial_pool_stride
+    patches = [cut for cut, _ in images]
     grids = [(len(cut) // (rows * columns), rows, columns) for cut, (rows, columns) in images]
-    positions = [np.zeros((0, 2), np.int32)]
-    for times, rows, columns in grids:
-        positions += [patch_positions(rows, columns, merge)] * times
+    positions = [
+        np.tile(patch_positions(rows, columns, merge, stride), (times, 1))
+        for times, rows, columns in grids
+    ]
+    if pooling.spatial_pool_mode == "random":
+        orders = [drawn_first(cut, vision.merged, stride**2) for cut in patches]
+        patches = [cut[order] for cut, order in zip(patches, orders, strict=True)]
+        positions = [at[order] for at, order in zip(positions, orders, strict=True)]
     # Each time of a video is an image of its own to the tower.
     sizes = [rows * columns for times, rows, columns in grids for _ in range(times)]
     numbers = np.repeat(np.arange(len(sizes)), sizes)
-    merged = [(times, rows // merge, columns // merge) for times, rows, columns in grids]
+    side = merge * stride
+    pooled = [(times, rows // side, columns // side) for times, rows, columns in grids]
     return Item(
         tokens=tokens,
-        positions=mrope_positions(image_token_mask, merged, time_step)
+        positions=mrope_positions(image_token_mask, pooled, time_step)
         if config.prompt.positions == "mrope"
         else sequential_positions(len(tokens)),
         image_token_mask=image_token_mask,
-        patches=np.concatenate(patches),
-        patch_positions=np.concatenate(positions),
+        patches=np.concatenate(patches or [np.zeros((0, vision.patch_values), np.uint8)]),
+        patch_positions=np.concatenate([np.zeros((0, 2), np.int32), *positions]),
         patch_images=numbers.astype(np.int32),
     )
+
+
+def drawn_first(
+    patches: UInt8[ndarray, "patches values"], merged: int, pooled: int
+) -> Int[ndarray, "patches"]:
+    """Return the order of patches in which a visual token drawn at random begins each pooled block.
+
+    The content of the image decides, by SHAKE-128: the draw is the same wherever it is embedded.
+    Towers read where a patch is from its position, so that the order changes no visual token.
+
+    Args:
+        patches: The patches of an image or a video, in the order of `positions.patch_positions`.
+        merged: Patches in a visual token of the tower.
+        pooled: Visual tokens in a pooled block, a power of two up to 256.
+    """
+    blocks = len(patches) // (merged * pooled)
+    digest = hashlib.shake_128(np.ascontiguousarray(patches)).digest(blocks)
+    # The others follow in turn; 256 is a multiple of their number, so that all are equally likely.
+    turns = (np.frombuffer(digest, np.uint8)[:, None] + np.arange(pooled)) % pooled
+    tokens = np.arange(blocks)[:, None] * pooled + turns
+    return (tokens.reshape(-1, 1) * merged + np.arange(merged)).reshape(-1)

@@ -203,12 +203,11 @@ def fill(
         items: The items, in the order of `packing`.
         packing: From `place`, for the same shape.
         shape: The shape of a chunk.
-        vision: The config of the tower: values in a patch, patches in a visual token.
+        vision: The config of the tower, which says how many values a patch has.
 
     Returns:
         NumPy arrays with a leading axis of chunks.
     """
-    merged = vision.merged
     # Still images have the values of one frame, unless a video shares their batch.
     values = max((item.patches.shape[1] for item in items), default=vision.patch_values)
     tokens = (packing.chunks, shape.rows, shape.length)
@@ -239,10 +238,10 @@ def fill(
             rows.patches[there] = _with_frames(item.patches, values, vision)
             rows.patch_positions[there] = item.patch_positions
             rows.patch_segment_ids[there] = column + 1 + item.patch_images
-            first = ((row % patch_rows) * shape.patch_length + column) // merged
-            rows.image_token_index[here][item.image_token_mask] = first + np.arange(
-                len(item.patches) // merged
-            )
+            visual = int(item.image_token_mask.sum())
+            offset = (row % patch_rows) * shape.patch_length + column
+            first = offset // (len(item.patches) // visual)
+            rows.image_token_index[here][item.image_token_mask] = first + np.arange(visual)
     return rows
 
 

@@ -61,20 +61,27 @@ def sequential_positions(length: int) -> Int[ndarray, "length 3"]:
     return np.repeat(np.arange(length, dtype=np.int32)[:, None], 3, axis=1)
 
 
-def patch_positions(rows: int, columns: int, merge_size: int) -> Int[ndarray, "patches 2"]:
+def patch_positions(
+    rows: int, columns: int, merge_size: int, pool_stride: int = 1
+) -> Int[ndarray, "patches 2"]:
     """Return row and column of every patch of an image, in the order the tower reads them.
 
-    Patches that merge into one visual token are adjacent: block by block of `merge_size`², and
-    row by row inside a block.
+    Patches that merge into one visual token are adjacent, and so are visual tokens that are pooled
+    into one: row by row of pooled blocks, inside each row by row of visual tokens, inside each row
+    by row of patches.
 
     Args:
-        rows: Patches from top to bottom, a multiple of `merge_size`.
-        columns: Patches from left to right, a multiple of `merge_size`.
-        merge_size: Side of a block, in patches.
+        rows: Patches from top to bottom, a multiple of `merge_size` × `pool_stride`.
+        columns: Patches from left to right, likewise.
+        merge_size: Side of a visual token of the tower, in patches.
+        pool_stride: Side of a pooled block, in visual tokens of the tower.
     """
     return einops.rearrange(
         np.indices((rows, columns), dtype=np.int32),
-        "yx (block_row row) (block_column column) -> (block_row block_column row column) yx",
+        "yx (block_row token_row row) (block_column token_column column)"
+        " -> (block_row block_column token_row token_column row column) yx",
+        token_row=pool_stride,
+        token_column=pool_stride,
         row=merge_size,
         column=merge_size,
     )

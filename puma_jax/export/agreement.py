@@ -181,6 +181,10 @@ class Agreement:
         if self.model.config.prompt.positions != "mrope":
             note = f'transformers does not compute positions "{self.model.config.prompt.positions}"'
             return Check(name, "not checked", note=note)
+        stride = self.model.config.images.spatial_pool_stride
+        if stride > 1:
+            note = f"transformers does not pool visual tokens (images.spatial_pool_stride {stride})"
+            return Check(name, "not checked", note=note)
         return self.check(
             name, lambda items: engines.transformers(folder, self.model, items), dtype
         )

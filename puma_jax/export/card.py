@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from puma_jax.config import PromptConfig
+from puma_jax.config import ImageConfig, PromptConfig
 from puma_jax.embedder import Embedder
 from puma_jax.errors import ConfigError, DataError
 from puma_jax.evaluation.report import Evaluation, markdown
@@ -250,6 +250,7 @@ def _what_it_is(embedder: Embedder) -> str:
         f"{_widths(embedder)}"
         f"**Limits.** Texts of up to {config.prompt.max_text_tokens} tokens, images of "
         f"{config.images.min_pixels:,} to {config.images.max_pixels:,} pixels after resizing. "
+        f"{_visual_tokens(config.images)}"
         f"Positions: {config.prompt.positions}. Prompt: {config.prompt.template}, "
         f"{_pooling(config.prompt)}."
     )
@@ -274,6 +275,18 @@ def _widths(embedder: Embedder) -> str:
     return (
         f"**Widths.** Trained for the first {widths} values of a vector, too, scaled to length 1 "
         "(Matryoshka).\n\n"
+    )
+
+
+def _visual_tokens(images: ImageConfig) -> str:
+    """Return how visual tokens are pooled; "" if they are not."""
+    if images.spatial_pool_stride == 1:
+        return ""
+    side = images.spatial_pool_stride
+    becomes = {"average": "their mean", "random": "one of them, drawn by the image's content"}
+    return (
+        f"Each {side} × {side} visual tokens become {becomes[images.spatial_pool_mode]}, which "
+        "transformers and vLLM do not do. "
     )
 
 

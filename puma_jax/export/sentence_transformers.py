@@ -119,8 +119,8 @@ def write(embedder: Embedder, folder: Path) -> None:
         folder: Folder to write, which exists and is empty.
 
     Raises:
-        ConfigError: The model was trained with positions that transformers does not compute, or it
-            reads texts only.
+        ConfigError: The model was trained with positions that transformers does not compute, it
+            pools visual tokens, or it reads texts only.
         CheckpointError: The folder cannot be written.
     """
     prompt = embedder.config.prompt
@@ -134,6 +134,12 @@ def write(embedder: Embedder, folder: Path) -> None:
         positions == "mrope",
         f'prompt.positions is "{positions}", but Sentence Transformers computes "mrope" only: '
         "encode with puma_jax.Embedder, or train with mrope",
+    )
+    stride = embedder.config.images.spatial_pool_stride
+    require(
+        stride == 1,
+        f"images.spatial_pool_stride is {stride}, but Sentence Transformers does not pool visual "
+        "tokens: encode with puma_jax.Embedder, or export as stablehlo",
     )
     embedder.save(folder, backbone=True)
     _finish_tokenizer(folder / "tokenizer_config.json", embedder)

@@ -31,6 +31,7 @@ from puma_jax.config import ModelConfig, require
 from puma_jax.data import decode
 from puma_jax.data.images import MOST_ELONGATED
 from puma_jax.data.items import TokenizedTemplate
+from puma_jax.data.positions import patch_positions
 from puma_jax.data.prompts import Processor
 from puma_jax.data.templates import PROMPT_TEMPLATES
 from puma_jax.embedder import Embedder
@@ -57,12 +58,17 @@ def write(embedder: Embedder, folder: Path) -> None:
 
     Raises:
         ConfigError: flatbuffers, which `jax.export` needs, is not installed, or the model reads
-            texts only.
+            texts only, or draws visual tokens at random.
     """
     require(
         embedder.config.vision.layers > 0,
         "a model of texts only is not supported in StableHLO, whose function takes images: export "
         "as huggingface",
+    )
+    require(
+        embedder.config.images.spatial_pool_mode == "average",
+        "visual tokens drawn at random (images.spatial_pool_mode) are not supported in StableHLO, "
+        "whose function does not draw: export as huggingface",
     )
     require(
         importlib.util.find_spec("flatbuffers") is not None,
@@ -106,11 +112,13 @@ def one_item_rows(
         template: Prompt around every item, and config of the model.
         instructions: Tokens of an instruction that has a turn of its own, then padding of any kind.
         tokens: Tokens of a text and of the suffix of the prompt, then padding of any kind.
-        blocks: Pixels of each visual token of an image, row by row; then padding.
+        blocks: Pixels of each visual token of an image, pooled ones as a whole, row by row; then
+            padding.
         sizes: Number of tokens, rows of blocks, columns of blocks, and tokens of the instruction; 0
             rows without an image.
     """
-    config, merge = template.config, template.config.vision.merge_size
+    config, vision = template.config, template.config.vision
+    merge, stride = vision.merge_size, config.images.spatial_pool_stride
     rows, visual = blocks.shape[:2]
     start, after, before, end = (
         jnp.array(ids or (), jnp.int32)
@@ -147,31 +155,31 @@ def one_item_rows(
     ]
     marks = config.vision_start_token_id, config.image_token_id, config.vision_end_token_id
     row, length = jnp.arange(rows), segment_ids.shape[1]
-    inside = jnp.indices((merge, merge)).reshape(2, -1).T
+    inside = patch_positions(merge * stride, merge * stride, merge, stride)
     index = joined(-1, -1, -1, -1, -1, row[:, None] * visual + block, -1, -1, -1)
     return PackedBatch(
         tokens=joined(start, instructions, after, before, *marks, tokens, end),
         segment_ids=segment_ids,
         positions=jnp.stack(positions, axis=-1),
         image_token_index=index,
-        patches=_patches(blocks, merge),
-        patch_segment_ids=jnp.repeat(seen.astype(jnp.int32), merge**2, axis=1),
-        patch_positions=(jnp.stack(block_at, axis=-1)[:, :, None] * merge + inside).reshape(
-            rows, visual * merge**2, 2
-        ),
+        patches=_patches(blocks, merge, stride),
+        patch_segment_ids=jnp.repeat(seen.astype(jnp.int32), len(inside), axis=1),
+        patch_positions=(
+            jnp.stack(block_at, axis=-1)[:, :, None] * (merge * stride) + inside
+        ).reshape(rows, visual * len(inside), 2),
         pool_index=row * length + length - 1,
     )
 
 
 def _patches(
-    blocks: UInt8[Array, "rows visual side side channels"], merge: int
+    blocks: UInt8[Array, "rows visual side side channels"], merge: int, stride: int
 ) -> UInt8[Array, "rows patches values"]:
     """Return the patches of blocks, in the order of `data.images.patchify`."""
     rows, visual, side, _, channels = blocks.shape
-    patch = side // merge
-    cut = blocks.reshape(rows, visual, merge, patch, merge, patch, channels)
-    ordered = cut.transpose(0, 1, 2, 4, 6, 3, 5)
-    return ordered.reshape(rows, visual * merge**2, channels * patch**2)
+    patch = side // (merge * stride)
+    cut = blocks.reshape(rows, visual, *(stride, merge, patch) * 2, channels)
+    ordered = cut.transpose(0, 1, 2, 5, 3, 6, 8, 4, 7)
+    return ordered.reshape(rows, visual * (merge * stride) ** 2, channels * patch**2)
 
 
 def _export(embedder: Embedder, template: TokenizedTemplate) -> jax.export.Exported:
@@ -186,7 +194,7 @@ def _export(embedder: Embedder, template: TokenizedTemplate) -> jax.export.Expor
         return encoder.l2_normalize(encoder.encode(assemble(structure, weights), rows, compute))
 
     batch, asked, words, visual = jax.export.symbolic_shape("batch, asked, words, visual")
-    side = vision.patch_size * vision.merge_size
+    side = embedder.config.images.token_side(vision)
     leaves = named_leaves(structure)
     return jax.export.export(embed, platforms=PLATFORMS)(
         {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()},
@@ -202,7 +210,7 @@ def _manifest(
 ) -> dict[str, Any]:
     """Return the manifest: what the loader needs, and what describes the function."""
     config, vision, images = embedder.config, embedder.config.vision, embedder.config.images
-    side = vision.patch_size * vision.merge_size
+    side = images.token_side(vision)
     most_words = config.prompt.max_text_tokens + len(template.suffix_both)
     most_visual = images.max_pixels // side**2
     return {
@@ -227,6 +235,7 @@ def _manifest(
         "result": f"float32 [batch, {embedder.embedding_dim}]: unit vectors",
         "patch_size": vision.patch_size,
         "merge_size": vision.merge_size,
+        "spatial_pool_stride": images.spatial_pool_stride,
         "max_visual_tokens": most_visual,
         "lengths": sorted({*_LENGTHS, most_words, most_visual}),
         "preprocessing": {

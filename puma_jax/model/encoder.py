@@ -19,6 +19,7 @@ from puma_jax.errors import LayerSelectionError
 from puma_jax.model.decoder import Decoder, DecoderLayer, Exits
 from puma_jax.model.dropout import TokenKeys
 from puma_jax.model.families import family_of
+from puma_jax.model.vision import pool_tokens
 from puma_jax.rows import PackedBatch
 from puma_jax.typing import Array, Float, Int, PRNGKeyArray
 
@@ -41,6 +42,7 @@ class Encoder(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         tower = family_of(config.family).tower
         self.vision = tower(config.vision, rngs) if tower else None
+        self.spatial_pool = config.images.spatial_pool_stride, config.images.spatial_pool_mode
         self.mean_pooling = config.prompt.pooling == "mean"
         self.decoder = Decoder(config.decoder, rngs)
 
@@ -163,7 +165,12 @@ def input_embeddings(
     x = params.decoder.embedding.table[...][rows.tokens].astype(compute.dtype)
     if params.vision is None or rows.patches.size == 0:
         return x, None
-    visual = params.vision(rows.patches, rows.patch_segment_ids, rows.patch_positions, compute)
+    visual = [
+        pool_tokens(tokens, *params.spatial_pool)
+        for tokens in params.vision(
+            rows.patches, rows.patch_segment_ids, rows.patch_positions, compute
+        )
+    ]
     index = jnp.maximum(rows.image_token_index, 0).reshape(-1)
     inputs, *features = (
         jnp.where(

@@ -144,8 +144,9 @@ class HubFields:
         Raises:
             ConfigError: The image processor cuts other patches, or scales pixels by another factor.
         """
-        _check_processor(self.processor, vision)
         saved = self.model.puma_jax or SavedFields()
+        images = saved.images or images or ImageConfig()
+        _check_processor(self.processor, vision, images)
         image, start, end = (151655, 151652, 151653) if vision.layers else (0, 0, 0)
         return ModelConfig(
             family=family,
@@ -154,7 +155,7 @@ class HubFields:
             image_token_id=or_default(self.model.image_token_id, image),
             vision_start_token_id=or_default(self.model.vision_start_token_id, start),
             vision_end_token_id=or_default(self.model.vision_end_token_id, end),
-            images=saved.images or images or ImageConfig(),
+            images=images,
             prompt=saved.prompt,
             kept_layers=saved.kept_layers,
             widths=saved.widths,
@@ -244,19 +245,34 @@ def read_decoder(
     )
 
 
-def _check_processor(processor: ImageProcessorFields, vision: VisionConfig) -> None:
+def _check_processor(
+    processor: ImageProcessorFields, vision: VisionConfig, images: ImageConfig
+) -> None:
     """Check that an image processor prepares images as the tower reads them."""
-    for name in ("patch_size", "temporal_patch_size", "merge_size"):
-        cut = or_default(getattr(processor, name), getattr(vision, name))
+    for name, expected in _cuts(vision, images).items():
+        cut = or_default(getattr(processor, name), expected)
         require(
-            cut == getattr(vision, name),
-            f"image processor.{name} {cut} is not that of vision_config, {getattr(vision, name)}",
+            cut == expected,
+            f"image processor.{name} {cut} is not that of config.json, {expected}",
         )
     rescale = or_default(processor.rescale_factor, 1 / 255)
     require(
         math.isclose(rescale, 1 / 255, rel_tol=1e-6),
         f"image processor.rescale_factor {rescale} is not supported, only 1/255",
     )
+
+
+def _cuts(vision: VisionConfig, images: ImageConfig) -> dict[str, int]:
+    """Return the fields of an image processor that say how images are cut.
+
+    One that merges what is merged and then pooled counts the right visual tokens. transformers,
+    which does not pool, refuses them: it would give other vectors.
+    """
+    return {
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.merge_size * images.spatial_pool_stride,
+    }
 
 
 def or_default(value: Value | None, default: Value) -> Value:
@@ -347,9 +363,7 @@ def write_preprocessor(config: ModelConfig, source: Mapping[str, Any]) -> dict[s
         "size": {"shortest_edge": limits.min_pixels, "longest_edge": limits.max_pixels},
         "min_pixels": limits.min_pixels,
         "max_pixels": limits.max_pixels,
-        "patch_size": vision.patch_size,
-        "temporal_patch_size": vision.temporal_patch_size,
-        "merge_size": vision.merge_size,
+        **_cuts(vision, limits),
         "image_mean": list(vision.image_mean),
         "image_std": list(vision.image_std),
     }

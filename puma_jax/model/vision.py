@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from puma_jax.config import ComputeConfig, DType, VisionConfig
+from puma_jax.config import ComputeConfig, DType, PoolMode, VisionConfig
 from puma_jax.model.attention import attention, constrain_batch_sharding
 from puma_jax.model.layers import LayerNorm, Linear, RMSNorm, quick_gelu
 from puma_jax.model.remat import rematerialize
@@ -152,6 +152,20 @@ class PatchMerger(nnx.Module):
 
         joined = self.norm(join(x)) if self.norm_joined else join(self.norm(x))
         return self.down(jax.nn.gelu(self.up(joined), approximate=False))
+
+
+def pool_tokens(
+    tokens: Float[Array, "rows tokens width"], stride: int, mode: PoolMode
+) -> Float[Array, "rows pooled width"]:
+    """Return visual tokens of which each square of `stride`² has become one.
+
+    The tokens of a square lie side by side, see `positions.patch_positions`. With "random", the
+    host has put the one to keep in front, see `items.drawn_first`.
+    """
+    if stride == 1:
+        return tokens
+    squares = tokens.reshape(tokens.shape[0], -1, stride**2, tokens.shape[-1])
+    return squares[:, :, 0] if mode == "random" else squares.mean(2)
 
 
 class VisionTower(nnx.Module):

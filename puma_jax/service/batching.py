@@ -181,10 +181,10 @@ class Batcher:
             item, truncated = self.embedder.preprocess(raw, instruction), True
         longest, most_patches = self._largest[len(item.patches) > 0]
         if len(item.patches) > most_patches:
-            merged = self.embedder.config.vision.merged
+            each = self.embedder.config.patches_per_token
             raise ItemError(
-                f"the images of an item have {len(item.patches) // merged:,} visual tokens, more "
-                f"than the {most_patches // merged:,} that are read: send fewer or smaller ones, "
+                f"the images of an item have {len(item.patches) // each:,} visual tokens, more "
+                f"than the {most_patches // each:,} that are read: send fewer or smaller ones, "
                 "or start the service with a larger --service.images-per-item"
             )
         if len(item.tokens) > longest:

@@ -66,10 +66,12 @@ def write_adapter(
     write_json(folder / peft.CONFIG, described)
     causal = config.decoder.causal
     write_json(folder / peft.MODEL, saved_fields(config) | {"causal": causal})
-    write_text(folder / "README.md", _readme(base, stage.keep_layers, causal=causal))
+    pooled = config.images.spatial_pool_stride > 1
+    readme = _readme(base, stage.keep_layers, causal=causal, pooled=pooled)
+    write_text(folder / "README.md", readme)
 
 
-def _readme(base: str, keep_layers: str, *, causal: bool) -> str:
+def _readme(base: str, keep_layers: str, *, causal: bool, pooled: bool) -> str:
     """Return a page that says what the adapter is of, and how it is loaded."""
     model = "pruned" if keep_layers else base
     prune = f"""
@@ -78,6 +80,10 @@ It belongs on layers {keep_layers} of that model, counted as by:
 ```sh
 python -m puma_jax.prune --model {base} --keep-layers {keep_layers} --out pruned
 ```
+"""
+    texts_only = """
+The model pools visual tokens, which transformers does not do: there, only texts have the vectors
+that they have in puma_jax.
 """
     both_ways = "base.config.get_text_config().is_causal = False  # as it was trained\n"
     return f"""# Adapter
@@ -99,4 +105,4 @@ from transformers import AutoModelForImageTextToText
 base = AutoModelForImageTextToText.from_pretrained("{model}")
 {"" if causal else both_ways}model = PeftModel.from_pretrained(base, ".")
 ```
-"""
+{texts_only if pooled else ""}"""

@@ -31,17 +31,23 @@ def test_patches_equal_those_of_the_published_processor(size, limits):
     )
 
 
-@given(st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), min_size=1, max_size=50))
-def test_sizes_equal_smart_resize(sizes):
+@given(
+    st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), min_size=1, max_size=50),
+    st.sampled_from([1, 2]),
+)
+def test_sizes_equal_smart_resize(sizes, stride):
+    limits = ImageConfig(spatial_pool_stride=stride)
     heights, widths = np.array(sizes).T
     if any(max(size) > 200 * min(size) for size in sizes):
         with pytest.raises(ImageError, match="too elongated"):
-            resized_sizes(heights, widths, VISION, LIMITS)
+            resized_sizes(heights, widths, VISION, limits)
         return
-    theirs = [smart_resize(*size, 28, LIMITS.min_pixels, LIMITS.max_pixels) for size in sizes]
-    rows, columns = resized_sizes(heights, widths, VISION, LIMITS)
+    theirs = [
+        smart_resize(*size, 28 * stride, limits.min_pixels, limits.max_pixels) for size in sizes
+    ]
+    rows, columns = resized_sizes(heights, widths, VISION, limits)
     assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == theirs
-    counts = patch_counts(np.append(heights, 0), np.append(widths, 0), VISION, LIMITS)
+    counts = patch_counts(np.append(heights, 0), np.append(widths, 0), VISION, limits)
     assert counts.tolist() == [height * width // 196 for height, width in theirs] + [0]
 
 

@@ -18,15 +18,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from puma_jax import Embedder
-from puma_jax.config import ComputeConfig, PromptConfig
+from puma_jax.config import ComputeConfig, ImageConfig, PromptConfig
 from puma_jax.data import decode
 from puma_jax.data.prompts import Processor, TextTruncationWarning
 from puma_jax.errors import ConfigError
 from puma_jax.export import loader, stablehlo
+from puma_jax.model.hf import open_checkpoint
 from tests.fuzz import Target, check_only_declared_errors
 from tests.reference import SPECIAL, assert_full_precision, random_image
 
-VARIANTS = {"as_released": PromptConfig(), "bare": PromptConfig(template="bare", positions="1d")}
+VARIANTS = {
+    "as_released": (PromptConfig(), ImageConfig()),
+    "bare": (PromptConfig(template="bare", positions="1d"), ImageConfig(spatial_pool_stride=2)),
+}
 INSTRUCTION = "find an image that matches"
 # Answers pickled calls of `encode` on stdin, in a Python that cannot import ours.
 WORKER = """
@@ -63,7 +67,7 @@ def merging_tokenizer():
     return tokenizer
 
 
-def embedder_of(tiny, prompt, dtype="float32"):
+def embedder_of(tiny, prompt, images=None, dtype="float32"):
     tokenizer = merging_tokenizer()
     ids = {
         name: tokenizer.convert_tokens_to_ids(f"<|{token}|>")
@@ -73,15 +77,17 @@ def embedder_of(tiny, prompt, dtype="float32"):
             ("vision_end_token_id", "vision_end"),
         )
     }
-    config = dataclasses.replace(tiny.config, prompt=prompt, **ids)
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), tiny.params)
+    images = images or ImageConfig()
+    config = dataclasses.replace(tiny.config, prompt=prompt, images=images, **ids)
+    checkpoint = dataclasses.replace(open_checkpoint(tiny.folder), config=config)
+    params = checkpoint.read(dtype=dtype)
     return Embedder(config, params, tokenizer, compute=ComputeConfig(dtype))
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def written(tiny, tmp_path_factory, request):
     """An embedder and the folder it was written to."""
-    embedder = embedder_of(tiny, VARIANTS[request.param])
+    embedder = embedder_of(tiny, *VARIANTS[request.param])
     folder = tmp_path_factory.mktemp(request.param)
     stablehlo.write(embedder, folder)
     return embedder, folder
@@ -242,7 +248,8 @@ def test_one_function_serves_three_platforms_and_all_sizes(written):
         "int32[batch,words]",
         "int32[batch,4]",
     ]
-    assert str(blocks) == "uint8[batch,visual,28,28,3]"
+    side = 28 * written[0].config.images.spatial_pool_stride
+    assert str(blocks) == f"uint8[batch,visual,{side},{side},3]"
     assert str(exported.out_avals[0]) == "float32[batch,64]"
 
 
@@ -258,7 +265,8 @@ def test_the_manifest_describes_what_lies_beside_it(written):
     assert manifest["kept_layers"] == [0, 1, 2, 3]
     assert manifest["embedding_dim"] == embedder.embedding_dim
     assert manifest["dtype"] == "float32"
-    assert manifest["max_visual_tokens"] == 300
+    stride = embedder.config.images.spatial_pool_stride
+    assert manifest["max_visual_tokens"] == 300 // stride**2
     limits = {"max_text_tokens": 450, "min_pixels": 4 * 28**2, "max_pixels": 300 * 28**2}
     assert limits.items() <= manifest["preprocessing"].items()
 
@@ -269,7 +277,7 @@ def test_the_loader_is_copied_unchanged(written):
 
 
 def test_bfloat16_vectors_are_near_the_embedders(tiny, tmp_path):
-    embedder = embedder_of(tiny, PromptConfig(), "bfloat16")
+    embedder = embedder_of(tiny, PromptConfig(), dtype="bfloat16")
     (tmp_path / "out").mkdir()
     stablehlo.write(embedder, tmp_path / "out")
     small = loader.Embedder(tmp_path / "out")

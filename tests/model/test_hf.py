@@ -265,7 +265,7 @@ def test_settings_of_images_come_from_the_file_that_transformers_prefers(tiny, t
         ({"rescale_factor": 1.0}, "rescale_factor 1.0 is not supported"),
         ({"do_normalize": False}, "do_normalize false is not one of True"),
         ({"resample": 2}, "resample 2 is not one of 3"),
-        ({"patch_size": 16}, "patch_size 16 is not that of vision_config, 14"),
+        ({"patch_size": 16}, "patch_size 16 is not that of config.json, 14"),
     ],
 )
 def test_images_that_would_be_prepared_otherwise_are_refused(tiny, tmp_path, settings, message):

@@ -104,9 +104,10 @@ def small(embedder):
 
 
 @pytest.mark.parametrize("limits", [(4, 300), (1, 2), (4, 16), (50, 50), (1, 1)])
-def test_no_image_has_more_patches_than_the_bound(limits):
+@pytest.mark.parametrize("stride", [1, 2])
+def test_no_image_has_more_patches_than_the_bound(limits, stride):
     least, most = (28**2 * area for area in limits)
-    config = ImageConfig(min_pixels=least, max_pixels=most)
+    config = ImageConfig(min_pixels=least, max_pixels=most, spatial_pool_stride=stride)
     rng = np.random.default_rng(0)
     heights = np.rint(np.exp(rng.uniform(0, np.log(5000), 20_000))).astype(int)
     widths = np.rint(np.clip(heights * np.exp(rng.uniform(-5.29, 5.29, 20_000)), 1, None))
