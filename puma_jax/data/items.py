@@ -224,7 +224,7 @@ def drawn_first(
         pooled: Visual tokens in a pooled block, a power of two up to 256.
     """
     blocks = len(patches) // (merged * pooled)
-    digest = hashlib.shake_128(np.ascontiguousarray(patches)).digest(blocks)
+    digest = hashlib.shake_128(np.ascontiguousarray(patches).data).digest(blocks)
     # The others follow in turn; 256 is a multiple of their number, so that all are equally likely.
     turns = (np.frombuffer(digest, np.uint8)[:, None] + np.arange(pooled)) % pooled
     tokens = np.arange(blocks)[:, None] * pooled + turns
