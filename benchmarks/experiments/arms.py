@@ -79,10 +79,23 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Base:
+    """A model that experiments start from, and the stages that train it."""
+
+    folder: str
+    """Folder of its run, below that of all runs."""
+    stages: dict[str, StageConfig]
+    model: str = ""
+    """Folder, below that of all runs, of the model that the first stage starts from, which the
+    script of the same name here writes; empty starts from scratch."""
+
+
+@dataclass(frozen=True)
 class Experiment:
     """Arms from one start, and the questions that they answer."""
 
     title: str
+    base: Base
     arms: tuple[Arm, ...]
     questions: tuple[Question, ...]
     start: dict[str, StageConfig] = dataclasses.field(default_factory=dict)
@@ -135,12 +148,13 @@ def stage(
     distill: DistillConfig | None = None,
     rate: float = 1e-3,
     chunks: int = 1,
+    batch: int = 128,
 ) -> StageConfig:
     """Return a stage that trains the whole model."""
     return StageConfig(
         steps=steps,
         keep_layers=layers,
-        plan=PlanConfig(batch_size=128),
+        plan=PlanConfig(batch_size=batch),
         grad_cache_chunks=chunks,
         loss=loss or LossConfig(kind="info_nce", temperature=0.05),
         distill=distill or DistillConfig(),
@@ -151,14 +165,15 @@ def stage(
 
 
 BASE_STEPS = 800
-BASE = {"whole": stage(BASE_STEPS, rate=2e-3)}
-"""Stages of the base model, which all experiments start from."""
+SMALL = Base("base", {"whole": stage(BASE_STEPS, rate=2e-3)})
+"""A model from scratch."""
 
 # The states of a model this small are of order 1, so their errors count in full.
 DISTILL = DistillConfig(weight=(0.5, 0.1), scale=1.0)
 
 PRUNING = Experiment(
     title="What pruning costs and what distillation gives back",
+    base=SMALL,
     arms=(
         Arm("full", "4 layers", stage()),
         Arm("keep-2", "2 layers", stage(layers="2")),
@@ -252,6 +267,7 @@ def _loss_arms() -> tuple[Arm, ...]:
 
 COMPARED = Experiment(
     title="Contrastive losses from one distilled model",
+    base=SMALL,
     start={"distilled": stage(layers="2", distill=DISTILL)},
     arms=_loss_arms(),
     questions=(
@@ -295,6 +311,7 @@ _BOTH_WAYS = {
 }
 RECIPE = Experiment(
     title="What each part of the recipe adds",
+    base=SMALL,
     arms=(
         Arm("plain", "2 layers", stage(layers="2"), settings=_KEEPS_CHECKPOINTS),
         Arm("plain-noise", "2 layers, other rounding", stage(layers="2", chunks=2)),
@@ -348,4 +365,3 @@ RECIPE = Experiment(
         Question("plain-noise", "plain", "How far does rounding alone move a result?"),
     ),
 )
-EXPERIMENTS = {"pruning": PRUNING, "losses": COMPARED, "recipe": RECIPE}

@@ -1,7 +1,8 @@
 """An arm starts from the model and the data that it names, which are made once."""
 
 import material
-from arms import EXPERIMENTS, RECIPE, Arm, stage
+from arms import RECIPE, Arm, stage
+from experiments import EXPERIMENTS
 from material import ARM, Data, data_of, model_of
 
 
