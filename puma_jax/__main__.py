@@ -25,6 +25,7 @@ COMMANDS = {
     "build": ("puma_jax.data.builder", "Tokenize a benchmark ahead of training"),
     "mbeir": ("puma_jax.data.mbeir", "Check a benchmark in M-BEIR layout"),
     "openmoji": ("puma_jax.data.openmoji", "Build the demo benchmark of emoji"),
+    "openclipart": ("puma_jax.data.openclipart", "Build a benchmark of public domain clip art"),
     "text-pairs": ("puma_jax.data.text_pairs", "Turn a table of pairs into a benchmark"),
 }
 """Name of a command: its module, and what it does."""

@@ -64,6 +64,7 @@ OPTIONAL = {
 COMMANDS = (
     "puma_jax.data.builder.__main__",
     "puma_jax.data.mbeir.__main__",
+    "puma_jax.data.openclipart.__main__",
     "puma_jax.data.openmoji.__main__",
     "puma_jax.compose",
     "puma_jax.data.text_pairs",

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arms import EXPERIMENTS, Experiment, Question
+from arms import Experiment, Question
+from experiments import EXPERIMENTS
 from paired import Hits, Interval, hits, of_pool, paired_interval
 from run import FOUND, RANKS, representatives
 

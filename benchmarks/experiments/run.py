@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arms import BASE, EXPERIMENTS, Arm, Experiment, train_config
+from arms import Arm, Base, Experiment, train_config
 from cost import training_flops
+from experiments import EXPERIMENTS
 from material import ARM, Data, data_of, model_of
 from paired import read_ranks
 
@@ -33,6 +34,7 @@ from puma_jax.data.plan import Plan
 from puma_jax.data.prompts import Processor
 from puma_jax.data.store import Store
 from puma_jax.data.tokenizer import load_tokenizer
+from puma_jax.errors import ConfigError
 from puma_jax.files import read_json
 from puma_jax.model import hf
 from puma_jax.model.flops import forward_flops
@@ -75,7 +77,7 @@ def run_experiment(
     Args:
         name: Name of the experiment.
         root: Benchmark in M-BEIR layout.
-        out: Folder of all experiments; they share the base model.
+        out: Folder of all experiments; those of one base share its run.
         seeds: Seeds of the arms, the first of which tunes.
         train: Runs one config.
         experiments: All experiments.
@@ -95,7 +97,7 @@ def run_experiment(
             arms = tuple(arm for arm in arms if arm.every_seed and arm in best)
         for arm in arms:
             of_seed = out / name / f"seed-{seed}"
-            model = model_of(arm, start, out / "base/base", of_seed)
+            model = model_of(arm, start, _initial_model(experiment.base, out), of_seed)
             stage = dataclasses.replace(arm.stage, model=str(model.absolute()))
             data = data_of(arm, start, Data(root, built), out / name)
             config = train_config(
@@ -137,15 +139,30 @@ def _start(
     name: str, experiment: Experiment, root: Path, out: Path, train: Train
 ) -> tuple[Path, Path]:
     """Return the model that arms start from and the built data; train and build them if missing."""
-    folder = out / "base"
-    _finished(train_config(root, BASE, seed=0, scratch=True), folder, None, train)
+    base = experiment.base
+    folder, stages, scratch = out / base.folder, dict(base.stages), not base.model
+    if base.model:
+        model = _initial_model(base, out)
+        if not model.exists():
+            raise ConfigError(
+                f"{model} is missing, the model that {name} starts from: run python "
+                f"benchmarks/experiments/{base.model}.py --out {model}"
+            )
+        first, stage = next(iter(stages.items()))
+        stages[first] = dataclasses.replace(stage, model=str(model.absolute()))
+    _finished(train_config(root, stages, seed=0, scratch=scratch), folder, None, train)
     built = next((folder / "data").iterdir())
-    stages = BASE | experiment.start
+    stages |= experiment.start
     if experiment.start:
-        config = train_config(root, stages, seed=0, scratch=True, built=built)
+        config = train_config(root, stages, seed=0, scratch=scratch, built=built)
         _finished(config, out / name / "start", folder, train)
         folder = out / name / "start"
     return folder / list(stages)[-1], built
+
+
+def _initial_model(base: Base, out: Path) -> Path:
+    """Return the folder of the model that a base has before its first stage."""
+    return out / base.model if base.model else out / base.folder / "base"
 
 
 def _finished(

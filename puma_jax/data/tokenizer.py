@@ -140,9 +140,23 @@ def _check_vocabulary(path: Path, vocab: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{path}: model.vocab must give every token an id of its own, from 0 to {_MOST_IDS - 1}"
         )
-    lacking = [byte for byte in pre_tokenizers.ByteLevel.alphabet() if byte not in vocab]
+    needed = _bytes_of_texts()
+    lacking = [byte for byte in needed if byte not in vocab]
     if lacking:
         raise CheckpointError(
-            f"{path}: model.vocab lacks {len(lacking)} of the 256 bytes, which would be dropped "
-            "from texts"
+            f"{path}: model.vocab lacks {len(lacking)} of the {len(needed)} bytes that texts are "
+            "made of, which would be dropped from them"
         )
+
+
+def _bytes_of_texts() -> set[str]:
+    """Return the bytes of texts, each as the character that stands for it in a vocabulary.
+
+    Left out are control characters, and bytes that UTF-8 has for no assigned character: SmolLM2's
+    vocabulary, made of the bytes of a corpus, lacks some of them.
+    """
+    two_bytes, three_bytes = range(0x80, 0x800), (0x800, *range(0x1000, 0x10000, 0x1000))
+    four_bytes = (0x10000, 0xE0000, 0x100000)  # in planes with characters, one for each first byte
+    codes = (*b"\t\n\r", *range(0x20, 0x7F), *two_bytes, *three_bytes, *four_bytes)
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return {byte for part, _ in split.pre_tokenize_str("".join(map(chr, codes))) for byte in part}

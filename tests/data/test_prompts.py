@@ -308,7 +308,7 @@ _FIXED = {"strategy": {"Fixed": 2**40}, "direction": "Right", "pad_to_multiple_o
     [
         (("model", "vocab", "!"), 2**31, "model.vocab must give every token an id of its own"),
         (("model", "vocab", "!"), 1, "model.vocab must give every token an id of its own"),
-        (("model", "vocab"), {"a": 0}, "model.vocab lacks 255 of the 256 bytes"),
+        (("model", "vocab"), {"a": 0}, "model.vocab lacks 210 of the 211 bytes that texts"),
         (("model", "type"), "Unigram", 'model.type "Unigram" is not one of BPE'),
         (("added_tokens", 0, "id"), 5000, "the tokenizers library reads it as 256"),
         (("padding",), _FIXED, "padding.strategy"),

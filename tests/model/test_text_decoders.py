@@ -8,6 +8,7 @@ import pytest
 import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from puma_jax.data.tokenizer import load_tokenizer
 from puma_jax.embedder import Embedder
@@ -84,13 +85,27 @@ def test_what_is_not_supported_is_refused_by_name(decoder, tmp_path, change, mes
 
 
 def test_the_tokenizer_of_smollm2_is_read(tmp_path):
-    """It splits digits before bytes; an instruction and its text are still tokenized apart."""
+    """It splits digits before bytes, and lacks bytes that no text needs.
+
+    An instruction and its text are still tokenized apart.
+    """
     tokenizer = reference.byte_tokenizer()
     backend = tokenizer.backend_tokenizer
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
     )
     tokenizer.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    for code in (0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)):
+        vocab[f"no byte {code}"] = vocab.pop(bytes_to_unicode()[code])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     read = load_tokenizer(tmp_path)
     whole = read.encode("Find 2 dogs.\nBrown ones.")
     assert whole == [*read.encode("Find 2 dogs.\n"), *read.encode("Brown ones.")]
+    text = "Glacé,\tпривет, 鳥 👋🏽, \U000e0067."
+    assert read.decode(read.encode(text)) == text
+    vocab["no byte"] = vocab.pop(bytes_to_unicode()[0xF3])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="lacks 1 of the 211 bytes"):
+        load_tokenizer(tmp_path)

@@ -4,6 +4,7 @@
 docs/openmoji.md for its contents, the source of its ground truth, and its split.
 """
 
-from puma_jax.data.openmoji.build import Settings, build
+from puma_jax.data.demo.settings import Settings
+from puma_jax.data.openmoji.build import build
 
 __all__ = ["Settings", "build"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import tyro
 
 from puma_jax import cli
-from puma_jax.data.openmoji.build import Settings, build
+from puma_jax.data.demo.settings import Settings
+from puma_jax.data.openmoji.build import build
 
 
 def main(settings: tyro.conf.OmitArgPrefixes[Settings]) -> None:

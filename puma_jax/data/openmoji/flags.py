@@ -6,10 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from itertools import combinations
 
+from puma_jax.data.demo.drafts import Draft
+from puma_jax.data.demo.split import hash_order, hold_out
 from puma_jax.data.openmoji.catalogue import Documents, color_path
 from puma_jax.data.openmoji.countries import FACTS, Country, clue
-from puma_jax.data.openmoji.drafts import Draft
-from puma_jax.data.openmoji.split import hash_order, hold_out
 
 _MAX_ANSWERS = 3  # a pair of facts that more countries share is too vague a query
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from puma_jax.data.mbeir import TASKS, Instruction
+from puma_jax.data.demo.records import instructions_of
+from puma_jax.data.mbeir import Instruction
 from puma_jax.data.openmoji.catalogue import DATASET, DATASET_ID
 
 _PROMPTS = {
@@ -58,14 +59,5 @@ _PROMPTS = {
 
 
 def instructions() -> list[Instruction]:
-    """Return the instructions of all tasks; the pair of modalities identifies the task."""
-    return [
-        Instruction(
-            query_modality=query,
-            candidate_modality=candidate,
-            dataset_name=DATASET,
-            dataset_id=DATASET_ID,
-            prompts=_PROMPTS[task],
-        )
-        for task, (query, candidate) in TASKS.items()
-    ]
+    """Return the instructions of all tasks."""
+    return instructions_of(DATASET, DATASET_ID, _PROMPTS)

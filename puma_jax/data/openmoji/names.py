@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from puma_jax.data.openmoji.packages import demo_package
+from puma_jax.data.demo.packages import demo_package
 
 Names = dict[str, str]
 """Name by language code, in the order of the package's languages; "en" is among them."""

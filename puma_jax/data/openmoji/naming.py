@@ -15,11 +15,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from puma_jax.data.demo.drafts import Draft
+from puma_jax.data.demo.split import Split, hash_order, split_by_fraction
 from puma_jax.data.openmoji.catalogue import Concept, Documents, by_appearance, color_path
-from puma_jax.data.openmoji.drafts import Draft
 from puma_jax.data.openmoji.emoji_codes import country_code
 from puma_jax.data.openmoji.names import spelling
-from puma_jax.data.openmoji.split import Split, hash_order, split_by_fraction
 
 _FOREIGN_NAMES = 3
 _FOREIGN_NAMES_TONED = 2  # for each of the five skin tones

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+from puma_jax.data.demo.drafts import Draft
+from puma_jax.data.demo.split import connected, split_by_fraction
 from puma_jax.data.openmoji.catalogue import (
     Concept,
     Documents,
@@ -12,9 +14,7 @@ from puma_jax.data.openmoji.catalogue import (
     color_path,
     line_path,
 )
-from puma_jax.data.openmoji.drafts import Draft
 from puma_jax.data.openmoji.emoji_codes import edit_between
-from puma_jax.data.openmoji.split import connected, split_by_fraction
 
 
 def line_task(concepts: Sequence[Concept], documents: Documents, seed: int) -> Iterator[Draft]:

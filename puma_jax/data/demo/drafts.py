@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import count
 
-from puma_jax.data.openmoji.split import Split, hash_order
+from puma_jax.data.demo.split import SPLITS, Split, hash_order
+from puma_jax.data.mbeir import TASKS, Query
 
 _MAX_QUERIES: dict[Split, int] = {"val": 500, "test": 1000}
 
@@ -61,3 +63,27 @@ def subsample(drafts: Sequence[Draft], seed: int) -> list[Draft]:
         order = hash_order(range(len(some)), seed, f"{split} queries of task {task}")
         kept += [some[place] for place in sorted(order[: _MAX_QUERIES.get(split)])]
     return kept
+
+
+def with_ids(
+    drafts: Sequence[Draft], dataset_id: str, tasks: Collection[int]
+) -> dict[Split, list[Query]]:
+    """Return the queries of each split, ordered by task and numbered in one sequence."""
+    numbers = count(1)
+    return {
+        split: [
+            Query(
+                qid=f"{dataset_id}:{next(numbers)}",
+                text=draft.text,
+                image=draft.image,
+                modality=TASKS[task][0],
+                positives=draft.positives,
+                task=task,
+                source=draft.combination,
+            )
+            for task in tasks
+            for draft in drafts
+            if draft.task == task and draft.split == split
+        ]
+        for split in SPLITS
+    }

@@ -1,0 +1,23 @@
+"""Build the benchmark of clip art: `python -m puma_jax.data.openclipart --out DIR`."""
+
+from __future__ import annotations
+
+import tyro
+
+from puma_jax import cli
+from puma_jax.data.openclipart.build import Settings, build
+
+
+def main(settings: tyro.conf.OmitArgPrefixes[Settings]) -> None:
+    """Build the benchmark of clip art in M-BEIR layout.
+
+    Args:
+        settings: The variant to build, and the folder to write.
+    """
+    if not build(settings):
+        print("Nothing to do: it is already built.")
+    print(f"The benchmark is in {settings.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
