@@ -299,7 +299,7 @@ def test_model_and_losses_need_nothing_but_the_core():
     """They run where nothing is installed but jax, flax, numpy, safetensors and einops."""
     code = """
 import sys
-for missing in ("PIL", "tqdm", "tyro", "grain", "array_record", "tensorflow_datasets", "jaxtyping",
+for missing in ("PIL", "tqdm", "tyro", "array_record", "tensorflow_datasets", "jaxtyping",
                 "beartype", "huggingface_hub", "tokenizers"):
     sys.modules[missing] = None
 import jax, jax.numpy as jnp
@@ -326,7 +326,7 @@ assert not {"torch", "tensorflow"} & set(sys.modules)
 def test_importing_the_package_brings_neither_torch_nor_tensorflow():
     code = (
         "import sys, puma_jax.embedder, puma_jax.prune, puma_jax.model.lora;"
-        "print([m for m in ('torch', 'tensorflow', 'grain', 'tensorflow_datasets')"
+        "print([m for m in ('torch', 'tensorflow', 'tensorflow_datasets')"
         " if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
