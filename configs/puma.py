@@ -40,7 +40,7 @@ def get_config(
             Qwen3-VL.
     """
     return TrainConfig(
-        data=DataConfig(root=Path("data/M-BEIR"), workers=8),
+        data=DataConfig(root=Path("data/M-BEIR")),
         # 4 to 300 visual tokens (paper).
         images=ImageConfig(min_pixels=4 * token_side**2, max_pixels=300 * token_side**2),
         # Text is truncated to 450 tokens (code). The released code numbers positions in one

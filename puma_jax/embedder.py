@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -30,6 +29,7 @@ from puma_jax.config import (
 from puma_jax.data.items import Item
 from puma_jax.data.prompts import Processor
 from puma_jax.data.raw_items import RawItem, check_text, checked
+from puma_jax.data.threads import in_threads
 from puma_jax.data.tokenizer import load_tokenizer
 from puma_jax.data.videos import read_visuals
 from puma_jax.errors import ItemError
@@ -47,7 +47,7 @@ from puma_jax.typing import Float, ndarray
 
 # Items are packed this many chunks at a time: more chunks leave less padding.
 _CHUNKS_IN_WINDOW = 8
-_PREPROCESSED_AT_ONCE = 64
+_ITEMS_BETWEEN_LOOKS = 64
 _SECONDS_UNTIL_BAR = 2.0
 
 
@@ -293,9 +293,9 @@ class Embedder:
             disable=not progress,
         )
         vectors = [np.zeros((0, self.embedding_dim), np.float32)]
-        with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        with bar:
             running: Running | None = None
-            for window in self._windows(items, instruction, window_tokens, pool):
+            for window in self._windows(items, instruction, window_tokens):
                 # The device encodes this window while the host preprocesses the next one.
                 shape, started = forward.start(window, shape, tokens)
                 if running is not None:
@@ -351,15 +351,13 @@ class Embedder:
         items: Iterable[RawItem | str | Item],
         instruction: str | None,
         tokens: int,
-        pool: ThreadPoolExecutor,
     ) -> Iterator[list[Item]]:
         """Yield preprocessed items in windows of about `tokens` tokens."""
-        numbered = enumerate(items)
         preprocess = functools.partial(self._preprocess_numbered, instruction=instruction)
+        preprocessed = in_threads(preprocess, enumerate(items))
         window: list[Item] = []
-        while batch := list(itertools.islice(numbered, _PREPROCESSED_AT_ONCE)):
-            for item in pool.map(preprocess, batch):
-                window.append(item)
+        while batch := list(itertools.islice(preprocessed, _ITEMS_BETWEEN_LOOKS)):
+            window += batch
             if sum(len(item.tokens) for item in window) >= tokens:
                 yield window
                 window = []

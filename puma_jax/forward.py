@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import jax
@@ -26,8 +26,9 @@ from puma_jax.rows import PackedBatch, PackedShape
 from puma_jax.typing import Array, Float, ndarray
 
 # How many times the room that items need their rows may have, to save a compilation: items of one
-# chunk, and of up to eight.
-_WASTE = (4, 3)
+# chunk when there are fewer than two programs, of one chunk later, and of up to eight chunks. The
+# first two programs are tight, and nearly all calls of few items then take one of them.
+_WASTE = (3, 8, 3)
 
 
 Compiled = Callable[[Encoder, PackedBatch, ComputeConfig, int], Array]
@@ -149,10 +150,11 @@ class Forward:
             with contextlib.suppress(PackingError):
                 packing = place(lengths, patches, shape)
         if shape is None or packing is None:
-            shape = self._shape(lengths, patches, tokens)
+            filled = shape = self._shape(lengths, patches, tokens)
             packing = place(lengths, patches, shape)
-        # A window of texts alone among others is encoded without the vision tower.
-        filled = shape if patches.any() else replace(shape, patch_rows=0)
+        else:
+            # A window of texts alone among others is encoded without the vision tower.
+            filled = shape if patches.any() else replace(shape, patch_rows=0)
         batch = fill(items, packing, filled, self.vision)
         encode = vectors_of_rows() if self.normalize else states_of_rows()
         shards = shape.data_shards
@@ -175,10 +177,15 @@ class Forward:
         chunks = place(lengths, patches, new).chunks
         if chunks == 1:
             new = _rounded_up(new)
-        limit = _cost(new, chunks) * (_WASTE[0] if chunks == 1 else _WASTE[1] if chunks <= 8 else 1)
-        needed = _chunks_needed(lengths, patches, self.known_shapes)
+            waste = _WASTE[0] if len(self.known_shapes) < 2 else _WASTE[1]
+        else:
+            waste = _WASTE[2] if chunks <= 8 else 1
+        limit = _cost(new, chunks) * waste
+        # A few texts alone may take a program with a vision tower, too.
+        shapes = self.known_shapes if chunks == 1 else _alike(self.known_shapes, patches)
+        needed = _chunks_needed(lengths, patches, shapes)
         costs = {
-            known: _cost(known, count) for known, count in needed.items() if count <= 2 * chunks
+            known: _cost(known, count) for known, count in needed.items() if count <= 4 * chunks
         }
         best = min(costs, key=lambda shape: costs[shape], default=None)
         if best is not None and costs[best] <= limit:
@@ -199,7 +206,7 @@ def cheapest_shape(items: Sequence[Item], costs: Mapping[PackedShape, float]) ->
         PackingError: An item is larger than all shapes allow.
     """
     lengths, patches = _sizes(items)
-    needed = _chunks_needed(lengths, patches, list(costs))
+    needed = _chunks_needed(lengths, patches, _alike(costs, patches))
     if not needed:
         raise PackingError(
             f"items of up to {lengths.max()} tokens and {patches.max()} patches fit none of "
@@ -208,13 +215,17 @@ def cheapest_shape(items: Sequence[Item], costs: Mapping[PackedShape, float]) ->
     return min(needed, key=lambda shape: needed[shape] * costs[shape])
 
 
+def _alike(shapes: Iterable[PackedShape], patches: ndarray) -> list[PackedShape]:
+    """Return the shapes with a vision tower, or for texts alone those without one."""
+    return [shape for shape in shapes if bool(shape.patch_rows) == bool(patches.any())]
+
+
 def _chunks_needed(
-    lengths: ndarray, patches: ndarray, shapes: Sequence[PackedShape]
+    lengths: ndarray, patches: ndarray, shapes: Iterable[PackedShape]
 ) -> dict[PackedShape, int]:
     """Return how many chunks items take in each of the shapes that hold them."""
     needed = {}
-    # Texts alone have programs of their own, without a vision tower.
-    for shape in (shape for shape in shapes if bool(shape.patch_rows) == bool(patches.any())):
+    for shape in shapes:
         with contextlib.suppress(PackingError):
             needed[shape] = place(lengths, patches, shape).chunks
     return needed

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from jax.sharding import Mesh
@@ -15,6 +13,7 @@ from puma_jax.config import ComputeConfig, DType, ImageConfig, PromptConfig
 from puma_jax.data.items import Item
 from puma_jax.data.pairs import PairProcessor, Side
 from puma_jax.data.raw_items import RawItem, checked
+from puma_jax.data.threads import in_threads
 from puma_jax.data.videos import read_visuals
 from puma_jax.embedder import Embedder
 from puma_jax.errors import CheckpointError, ItemError
@@ -26,7 +25,6 @@ from puma_jax.typing import Float, ndarray
 Pair = tuple[RawItem | str, RawItem | str]
 """A query and a document; the instruction of the query, if it has one, is that of the pair."""
 
-_PREPROCESSED_AT_ONCE = 64
 _TABLE, _HEAD = "decoder.embedding.table", "lm_head.weight"
 
 
@@ -153,14 +151,13 @@ class Reranker:
         Scores near 0 and 1 differ by less than float32 tells, their logits do not. Items from
         `preprocess` have their instruction already.
         """
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            states = self._embedder.encode(
-                self._preprocessed(pairs, instruction, pool),
-                tokens_per_chunk=tokens_per_chunk,
-                progress=progress,
-                name="pair {}".format,
-                normalize=False,
-            )
+        states = self._embedder.encode(
+            self._preprocessed(pairs, instruction),
+            tokens_per_chunk=tokens_per_chunk,
+            progress=progress,
+            name="pair {}".format,
+            normalize=False,
+        )
         return states.astype(np.float64) @ self._direction
 
     @property
@@ -190,9 +187,9 @@ class Reranker:
         return Side(parts.text, tuple(visuals.images)), parts.instruction
 
     def _preprocessed(
-        self, pairs: Iterable[Pair | Item], instruction: str | None, pool: ThreadPoolExecutor
+        self, pairs: Iterable[Pair | Item], instruction: str | None
     ) -> Iterator[Item]:
-        """Yield the items of pairs; an error names the pair by its number."""
+        """Return the items of pairs; an error names the pair by its number."""
 
         def read(numbered: tuple[int, Pair | Item]) -> Item:
             number, pair = numbered
@@ -203,9 +200,7 @@ class Reranker:
             except ItemError as error:
                 raise type(error)(f"pair {number}: {error}") from error
 
-        numbered = enumerate(pairs)
-        while batch := list(itertools.islice(numbered, _PREPROCESSED_AT_ONCE)):
-            yield from pool.map(read, batch)
+        return in_threads(read, enumerate(pairs))
 
 
 def _head_row(checkpoint: hf.Checkpoint, token: int) -> Float[ndarray, "width"]:

@@ -6,14 +6,16 @@ stop, a crash or a kill.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -61,6 +63,9 @@ def parse(given: list[str]) -> tuple[TrainConfig, Path, Path | None]:
     """
     if not any(flag.split("=")[0] == "--config" for flag in given):
         tyro.cli(_Run, args=given, prog=_PROG)
+    for name, use in _REMOVED.items():
+        if any(flag.split("=")[0] == f"--data.{name}" for flag in given):
+            raise ConfigError(f"--data.{name} is no longer a setting: {use}")
     wants_help = bool({"-h", "--help"} & set(given))
     known = [flag for flag in given if flag not in ("-h", "--help")]
     if wants_help and "--workdir" not in known:
@@ -84,6 +89,11 @@ def parse(given: list[str]) -> tuple[TrainConfig, Path, Path | None]:
 
 
 _PROG = "python -m puma_jax.train"
+_REMOVED = {
+    "workers": "leave it out, images are read by a process on each core; PUMA_JAX_IMAGE_WORKERS "
+    "sets another number"
+}
+"""Fields that DataConfig had, and what to do instead."""
 
 
 def load_config(path: Path) -> Callable[..., TrainConfig]:
@@ -100,17 +110,33 @@ def load_config(path: Path) -> Callable[..., TrainConfig]:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    try:
+    with _named(path):
         spec.loader.exec_module(module)
-    except PumaError:
-        raise
-    except Exception as error:  # whatever the file does
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{_place(path, error)}: {type(error).__name__}: {reason}") from error
     function = getattr(module, "get_config", None)
     if not inspect.isfunction(function):
         raise ConfigError(f"{path} has no function get_config() that returns a TrainConfig")
-    return function
+
+    @functools.wraps(function)
+    def get_config(*arguments: object, **named: object) -> Any:
+        with _named(path):
+            return function(*arguments, **named)
+
+    return get_config
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turn whatever a config file raises into one line that names the file and its line."""
+    try:
+        yield
+    except PumaError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        removed = [use for name, use in _REMOVED.items() if f"'{name}'" in reason]
+        raise ConfigError(
+            ": ".join([_place(path, error), type(error).__name__, reason, *removed])
+        ) from error
 
 
 def _place(path: Path, error: Exception) -> str:

@@ -299,7 +299,7 @@ def test_model_and_losses_need_nothing_but_the_core():
     """They run where nothing is installed but jax, flax, numpy, safetensors and einops."""
     code = """
 import sys
-for missing in ("PIL", "tqdm", "tyro", "grain", "array_record", "tensorflow_datasets", "jaxtyping",
+for missing in ("PIL", "tqdm", "tyro", "array_record", "tensorflow_datasets", "jaxtyping",
                 "beartype", "huggingface_hub", "tokenizers"):
     sys.modules[missing] = None
 import jax, jax.numpy as jnp
@@ -326,7 +326,7 @@ assert not {"torch", "tensorflow"} & set(sys.modules)
 def test_importing_the_package_brings_neither_torch_nor_tensorflow():
     code = (
         "import sys, puma_jax.embedder, puma_jax.prune, puma_jax.model.lora;"
-        "print([m for m in ('torch', 'tensorflow', 'grain', 'tensorflow_datasets')"
+        "print([m for m in ('torch', 'tensorflow', 'tensorflow_datasets')"
         " if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -352,9 +352,8 @@ def test_vectors_that_say_nothing_are_errors(tiny):
 
 
 def test_calls_of_few_items_settle_on_few_programs(whole):
-    """200 calls of random sizes share few shapes, each a program, and nearly all of them early."""
-    late = []
-    for seed in range(10):
+    """200 calls of random sizes share few shapes, each a program, and the last 100 need no more."""
+    for seed in range(3):
         chance, counts = random.Random(seed), []
         calls = forward.Forward(whole.params, whole.config.vision, ComputeConfig(), None)
         for _ in range(200):
@@ -366,10 +365,15 @@ def test_calls_of_few_items_settle_on_few_programs(whole):
                 items.append((12 + 2 * words + patches // 4, patches))
             calls._shape(*np.array(items).T, 2048)
             counts.append(len(calls.known_shapes))
-        assert counts[-1] <= 8
-        late.append(counts[-1] - counts[99])
-    assert max(late) <= 2
-    assert np.mean(late) <= 0.5
+        assert counts[99] == counts[-1] <= 4
+
+
+def test_few_texts_alone_take_the_program_of_images(tiny, whole):
+    embedder, texts = Embedder.load(tiny.folder, dtype="float32"), ["red", "a red bicycle"]
+    embedder.encode([{"text": "red", "image": random_image(60, 60)}], progress=False)
+    found = embedder.encode(texts, progress=False)
+    assert len(embedder._known_shapes) == 1
+    np.testing.assert_allclose(found, whole.encode(texts, progress=False), rtol=0, atol=1e-6)
 
 
 def test_calls_of_one_shape_share_a_program(tiny):

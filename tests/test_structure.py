@@ -44,7 +44,6 @@ OPTIONAL = {
     "datasets",
     "faiss",
     "fastapi",
-    "grain",
     "lance",
     "mteb",
     "orbax",

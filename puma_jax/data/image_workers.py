@@ -30,6 +30,7 @@ from PIL import ImageFile
 from puma_jax.config import ImageConfig, VisionConfig
 from puma_jax.data import images
 from puma_jax.data.decode import ImageSource
+from puma_jax.data.threads import usable_cores
 from puma_jax.errors import ConfigError, WorkerError
 from puma_jax.typing import UInt8, ndarray
 
@@ -115,9 +116,7 @@ class Pool:
             worker.forget()
 
     def _workers(self) -> int:
-        cores = os.cpu_count() or 1
-        if hasattr(os, "sched_getaffinity"):
-            cores = len(os.sched_getaffinity(0))
+        cores = usable_cores()
         if self._count is not None:
             return self._count
         given = os.environ.get(_VARIABLE, "")

@@ -1,7 +1,8 @@
 """The input pipeline: batches are read, decoded, resized, patchified and packed ahead of use.
 
-grain maps a pure function over step numbers. A batch does not depend on the worker that makes it,
-on the number of workers, or on earlier batches.
+A pure function is mapped over step numbers, so a batch depends neither on earlier batches nor on
+the threads and processes that make it. Its records are read as `Embedder.encode` reads its items:
+by threads of all cores, which hand images to the processes of `data.image_workers`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from puma_jax.data.examples import Record
+from puma_jax.data.image_workers import read_patches
 from puma_jax.data.images import patchify
 from puma_jax.data.items import Item, TokenizedText
 from puma_jax.data.lines import OnBadRecord
@@ -25,12 +28,16 @@ from puma_jax.data.packing import fill
 from puma_jax.data.plan import Plan
 from puma_jax.data.store import Store
 from puma_jax.data.table import TeacherScores
+from puma_jax.data.threads import in_threads, ordered
 from puma_jax.errors import ConfigError, DataError, ImageError
 from puma_jax.rows import PackedBatch, PackedShape
 from puma_jax.typing import AnyArray, Bool, Int
 
 T = TypeVar("T")
 U = TypeVar("U")
+
+# One is read while another is placed and packed.
+_BATCHES_AT_ONCE = 2
 
 
 @jax.tree_util.register_dataclass
@@ -101,7 +108,7 @@ class Counters:
 
 
 class Loader:
-    """Makes the batch of a step; this is the function that worker processes run."""
+    """Makes the batch of a step."""
 
     def __init__(
         self,
@@ -156,15 +163,17 @@ class Loader:
         pairs, negative = len(query), step.pairs.negative
         drawn = negative >= 0
         documents = np.concatenate([candidate, negative[drawn]])
-        decoded = np.ones(pairs + len(documents), bool)
-        items = []
-        for i in mine.tolist():
+
+        def read(i: int) -> tuple[Item, bool]:
             size = int(step.lengths[i]), int(step.patches[i])
             if i < pairs:
-                item, decoded[i] = self.query(int(query[i]), int(prompt[i]), size)
-            else:
-                item, decoded[i] = self.candidate(int(documents[i - pairs]), size)
-            items.append(item)
+                return self.query(int(query[i]), int(prompt[i]), size)
+            return self.candidate(int(documents[i - pairs]), size)
+
+        items_and_decoded = list(in_threads(read, mine.tolist()))
+        items = [item for item, _ in items_and_decoded]
+        decoded = np.ones(pairs + len(documents), bool)
+        decoded[mine] = [well for _, well in items_and_decoded]
         slots = step.packing.chunk * shape.slots + step.packing.slot
         table, negatives = self.plan.table, None
         if negative.size:
@@ -230,7 +239,7 @@ class Loader:
         else:
             vision, limits = template.config.vision, template.config.images
             try:
-                cut = patchify(self.store.image(record), vision, limits)
+                cut = self.store.image(record, lambda image: read_patches(image, vision, limits))
                 item, decoded = assemble([cut]), True
             except ImageError as error:
                 if self.on_bad_record == "error":
@@ -246,29 +255,20 @@ class Loader:
         return item, decoded
 
 
-def batches(
-    loader: Callable[[int], T], start: int, stop: int, *, workers: int = 0, ahead: int = 2
-) -> Iterator[T]:
+def batches(loader: Callable[[int], T], start: int, stop: int, *, ahead: int = 2) -> Iterator[T]:
     """Yield the batches of the steps from `start` to `stop - 1`, in order.
 
     Args:
         loader: Returns the batch of a step, such as a `Loader`.
         start: First step; a resumed run starts later.
         stop: Step to stop before.
-        workers: Processes that make batches; 0 makes them in threads of this process.
-        ahead: Batches that each worker makes ahead of use.
+        ahead: Batches that are made ahead of use.
     """
-    import grain
-
-    steps = grain.MapDataset.range(start, stop).map(loader)
-    if not workers:
-        threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=ahead)
-        yield from steps.to_iter_dataset(threads)
-        return
-    _mark_flags_as_parsed()
-    in_worker = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
-    yield from in_worker.mp_prefetch(options)
+    threads = ThreadPoolExecutor(_BATCHES_AT_ONCE, "batches")
+    try:
+        yield from ordered(threads, loader, range(start, stop), ahead)
+    finally:
+        threads.shutdown(wait=False)
 
 
 def prefetch_to_device(
@@ -326,11 +326,3 @@ def with_counters(
             ),
         )
         last = now
-
-
-def _mark_flags_as_parsed() -> None:
-    """Mark absl's flags as parsed: grain's workers require it, and we define no absl flags."""
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, SupportsIndex
+from typing import Any, Literal, SupportsIndex, TypeVar
 
 from etils import epath
-from PIL import Image
 
+from puma_jax.data.decode import ImageSource
 from puma_jax.data.examples import Record, from_example
 from puma_jax.data.images import open_image
 from puma_jax.data.lines import FilePath, resolve_inside
@@ -41,6 +41,7 @@ TABLE_FOLDER = "table"
 PARTS_FOLDER = "parts"
 
 TableName = Literal["queries", "candidates"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -219,20 +220,24 @@ class Store:
         """Return the candidate of a row; it raises the errors of `query`."""
         return self._record("candidates", row)
 
-    def image(self, record: Record) -> Image.Image:
-        """Return the decoded image of a record that has one.
+    def image(self, record: Record, read: Callable[[ImageSource], T] = open_image) -> T:
+        """Return what a function makes of the image of a record; an error names the record.
+
+        Args:
+            record: A record with an image.
+            read: Reads an image from a path, or from the bytes of its file.
 
         Raises:
             ImageError: The image cannot be read or decoded, or the record has none.
         """
         try:
             if isinstance(record.image, bytes):
-                return open_image(record.image)
+                return read(record.image)
             if record.image is None:
                 raise ImageError("there is no image")
             if "://" in self.root:
-                return open_image(_bytes_of(epath.Path(self.root) / record.image))
-            return open_image(resolve_inside(self.root, record.image))
+                return read(_bytes_of(epath.Path(self.root) / record.image))
+            return read(resolve_inside(self.root, record.image))
         except (DataError, ImageError) as error:
             name = f"{record.id} ({record.image})" if isinstance(record.image, str) else record.id
             raise ImageError(f"{name}: {error}") from error

@@ -5,10 +5,7 @@ An item that cannot be read is an error with its id, or it is left out and count
 
 from __future__ import annotations
 
-import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import numpy as np
 
 from puma_jax.data.items import Item
 from puma_jax.data.lines import BadRecords, OnBadRecord, reject, resolve_inside
+from puma_jax.data.threads import in_threads
 from puma_jax.embedder import Embedder, RawItem
 from puma_jax.errors import DataError, EvaluationError, ItemError
 from puma_jax.evaluation.vector_folder import GatheredRows, VectorFolder
@@ -29,7 +27,6 @@ Encode = Callable[[Sequence[RawItem]], ndarray]
 
 # A call of an embedder may compile a program; a kill loses at most the items of one call.
 _ITEMS_AT_ONCE = 1 << 14
-_PREPROCESSED_AT_ONCE = 64
 _PLACEHOLDER: RawItem = {"text": "."}
 """Is embedded where an item is left out."""
 
@@ -62,26 +59,20 @@ class ItemEncoder:
     def _encode(self, items: Sequence[RawItem]) -> Float[ndarray, "n width"]:
         out = np.full((len(items), self.embedder.embedding_dim), np.nan, np.float32)
         readable: list[int] = []
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            vectors = self.embedder.encode(
-                self._preprocessed(items, readable, pool),
-                tokens_per_chunk=self.tokens_per_chunk,
-                progress=False,
-            )
+        vectors = self.embedder.encode(
+            self._preprocessed(items, readable),
+            tokens_per_chunk=self.tokens_per_chunk,
+            progress=False,
+        )
         out[readable] = vectors
         return out
 
-    def _preprocessed(
-        self, items: Sequence[RawItem], readable: list[int], pool: ThreadPoolExecutor
-    ) -> Iterator[Item]:
+    def _preprocessed(self, items: Sequence[RawItem], readable: list[int]) -> Iterator[Item]:
         """Yield the preprocessed items that can be read, and append their numbers to `readable`."""
-        numbered = enumerate(items)
-        while batch := list(itertools.islice(numbered, _PREPROCESSED_AT_ONCE)):
-            found = pool.map(self._preprocess, [item for _, item in batch])
-            for (number, _), item in zip(batch, found, strict=True):
-                if item is not None:
-                    readable.append(number)
-                    yield item
+        for number, item in enumerate(in_threads(self._preprocess, items)):
+            if item is not None:
+                readable.append(number)
+                yield item
 
     def _preprocess(self, item: RawItem) -> Item | None:
         try:

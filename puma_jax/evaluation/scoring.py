@@ -6,10 +6,8 @@ vectors, with a reranker the logit of a pair.
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +15,7 @@ import numpy as np
 from puma_jax.data.items import Item
 from puma_jax.data.lines import BadRecords, OnBadRecord, reject, resolve_inside
 from puma_jax.data.table import Ragged
+from puma_jax.data.threads import in_threads
 from puma_jax.embedder import Embedder, RawItem
 from puma_jax.errors import DataError, ItemError
 from puma_jax.evaluation.encoding import Batches, ItemEncoder
@@ -163,8 +162,7 @@ class _Pairs:
 
     def _score(self, items: Sequence[tuple[RawItem, RawItem]]) -> Float[ndarray, "n 1"]:
         scores = np.full((len(items), 1), np.nan, np.float32)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            read = list(pool.map(self._read, items))
+        read = list(in_threads(self._read, items))
         good = [place for place, item in enumerate(read) if isinstance(item, Item)]
         logits = self.reranker.logits(
             (item for item in read if isinstance(item, Item)),

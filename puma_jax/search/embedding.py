@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from puma_jax.artifacts import lock
 from puma_jax.data.items import Item
 from puma_jax.data.lines import OnBadRecord
 from puma_jax.data.raw_items import images_of
+from puma_jax.data.threads import in_threads
 from puma_jax.embedder import Embedder
 from puma_jax.errors import ConfigError, DataError, ItemError, PumaError
 from puma_jax.parallel import multihost
@@ -40,7 +39,6 @@ from puma_jax.search.spec import EmbeddingSpec, VectorDType
 from puma_jax.search.stored_images import FOLDER, keep_image, remove_unused_images
 
 _SAMPLE = 1024
-_PREPROCESSED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -123,11 +121,8 @@ def embed(
     if items_per_shard < 1:
         raise ConfigError(f"items per shard are {items_per_shard}, expected at least 1")
     embedder.check_dimensions(dimensions)
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        lock(folder, f"part-{number}-of-{parts}" if parts > 1 else ""),
-    ):
-        work = _Work(corpus, embedder, instruction, on_bad_record, pool, folder)
+    with lock(folder, f"part-{number}-of-{parts}" if parts > 1 else ""):
+        work = _Work(corpus, embedder, instruction, on_bad_record, folder)
         job = {
             "model": embedder.fingerprint,
             "corpus": corpus.address,
@@ -195,7 +190,6 @@ class _Work:
     embedder: Embedder
     instruction: str | None
     on_bad_record: OnBadRecord
-    pool: ThreadPoolExecutor
     folder: Path
     """Where images go that the corpus stores in its rows."""
 
@@ -289,7 +283,7 @@ class _Shards:
             read_shard(self.folder, name, self.spec)
             records = read_items(self.folder / name)
             if len(records) == len(rows) and all(
-                self.work.pool.map(self._is_current, rows, records)
+                in_threads(lambda both: self._is_current(*both), zip(rows, records, strict=True))
             ):
                 return name
         return None
@@ -372,17 +366,13 @@ class _Preprocessed:
     """Records of the rows that were yielded or skipped."""
 
     def __iter__(self) -> Iterator[Item]:
-        for start in range(0, len(self.wanted), _PREPROCESSED_AT_ONCE):
-            rows = self.wanted[start : start + _PREPROCESSED_AT_ONCE]
-            found = self.work.pool.map(self.work.preprocess, rows)
-            for row, (record, item) in zip(rows, found, strict=True):
-                if self.bar is not None:
-                    self.bar.update()
-                if isinstance(item, PumaError):
-                    if self.work.on_bad_record == "error":
-                        raise item
-                    self.records[row] = record
-                    continue
+        found = in_threads(self.work.preprocess, self.wanted)
+        for row, (record, item) in zip(self.wanted, found, strict=True):
+            if self.bar is not None:
+                self.bar.update()
+            self.records[row] = record
+            if not isinstance(item, PumaError):
                 self.rows.append(row)
-                self.records[row] = record
                 yield item
+            elif self.work.on_bad_record == "error":
+                raise item

@@ -33,6 +33,7 @@ from puma_jax.data.packing import fill, place
 from puma_jax.data.pipeline import Batch, Loader, batches, prefetch_to_device
 from puma_jax.data.plan import Plan
 from puma_jax.data.shapes import batch_shape
+from puma_jax.data.threads import in_threads
 from puma_jax.errors import CheckpointError
 from puma_jax.forward import map_chunks
 from puma_jax.parallel import multihost
@@ -107,7 +108,6 @@ def build(
     model: ModelConfig,
     compute: ComputeConfig,
     mesh: jax.sharding.Mesh,
-    workers: int = 0,
 ) -> TeacherCache:
     """Return the cache in a folder; compute the states that it lacks first.
 
@@ -122,7 +122,6 @@ def build(
         model: Config of the teacher.
         compute: How to run.
         mesh: Devices over which rows are sharded.
-        workers: Number of processes that read items; 0 reads them in threads of this one.
 
     Raises:
         ArtifactError: The folder holds the states of another teacher or of other items, or the
@@ -144,7 +143,7 @@ def build(
     multihost.on_process_zero(lambda: _allocate(folder, about, model.decoder.width))
     states, digests = _open(folder, about, model.decoder.width, "r+" if first else "r")
     missing = multihost.from_process_zero(lambda: _missing(folder, windows, states, digests))
-    _compute(missing, windows, states, digests, teacher_fn, frozen_params, mesh, workers)
+    _compute(missing, windows, states, digests, teacher_fn, frozen_params, mesh)
     multihost.on_process_zero(lambda: None)  # a barrier: the file is written before it is read
     return TeacherCache(index, _open(folder, about, model.decoder.width, "r")[0])
 
@@ -157,7 +156,6 @@ def _compute(
     teacher_fn: TeacherFn,
     frozen_params: FrozenParams,
     mesh: jax.sharding.Mesh,
-    workers: int,
 ) -> None:
     """Compute the states of some windows. All processes compute; process 0 writes."""
     if not missing:
@@ -174,7 +172,7 @@ def _compute(
     with Progress(
         total=total, initial=before, desc="teacher", unit="item", disable=not first
     ) as bar:
-        read = batches(_Chosen(windows, missing), 0, len(missing), workers=workers)
+        read = batches(_Chosen(windows, missing), 0, len(missing))
         numbered = zip(missing, prefetch_to_device(read, start), strict=True)
         for number, (window, chunks) in numbered:
             computed = np.concatenate(jax.device_get(chunks))[window.slot]
@@ -236,7 +234,7 @@ class _Windows:
         packing = place(self.lengths[items], self.patches[items], self._shape)
         vision = self.loader.plan.template.config.vision
         return _Window(
-            rows=fill([*map(self._read, items.tolist())], packing, self._shape, vision),
+            rows=fill([*in_threads(self._read, items.tolist())], packing, self._shape, vision),
             item=items,
             slot=packing.chunk * self._shape.slots + packing.slot,
         )

@@ -287,7 +287,7 @@ class ScratchConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The training data, and who prepares the batches."""
+    """The training data."""
 
     root: Path
     """Benchmark in M-BEIR layout to train and evaluate on."""
@@ -297,8 +297,6 @@ class DataConfig:
     on_bad_record: OnBadRecord = "error"
     """"error" stops at a bad record, "skip" leaves it out: of the built data, or if its image
     cannot be decoded, of the loss."""
-    workers: Annotated[int, Range(0, 1024)] = 0
-    """Processes that make batches; 0 makes them in threads of the main process."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -116,7 +116,7 @@ def prefetch(
             )
         return shard_batch(batch, stage.config.loss, stage.mesh), teacher_states
 
-    loaded = batches(stage.loader, start, stage.steps, workers=config.data.workers)
+    loaded = batches(stage.loader, start, stage.steps)
     transferred = prefetch_to_device(loaded, transfer)
     for (batch, device_batch), counters in with_counters(transferred, lambda pair: pair[0]):
         yield batch, device_batch, counters

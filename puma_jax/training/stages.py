@@ -291,7 +291,6 @@ def build_teacher(
         model=base_config,
         compute=config.compute,
         mesh=mesh,
-        workers=config.data.workers,
     )
     return None, teacher_cache, dataclasses.replace(frozen_params, teacher=None)
 

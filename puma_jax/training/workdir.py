@@ -29,7 +29,7 @@ CONFIG_FILE = "config.json"
 STAGE_FILE = "stage.json"
 
 _FINISHED_FILE = "finished.json"
-_MAY_DIFFER = ("mesh", "distributed", "evaluation", "checkpoint", "log", "data.workers")
+_MAY_DIFFER = ("mesh", "distributed", "evaluation", "checkpoint", "log")
 """Settings that may differ when a run is resumed: they do not change the model."""
 _MODEL_FILES = (".json", ".safetensors", ".txt", ".jinja", ".model")
 """Files of a model's folder that decide what it computes."""

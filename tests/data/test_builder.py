@@ -164,7 +164,7 @@ READ_WITH_TFDS = """
 import sys, warnings
 warnings.simplefilter("error")
 import puma_jax.data.store
-heavy = {"tensorflow_datasets", "array_record", "grain", "tensorflow", "torch"}
+heavy = {"tensorflow_datasets", "array_record", "tensorflow", "torch"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 
 import tensorflow_datasets as tfds

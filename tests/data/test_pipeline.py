@@ -1,5 +1,6 @@
 """The pipeline: every batch byte for byte the same, whoever makes it, and just what was planned."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from puma_jax.config import ImageConfig, PlanConfig
-from puma_jax.data import mbeir
+from puma_jax.data import image_workers, mbeir
 from puma_jax.data.builder import Settings, build
 from puma_jax.data.images import open_image, patchify
 from puma_jax.data.mbeir import Candidate, Instruction, Query
@@ -18,6 +19,7 @@ from puma_jax.data.store import Store
 from puma_jax.errors import ConfigError, DataError
 from puma_jax.model import encoder
 from puma_jax.rows import PackedBatch
+from tests.data.test_image_workers import started
 from tests.reference import FLOAT32, byte_tokenizer, random_image
 
 INSTRUCTION = Instruction("image,text", "text", "mine", "m", ("find the text", "Which text is it?"))
@@ -115,10 +117,34 @@ def assert_same(first, second):
         assert a.tobytes() == b.tobytes()
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_the_number_of_workers_changes_nothing(loader, expected, workers):
-    for made, alone in zip(batches(loader, 0, 6, workers=workers), expected, strict=True):
+@pytest.fixture(scope="module")
+def processes():
+    with contextlib.closing(started(2)) as pool:
+        yield pool
+
+
+def test_processes_that_read_images_change_nothing(loader, expected, processes, monkeypatch):
+    read, answers = processes.read, []
+    monkeypatch.setattr(
+        processes, "read", lambda *image: answers.append(read(*image)) or answers[-1]
+    )
+    monkeypatch.setattr(image_workers, "_pool", processes)
+    for made, alone in zip(batches(loader, 0, 2), expected[:2], strict=True):
         assert_same(made, alone)
+    assert sum(answer is not None for answer in answers) > 10
+
+
+def test_a_reader_that_stops_early_leaves_no_work_behind(loader):
+    begun = []
+
+    def slow(step):
+        begun.append(step)
+        return loader(step)
+
+    made = batches(slow, 0, 1000, ahead=2)
+    next(made)
+    made.close()
+    assert max(begun) <= 3  # the first, two ahead of it, and none after them
 
 
 @pytest.mark.parametrize("start", [1, 3, 5])

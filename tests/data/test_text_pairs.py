@@ -242,7 +242,7 @@ def test_negatives_of_a_table_arrive_in_the_batch(tmp_path, photos, tiny):
     config = PlanConfig(batch_size=2, hard_negatives=2)
     plan = Plan(store.table, store.instructions, tiny.processor.template, config)
     loader = Loader(store, plan, plan.fitting_shape(1, 1), 1)
-    (batch,) = batches(loader, 0, 1, workers=0)
+    (batch,) = batches(loader, 0, 1)
     assert batch.negatives is not None
     drawn = store.table.candidate_content[store.table.negative_row]
     assert len(drawn) == 3

@@ -60,7 +60,7 @@ class Case:
         self.frozen_params = FrozenParams(named_leaves(student), split_teacher(placed, KEPT, {}))
         self.teacher_fn = make_teacher(model, KEPT, FLOAT32, data_shards(self.mesh))
 
-    def build(self, folder, teacher_fn=None, workers=0):
+    def build(self, folder, teacher_fn=None):
         return cache.build(
             folder,
             self.loader,
@@ -69,7 +69,6 @@ class Case:
             model=self.model,
             compute=FLOAT32,
             mesh=self.mesh,
-            workers=workers,
         )
 
 
@@ -145,10 +144,8 @@ def test_every_item_has_the_state_of_the_whole_model(case, finished, tiny):
         np.testing.assert_allclose(state, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("windows_done", "workers"), [(0, 0), (3, 0), (1, 1)])
-def test_a_build_that_was_killed_goes_on(
-    case, finished, tmp_path, monkeypatch, windows_done, workers
-):
+@pytest.mark.parametrize("windows_done", [0, 3])
+def test_a_build_that_was_killed_goes_on(case, finished, tmp_path, monkeypatch, windows_done):
     noted, reports = cache._note, []
 
     def killed(digests, number, states):
@@ -158,9 +155,9 @@ def test_a_build_that_was_killed_goes_on(
 
     monkeypatch.setattr(cache, "_note", killed)
     with pytest.raises(KeyboardInterrupt):
-        case.build(tmp_path / "stage", workers=workers)
+        case.build(tmp_path / "stage")
     monkeypatch.setattr(cache, "_note", lambda *now: reports.append(now[1]) or noted(*now))
-    found = case.build(tmp_path / "stage", workers=workers)
+    found = case.build(tmp_path / "stage")
     assert reports == [*range(windows_done, reports[-1] + 1)]
     for name in ("states.npy", "digests.npy", "cache.json"):
         assert (tmp_path / "stage" / name).read_bytes() == (finished / name).read_bytes()

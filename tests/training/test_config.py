@@ -70,7 +70,6 @@ def config(*names: str, **settings) -> TrainConfig:
         (lambda: LogConfig(every_steps=0), r"log\.every_steps 0 must be"),
         (lambda: LogConfig(profile=(5, 2)), r"log\.profile \(5, 2\)"),
         (lambda: EvaluationConfig(max_queries=0), r"evaluation\.max_queries 0 must be"),
-        (lambda: DataConfig(Path("data"), workers=-1), r"data\.workers -1 must be in"),
         (lambda: config(seed=10**30), r"seed 1000.* must be in"),
         (lambda: config(evaluation=EvaluationConfig(final_stages=("x",))), "final_stages names x"),
         (lambda: config("a", "A"), "stages a, A differ only in upper and lower case"),

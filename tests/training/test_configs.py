@@ -96,7 +96,7 @@ def test_the_curriculum_goes_from_texts_to_mined_negatives(tmp_path, tiny):
 
 def small(tmp_path, model):
     """Flags that make two steps of each stage on a small model, with a benchmark."""
-    flags = ["--model", str(model), "--data.workers", "0", "--evaluation.every-steps", "0"]
+    flags = ["--model", str(model), "--evaluation.every-steps", "0"]
     for name in ("distil", "mac"):
         flags += [f"--stages.{name}.epochs", "0", f"--stages.{name}.steps", "2"]
         flags += [f"--stages.{name}.grad-cache-chunks", "2", f"--stages.{name}.lora.rank", "4"]

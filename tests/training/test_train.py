@@ -54,7 +54,6 @@ def test_the_flags_of_the_docs_are_accepted(capsys):
     [
         ("--checkpoint.every-steps", "0", "checkpoint.every_steps 0 must be"),
         ("--log.every-steps", "0", "log.every_steps 0 must be"),
-        ("--data.workers", "-1", "data.workers -1 must be in"),
         ("--scratch.heads", "0", "scratch.heads 0 must be in"),
         ("--scratch.width", str(10**30), "scratch.width 1000.* must be in"),
         ("--seed", str(10**30), "seed 1000.* must be in"),
@@ -85,6 +84,27 @@ def test_a_file_that_is_no_config_is_one_line(tmp_path, name, content, message):
     with pytest.raises(ConfigError, match=message) as error:
         parse(flags(config=str(path)))
     assert "\n" not in str(error.value)
+
+
+def test_a_config_that_fails_is_one_line(tmp_path):
+    path = tmp_path / "a.py"
+    path.write_text("def get_config(size: int = 1):\n    return size / 0")
+    with pytest.raises(ConfigError, match=r"a\.py:2: ZeroDivisionError: division by zero$"):
+        parse(flags(config=str(path)))
+
+
+def test_a_setting_that_is_no_more_is_told_with_what_to_use(tmp_path):
+    path = tmp_path / "a.py"
+    path.write_text(
+        "from puma_jax.training.config import DataConfig\n"
+        'def get_config():\n    return DataConfig("data", workers=8)'
+    )
+    use = "leave it out, .* PUMA_JAX_IMAGE_WORKERS sets another number$"
+    with pytest.raises(ConfigError, match=rf"a\.py:3: TypeError: .*'workers': {use}"):
+        parse(flags(config=str(path)))
+    for given in (("--data.workers", "8"), ("--data.workers=8",)):
+        with pytest.raises(ConfigError, match=f"^--data.workers is no longer a setting: {use}"):
+            parse(flags(*given))
 
 
 def test_a_missing_config_is_told(tmp_path):

@@ -49,7 +49,6 @@ def test_the_same_run_may_go_on_elsewhere(workdir):
     assert read_run(workdir) == CONFIG()
     changed = as_json(CONFIG())
     changed["mesh"]["fsdp"] = 2
-    changed["data"]["workers"] = 3
     write_json(workdir / "config.json", changed)
     claim_run(workdir, CONFIG())
 
