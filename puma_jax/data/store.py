@@ -220,7 +220,11 @@ class Store:
         """Return the candidate of a row; it raises the errors of `query`."""
         return self._record("candidates", row)
 
-    def image(self, record: Record, read: Callable[[ImageSource], T] = open_image) -> T:
+    def image(
+        self,
+        record: Record,
+        read: Callable[[ImageSource], T] = open_image,  # type: ignore[assignment]
+    ) -> T:
         """Return what a function makes of the image of a record; an error names the record.
 
         Args:
