@@ -142,5 +142,7 @@ def _sum(
 ) -> Float[Array, ""]:
     """Return the sum of `cross_entropy` over queries, some of them at a time."""
     return sum_in_chunks(
-        lambda rows: cross_entropy(rows[0], rows[1], candidates, rule), (queries, positives), chunk_size
+        lambda rows: cross_entropy(rows[0], rows[1], candidates, rule),
+        (queries, positives),
+        chunk_size,
     )
