@@ -1,11 +1,12 @@
-"""Measure how fast JPEGs become patches: on one core beside transformers, and on more cores.
+"""Measure how fast JPEGs become patches, and items rows of tokens and patches, by cores.
 
     python benchmarks/pipeline.py
 
-Both preprocess the same JPEGs of 256 pixels on the short side, in turns, on one core. Ours gives
-uint8 patches, which the device normalizes; the normalized values are compared, too. Then threads
-alone and threads with a process each, as `encode`, `embed` and `serve` use them, take 1, 2, 4, ...
-cores in turns.
+Patches are made beside transformers' on one core, in turns: ours are uint8, which the device
+normalizes; the normalized values are compared, too. Then whole items, read from files, are prepared
+as `encode`, `embed` and training do it, by one core, two, four, ...: in threads, in threads that
+hand images to processes, and by as many processes that know nothing of each other, which is what
+the machine can do at most. Each of these is a process bound to its cores, and they take turns.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ import argparse
 import io
 import os
 import statistics
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,10 +28,14 @@ import qwen2_vl_2b
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
+from puma_jax import Embedder
 from puma_jax.config import ImageConfig
-from puma_jax.data.image_workers import Pool
-from puma_jax.data.images import open_image, patchify, read_patches
+from puma_jax.data.image_workers import VARIABLE
+from puma_jax.data.images import open_image, patchify
+from puma_jax.data.threads import ordered
+from puma_jax.model.encoder import abstract
 from puma_jax.model.vision import normalize
+from tests.reference import byte_tokenizer
 
 LIMITS = ImageConfig()
 VISION = qwen2_vl_2b.config().vision
@@ -48,33 +56,57 @@ def jpegs(count: int) -> list[bytes]:
     return files
 
 
-def scaling(files: list[bytes], repeats: int) -> dict[str, dict[int, float]]:
-    """Return the items per second of threads alone, and with processes, by number of cores."""
-    cores = os.cpu_count() or 1
-    counts = sorted({*(2**n for n in range(cores.bit_length()) if 2**n <= cores), cores})
-    seconds: dict[str, dict[int, list[float]]] = {"threads": {}, "processes": {}}
-    with closing(Pool(cores, many=1)) as pool:
+def prepare(folder: Path, cores: int, repeats: int) -> None:
+    """Prepare items as `Embedder.encode` does; print the items per second of each repeat."""
+    tokenizer = byte_tokenizer()
+    embedder = Embedder(qwen2_vl_2b.config(), abstract(qwen2_vl_2b.config()), tokenizer)
+    files = sorted(folder.glob("*.jpg"))
+    items = [{"text": "a photo of a thing " * 4, "image": str(file)} for file in files]
+    with ThreadPoolExecutor(cores) as threads:
+        for repeat in range(-2, repeats):
+            start = time.perf_counter()
+            for _ in ordered(threads, embedder.preprocess, items, ahead=64):
+                pass
+            if repeat >= 0:
+                print(len(items) / (time.perf_counter() - start), flush=True)
+            else:
+                time.sleep(3)  # many images start the processes that help to read more
 
-        def by_process(file: bytes) -> None:
-            if pool.read(file, VISION, LIMITS) is None:
-                read_patches(file, VISION, LIMITS)
 
-        while pool.starting or pool.idle < cores:
-            by_process(files[0])
-        for _ in range(repeats):
-            for count in counts:
-                with ThreadPoolExecutor(count) as threads:
-                    for name, read in (
-                        ("threads", lambda file: read_patches(file, VISION, LIMITS)),
-                        ("processes", by_process),
-                    ):
-                        start = time.perf_counter()
-                        list(threads.map(read, files))
-                        taken = time.perf_counter() - start
-                        seconds[name].setdefault(count, []).append(taken)
+def start(folder: Path, cores: list[int], workers: int, repeats: int) -> subprocess.Popen:
+    """Start a process that prepares items on some cores, with so many for its images."""
+    command = [sys.executable, __file__, "--prepare", str(folder), "--repeats", str(repeats)]
+    return subprocess.Popen(
+        command,
+        env={**os.environ, VARIABLE: str(workers), "JAX_PLATFORMS": "cpu"},
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def medians(*processes: subprocess.Popen) -> float:
+    """Return the median items per second of processes at the same time, added up."""
+    found = [[float(line) for line in process.communicate()[0].split()] for process in processes]
+    return sum(statistics.median(rates) for rates in found)
+
+
+def scaling(folder: Path, turns: int) -> dict[int, dict[str, float]]:
+    """Return the items per second of each way to use 1, 2, 4, ... cores."""
+    usable = sorted(os.sched_getaffinity(0))
+    counts = sorted({*(2**n for n in range(len(usable).bit_length())), len(usable)})
+    rates: dict[int, dict[str, list[float]]] = {}
+    for _ in range(turns):
+        for count in [one for one in counts if one <= len(usable)]:
+            cores = usable[:count]
+            of_count = rates.setdefault(count, {"threads": [], "processes": [], "apart": []})
+            of_count["threads"].append(medians(start(folder, cores, 0, 3)))
+            of_count["processes"].append(medians(start(folder, cores, count, 3)))
+            apart = [start(folder, [core], 0, 3) for core in cores]
+            of_count["apart"].append(medians(*apart))
     return {
-        name: {count: len(files) / statistics.median(taken) for count, taken in of_name.items()}
-        for name, of_name in seconds.items()
+        count: {name: statistics.median(found) for name, found in of_count.items()}
+        for count, of_count in rates.items()
     }
 
 
@@ -82,7 +114,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=3, help="runs of each way to use cores")
+    parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.prepare is not None:
+        prepare(arguments.prepare, len(os.sched_getaffinity(0)), arguments.repeats)
+        return
     files = jpegs(arguments.images)
     processor = Qwen2VLImageProcessorPil(
         size={"shortest_edge": LIMITS.min_pixels, "longest_edge": LIMITS.max_pixels}
@@ -114,15 +151,17 @@ def main() -> None:
     print(f"ratio         {speed['ours'] / speed['theirs']:7.2f} ×")
     print(f"decoding JPEG alone, an upper bound for both: {speed['decode_alone']:.0f} items/s")
 
-    speeds = scaling(files, arguments.repeats)
+    with TemporaryDirectory() as folder:
+        for number, data in enumerate(files):
+            (Path(folder) / f"{number}.jpg").write_bytes(data)
+        speeds = scaling(Path(folder), arguments.turns)
     print(
-        "\n| cores | threads alone, items/s | × one core | with processes, items/s | × one core |"
+        "\n| cores | threads, items/s | × one core | with processes, items/s | × one core "
+        "| apart, items/s | × one core |\n|--:|--:|--:|--:|--:|--:|--:|"
     )
-    print("|--:|--:|--:|--:|--:|")
-    one = speeds["threads"][1]
-    for count, alone in speeds["threads"].items():
-        helped = speeds["processes"][count]
-        print(f"| {count} | {alone:.0f} | {alone / one:.2f} | {helped:.0f} | {helped / one:.2f} |")
+    for count, of_count in speeds.items():
+        cells = (f"{rate:.0f} | {rate / speeds[1]['threads']:.2f}" for rate in of_count.values())
+        print(f"| {count} | {' | '.join(cells)} |")
 
     worst = 0.0
     for patches, values in zip(ours(), theirs(), strict=True):

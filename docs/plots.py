@@ -52,19 +52,21 @@ def main() -> None:
 
 
 def results() -> Figure:
-    """Return the demo's hit@5 by task, of the deep and of the pruned model (full preset)."""
-    found = json.loads((RESULTS / "openmoji-full.json").read_text("utf-8"))["stages"]
+    """Return the quick demo's hit@5 by task, of the whole and of the pruned model."""
+    found = json.loads((RESULTS / "openmoji-quick/results.json").read_text("utf-8"))["stages"]
     figure, panels = pyplot.subplots(1, 2, figsize=(9.4, 3.5), sharey=True, layout="constrained")
     for panel, pool in zip(panels, ("local", "global"), strict=True):
         for shift, (stage, label, color) in enumerate(
-            [("deep", "3 layers, InfoNCE", VIOLET), ("mac", "1 layer, MAC-Loss", GREEN)]
+            [("deep", "4 layers", VIOLET), ("pruned", "2 layers", GREEN)]
         ):
             sets = found[stage]["evaluation"]["sets"]
             rates = [100 * one["hits"][pool][str(one["k"])] for one in sets]
             panel.bar(np.arange(len(rates)) + 0.4 * shift - 0.2, rates, 0.36, color=color)
             mean = 100 * found[stage]["evaluation"]["mean"][pool]
             panel.axhline(mean, color=color, linewidth=1, linestyle=(0, (4, 3)))
-            panel.plot([], [], color=color, linewidth=7, label=f"{label}: mean {mean:.1f} %")
+            cost = found[stage]["flops_per_item"] / 1e6
+            label = f"{label}, {cost:.0f} MFLOP an item: mean {mean:.1f} %"
+            panel.plot([], [], color=color, linewidth=7, label=label)
         names = [MODALITIES[one["task"]] for one in sets]
         panel.set_xticks(range(len(names)), names)
         panel.grid(axis="x", visible=False)

@@ -36,7 +36,7 @@ from puma_jax.typing import UInt8, ndarray
 
 BUFFER_BYTES = 2**24
 """Memory for the patches of one image; only what is written to takes up any."""
-_VARIABLE = "PUMA_JAX_IMAGE_WORKERS"
+VARIABLE = "PUMA_JAX_IMAGE_WORKERS"
 _MANY = 256
 _MANY_CORES = 4
 
@@ -119,9 +119,9 @@ class Pool:
         cores = usable_cores()
         if self._count is not None:
             return self._count
-        given = os.environ.get(_VARIABLE, "")
+        given = os.environ.get(VARIABLE, "")
         if given and not given.isdecimal():
-            raise ConfigError(f'{_VARIABLE} is "{given}", expected a number of processes or 0')
+            raise ConfigError(f'{VARIABLE} is "{given}", expected a number of processes or 0')
         return int(given) if given else (cores if cores >= _MANY_CORES else 0)
 
 
@@ -210,7 +210,7 @@ class _Worker:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         return WorkerError(
             f"process {self._process.pid}, which decodes images, {how} {when}: if memory ran out, "
-            f"set {_VARIABLE} to fewer than the cores, or to 0 for none"
+            f"set {VARIABLE} to fewer than the cores, or to 0 for none"
         )
 
 
