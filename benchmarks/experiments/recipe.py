@@ -49,6 +49,17 @@ RECIPE = Experiment(
     arms=(
         Arm("plain", "2 layers", stage(layers="2"), settings=_KEEPS_CHECKPOINTS),
         Arm("plain-noise", "2 layers, other rounding", stage(layers="2", chunks=2)),
+        *(
+            Arm(
+                f"scratch-{kind}-{rate}",
+                f"4 layers from scratch, {label}, learning rate {rate}",
+                stage(200, rate=rate, optimizer=kind),
+                family=f"scratch-{kind}",
+                forgets="all",
+            )
+            for kind, label in (("muon", "Muon"), ("adamw", "AdamW"))
+            for rate in (2e-3, 4e-3)
+        ),
         Arm("negatives", "2 hard negatives a query", _with_negatives(), negatives="mined"),
         Arm(
             "negatives-equal",
@@ -110,17 +121,6 @@ RECIPE = Experiment(
                 family="adamw",
             )
             for rate in (5e-4, 1e-3, 2e-3)
-        ),
-        *(
-            Arm(
-                f"scratch-{kind}-{rate}",
-                f"4 layers from scratch, {label}, learning rate {rate}",
-                stage(200, rate=rate, optimizer=kind),
-                family=f"scratch-{kind}",
-                forgets="all",
-            )
-            for kind, label in (("muon", "Muon"), ("adamw", "AdamW"))
-            for rate in (2e-3, 4e-3)
         ),
     ),
     questions=(

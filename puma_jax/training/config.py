@@ -100,8 +100,8 @@ class DistillConfig:
     scale: NotNegative = 0.05
     """Factor that multiplies the squared errors, or the divergence."""
     target: Literal["states", "similarities"] = "states"
-    """What is distilled: "states" the pooled states of the teacher, by squared error, as in the
-    paper, "similarities" its softmax over all candidates of the batch for each query, by the
+    """The student learns "states", the pooled states of the teacher, by squared error, as in the
+    paper, or "similarities", its softmax over all candidates of the batch for each query, by the
     Kullback-Leibler divergence (SEED, arXiv 2101.04731)."""
     temperature: Positive = 0.05
     """Temperature that divides the cosines of both models if similarities are distilled."""

@@ -38,18 +38,18 @@ def evaluation(rate):
 def workdir(tiny, tmp_path_factory):
     """What a run leaves, its model replaced by a small one."""
     workdir = tmp_path_factory.mktemp("run")
-    Embedder.load(tiny.folder, dtype=None).keep_layers([0, 2]).save(workdir / "mac")
+    Embedder.load(tiny.folder, dtype=None).keep_layers([0, 2]).save(workdir / "pruned")
     config = as_json(load_config(DEMO)())
     (workdir / "config.json").write_text(json.dumps(config))
-    results = {"stages": {"mac": {"evaluation": evaluation(0.5).to_json()}}}
+    results = {"stages": {"pruned": {"evaluation": evaluation(0.5).to_json()}}}
     (workdir / "results.json").write_text(json.dumps(results))
     return workdir
 
 
 def test_a_folder_for_transformers_is_the_model_with_a_card(workdir, tmp_path):
-    main("huggingface", str(workdir / "mac"), tmp_path / "out", license="Apache-2.0")
+    main("huggingface", str(workdir / "pruned"), tmp_path / "out", license="Apache-2.0")
     original, loaded = (
-        Embedder.load(folder, dtype="float32") for folder in (workdir / "mac", tmp_path / "out")
+        Embedder.load(folder, dtype="float32") for folder in (workdir / "pruned", tmp_path / "out")
     )
     assert loaded.fingerprint == original.fingerprint
     card = (tmp_path / "out/README.md").read_text()
@@ -58,6 +58,8 @@ def test_a_folder_for_transformers_is_the_model_with_a_card(workdir, tmp_path):
     assert "**Images.** The EXIF orientation is applied" in card
     assert "From random weights, seed 0." in card
     stages = json.loads((workdir / "config.json").read_text())["stages"]
+    del stages["cut"]
+    assert "| cut" not in card  # its model is not one that the exported one continues
     for name, stage in stages.items():
         assert f"| {name}" in card
         assert f"| {stage['optimizer']['learning_rate']:g} |" in card.replace("  ", " ")
@@ -106,9 +108,9 @@ def test_a_run_of_an_older_version_is_refused_by_name(workdir, tmp_path):
     (tmp_path / "run/config.json").write_text(json.dumps(config))
     with pytest.raises(
         ConfigError,
-        match=r"config\.json: stages\.\w+\.trainable is missing: .* another version .* copy .*mac",
+        match=r"config\.json: stages\.\w+\.trainable is missing: .* another version .* copy .*pruned",
     ):
-        main("huggingface", str(tmp_path / "run/mac"), tmp_path / "out")
+        main("huggingface", str(tmp_path / "run/pruned"), tmp_path / "out")
 
 
 def test_results_given_stand_in_the_card(tiny, tmp_path):
@@ -127,13 +129,13 @@ def test_results_given_stand_in_the_card(tiny, tmp_path):
 
 
 def test_a_model_that_is_cut_again_has_not_the_results_of_its_run(workdir, tmp_path):
-    main("huggingface", str(workdir / "mac"), tmp_path / "out", keep_layers="1")
+    main("huggingface", str(workdir / "pruned"), tmp_path / "out", keep_layers="1")
     assert "## Results" not in (tmp_path / "out/README.md").read_text()
 
 
 @pytest.mark.parametrize("kind", ["stablehlo", "sentence-transformers"])
 def test_other_kinds_have_their_files_and_a_card(workdir, tmp_path, kind):
-    main(kind, str(workdir / "mac"), tmp_path / "out")
+    main(kind, str(workdir / "pruned"), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / {"stablehlo": "load.py"}.get(kind, "modules.json")).is_file()
     assert "## License" in (tmp_path / "out/README.md").read_text()
@@ -145,12 +147,12 @@ def test_the_record_of_a_run_is_read_or_refused_in_one_line(workdir, tmp_path):
     for name in ("config.json", "results.json"):
         path = tmp_path / name
         path.write_bytes((workdir / name).read_bytes())
-        target = Target(path, lambda: training_of(tmp_path / "mac"))
+        target = Target(path, lambda: training_of(tmp_path / "pruned"))
         outcome = check_only_declared_errors(target)
         assert min(outcome.declared, outcome.accepted) > 20
     # A model in the folder of another is of no run.
     (tmp_path / "config.json").write_text(json_text({"model_type": "qwen2_vl"}))
-    assert training_of(tmp_path / "mac") is None
+    assert training_of(tmp_path / "pruned") is None
 
 
 def test_what_is_there_stays_and_what_fails_leaves_nothing(tiny, tmp_path, monkeypatch):

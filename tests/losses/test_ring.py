@@ -129,11 +129,11 @@ def test_loss_and_gradient_of_the_temperature_are_those_of_the_formula(batch, lo
             valid=batch["valid"],
             document=batch["document"],
             negatives=(negatives, *batch["labels"]),
-            mask_margin=-0.55,
         )
 
+    masks = ("valid", "document", "negatives")
     value, gradients = value_and_gradients(
-        of(batch, loss, ALL, layout((4, 2, 1))), batch["vectors"]
+        of(batch, loss, masks, layout((4, 2, 1))), batch["vectors"]
     )
     taus = np.asarray(TAUS, np.float64)
     np.testing.assert_allclose(value, formula(taus), rtol=5e-6)

@@ -48,7 +48,7 @@ def trained(tiny, tmp_path_factory):
         evaluation=dataclasses.replace(config.evaluation, every_steps=0),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results, "_TIMED_ITEMS", 8)
+        patch.setattr(results, "_MEASURED_ITEMS", 8)
         run(config, folder / "run")
     Embedder.load(tiny.folder, dtype=None).keep_layers(2).save(folder / "pruned")
     return folder

@@ -207,7 +207,7 @@ def test_a_damaged_result_is_refused_in_one_line(config, tmp_path):
     folder.mkdir(parents=True)
     (tmp_path / "stages/cut").mkdir(parents=True)
     (tmp_path / "stages/cut/finished.json").write_text('{"model": "digest"}')
-    result = StageResult("digest", "test", 1, 10, 5, 3.5, None)
+    result = StageResult("digest", "test", 1, 10, 5, 2e6, 3.5, None)
     (folder / "result.json").write_text(json.dumps(vars(result)))
     path = folder / "result.json"
     check_only_declared_errors(Target(path, lambda: read_object(path, StageResult)))

@@ -74,7 +74,7 @@ def test_states_of_every_family_do_not_depend_on_the_mesh(family, sizes):
 
 @pytest.fixture(autouse=True)
 def little_is_timed(monkeypatch):
-    monkeypatch.setattr(results, "_TIMED_ITEMS", 8)
+    monkeypatch.setattr(results, "_MEASURED_ITEMS", 8)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from tests.reference import random_image
 def test_a_broken_picture_that_training_skips_is_skipped_and_counted(
     tiny, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(results, "_TIMED_ITEMS", 8)
+    monkeypatch.setattr(results, "_MEASURED_ITEMS", 8)
     monkeypatch.setattr(results, "finished_model", lambda workdir, name: "digest")
     root = tmp_path / "benchmark"
     (root / "images").mkdir(parents=True)
