@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from puma_jax.artifacts import write_json, write_text, writing
 from puma_jax.data.mbeir import discover
 from puma_jax.embedder import Embedder
+from puma_jax.errors import ImageError, ItemError
 from puma_jax.evaluation.encoding import ItemEncoder
 from puma_jax.evaluation.evaluation import Evaluation, evaluate_selection
 from puma_jax.evaluation.report import markdown
@@ -182,7 +184,10 @@ def _costs(embedder: Embedder, selection: Selection) -> tuple[float, float]:
     """
     rows = np.linspace(0, len(selection.dids) - 1, _MEASURED_ITEMS).astype(int)
     items = [selection.document(row) for row in rows.tolist()]
-    prepared = [embedder.preprocess(item) for item in items]
+    prepared = []
+    for item in items:
+        with contextlib.suppress(ItemError, ImageError):  # the evaluation has counted them
+            prepared.append(embedder.preprocess(item))
     tokens = np.array([len(item.tokens) for item in prepared])
     patches = np.array([len(item.patches) for item in prepared])
     encode = ItemEncoder(embedder, shared=False)
@@ -190,4 +195,5 @@ def _costs(embedder: Embedder, selection: Selection) -> tuple[float, float]:
     began = time.perf_counter()
     encode(items)
     seconds = time.perf_counter() - began
-    return float(forward_flops(embedder.config, tokens, patches).mean()), len(items) / seconds
+    flops = forward_flops(embedder.config, tokens, patches).sum() / max(1, len(prepared))
+    return float(flops), len(items) / seconds
