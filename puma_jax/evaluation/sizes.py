@@ -34,8 +34,8 @@ class Size:
     precision: StoredPrecision
     dimensions: int
     rescored: Rescored | None = None
-    """What float32 queries score the first documents by Hamming distance with: their bits, or their
-    float32 vectors, which are kept elsewhere."""
+    """The form in which float32 queries score the first documents by Hamming distance again: their
+    bits, or their float32 vectors, which are kept elsewhere. None does not score them again."""
 
     @property
     def title(self) -> str:

@@ -38,7 +38,7 @@ class PublishedEmbedder:
     """An embedder that is published in the format of a base model."""
 
     name: str
-    """What its folder or hub id is called, in part."""
+    """Part of the name of its folder or hub id, by which it is recognized."""
     configure: Callable[[ModelConfig], ModelConfig]
     """Config of a base model → the same with the embedder's prompt, pooling and image sizes."""
 

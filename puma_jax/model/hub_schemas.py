@@ -64,7 +64,7 @@ class TowerFields:
 
 @dataclass(frozen=True)
 class SavedFields:
-    """What this package adds to a config.json."""
+    """The fields that this package adds to a config.json."""
 
     images: ImageConfig | None = None
     prompt: PromptConfig = PromptConfig()

@@ -25,7 +25,7 @@ _WIDEST_HEAD = {8: 128, 9: 256}  # of cuDNN, by the first number of the compute 
 
 @dataclass(frozen=True)
 class Target:
-    """What attention is computed on, and what it is computed of."""
+    """The device that attention is computed on, and the dtype and sizes of its inputs."""
 
     platform: str
     dtype: str

@@ -42,7 +42,7 @@ class Clip:
     path: str
     """Path of its file below the folder of all, without ".svg"."""
     name: str
-    """What it shows, in lower case."""
+    """Name of the thing it shows, in lower case."""
     keywords: frozenset[str]
 
     @property
@@ -53,7 +53,7 @@ class Clip:
 
 @dataclass(frozen=True, slots=True)
 class _Said:
-    """What the metadata of a file say."""
+    """The title, the creator and the keywords that a file's metadata give."""
 
     title: str
     creator: str
