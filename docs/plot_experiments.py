@@ -42,7 +42,7 @@ def pruning() -> Figure:
             panel.set_xlabel(name)
             panel.set_xlim(0)
         row[0].set_ylabel(f"hit@5 in {pool} pools, %")
-    panels[0][0].legend(fontsize=9, loc="lower right")
+    panels[0][0].legend(fontsize=9, loc="center right")
     return figure
 
 
