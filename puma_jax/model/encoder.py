@@ -23,6 +23,9 @@ from puma_jax.model.vision import pool_tokens
 from puma_jax.rows import PackedBatch
 from puma_jax.typing import Array, Float, Int, PRNGKeyArray
 
+VisualTokens = tuple[Float[Array, "patch_rows visual width"], ...]
+"""What a vision tower computes of rows of patches: visual tokens, and features for later layers."""
+
 # A range of layers that goes further is a typing error, and would take memory as it is listed.
 _MOST_LAYERS = 1024
 
@@ -67,6 +70,7 @@ def encode(
     data_shards: int = 1,
     dropout_keys: TokenKeys | None = None,
     stacks: Sequence[DecoderLayer] | None = None,
+    visual: VisualTokens | None = None,
 ) -> Float[Array, "slots width"]:
     """Return the state of each item after the final norm, float32 and not normalized.
 
@@ -79,9 +83,10 @@ def encode(
         data_shards: Number of parts that the leading axes of `rows` divide into.
         dropout_keys: Keys of LoRA dropout, from `dropout.token_keys`; None drops nothing.
         stacks: Layers to run one stack after the other, in place of the decoder's own.
+        visual: Output of `visual_tokens` for these rows; None computes it.
     """
     with _precision(compute):
-        x, features = input_embeddings(params, rows, compute, data_shards=data_shards)
+        x, features = input_embeddings(params, rows, compute, visual, data_shards=data_shards)
         for layers in stacks or [params.decoder.layers]:
             x, _ = params.decoder(
                 x, rows.segment_ids, rows.positions, compute, dropout_keys, layers, features
@@ -100,6 +105,7 @@ def encode_exits(
     *,
     data_shards: int = 1,
     dropout_keys: TokenKeys | None = None,
+    visual: VisualTokens | None = None,
 ) -> Float[Array, "exits slots width"]:
     """Return the states of each item after some numbers of layers, and last after all of them.
 
@@ -113,10 +119,11 @@ def encode_exits(
         exit_layers: Numbers of layers, each at least 1 and less than the model has, ascending.
         data_shards: Number of parts that the leading axes of `rows` divide into.
         dropout_keys: Keys of LoRA dropout.
+        visual: Output of `visual_tokens` for these rows; None computes it.
     """
     pool = functools.partial(_pool, params, rows=rows, data_shards=data_shards)
     with _precision(compute):
-        x, features = input_embeddings(params, rows, compute, data_shards=data_shards)
+        x, features = input_embeddings(params, rows, compute, visual, data_shards=data_shards)
         x, pooled = params.decoder(
             x,
             rows.segment_ids,
@@ -154,8 +161,25 @@ def _finish(
     return pooled if params.mean_pooling else params.decoder.norm(pooled.astype(jnp.float32))
 
 
+def visual_tokens(params: Encoder, rows: PackedBatch, compute: ComputeConfig) -> VisualTokens:
+    """Return what the vision tower computes: visual tokens, and features for later layers.
+
+    Each is `[rows of patches, visual tokens, width]`; there are none without images.
+    """
+    if params.vision is None or rows.patches.size == 0:
+        return ()
+    with _precision(compute):
+        values = params.vision(rows.patches, rows.patch_segment_ids, rows.patch_positions, compute)
+        return tuple(pool_tokens(tokens, *params.spatial_pool) for tokens in values)
+
+
 def input_embeddings(
-    params: Encoder, rows: PackedBatch, compute: ComputeConfig, *, data_shards: int = 1
+    params: Encoder,
+    rows: PackedBatch,
+    compute: ComputeConfig,
+    visual: VisualTokens | None = None,
+    *,
+    data_shards: int = 1,
 ) -> tuple[Float[Array, "rows length width"], Float[Array, "features rows length width"] | None]:
     """Return the decoder's inputs, and what it adds after its first layers (None if nothing).
 
@@ -163,14 +187,10 @@ def input_embeddings(
     tower has for later layers (DeepStack, arXiv 2406.04334) are zero everywhere else.
     """
     x = params.decoder.embedding.table[...][rows.tokens].astype(compute.dtype)
-    if params.vision is None or rows.patches.size == 0:
+    if visual is None:
+        visual = visual_tokens(params, rows, compute)
+    if not visual:
         return x, None
-    visual = [
-        pool_tokens(tokens, *params.spatial_pool)
-        for tokens in params.vision(
-            rows.patches, rows.patch_segment_ids, rows.patch_positions, compute
-        )
-    ]
     index = jnp.maximum(rows.image_token_index, 0).reshape(-1)
     inputs, *features = (
         jnp.where(

@@ -2,7 +2,8 @@
 
 Vectors come from a scan over chunks whose backward pass recomputes each chunk: the gradient cache
 (arXiv 2101.06983) is one `jax.checkpoint`. The loss sees the vectors of the whole global batch;
-activations take the memory of one chunk, whatever the size of the batch.
+activations take the memory of one chunk, whatever the size of the batch. A vision tower that is not
+trained runs once: its tokens are kept, which take less memory than the patches they are made of.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from puma_jax.axes import BATCH_AXES
 from puma_jax.config import ComputeConfig
 from puma_jax.data.pipeline import Batch
 from puma_jax.model.dropout import token_keys
-from puma_jax.model.encoder import Encoder, encode, encode_exits
+from puma_jax.model.encoder import Encoder, encode, encode_exits, visual_tokens
 from puma_jax.model.tree import assemble
 from puma_jax.parallel.mesh import data_shards
 from puma_jax.rows import PackedBatch
@@ -30,6 +32,8 @@ from puma_jax.training.optimizer import Leaves, learning_rate, make_optimizer
 from puma_jax.training.teacher import Teacher, TeacherFn
 from puma_jax.typing import AnyArray, Array, Int, PRNGKeyArray
 
+_KEPT = "visual_tokens"
+"""Name of what the gradient cache keeps of a chunk, in place of computing it twice."""
 TEMPERATURE = "log_scale"
 """Name of the trained leaf that holds the logarithm of 1 / temperature."""
 
@@ -109,7 +113,7 @@ def make_loss(
             params,
             frozen_params,
             batch,
-            config.loss.exit_layers,
+            config,
             compute,
             mesh,
             dropout,
@@ -155,7 +159,7 @@ def _pair_states(
     params: Encoder,
     frozen_params: FrozenParams,
     batch: Batch,
-    exit_layers: tuple[int, ...],
+    config: StageConfig,
     compute: ComputeConfig,
     mesh: jax.sharding.Mesh,
     dropout: PRNGKeyArray | None,
@@ -168,14 +172,18 @@ def _pair_states(
 
     def encode_chunk(rows: PackedBatch, items: Array) -> tuple[Array, Array | None]:
         keys = None if dropout is None else token_keys(dropout, rows, items, data_shards=shards)
-        how: dict[str, Any] = {"data_shards": shards, "dropout_keys": keys}
-        if exit_layers:
-            states = encode_exits(params, rows, compute, exit_layers, **how)
+        visual = None
+        if not config.train_vision:
+            # One run of a frozen tower does for student, teacher and backward pass.
+            visual = checkpoint_name(visual_tokens(params, rows, compute), _KEPT)
+        how: dict[str, Any] = {"data_shards": shards, "dropout_keys": keys, "visual": visual}
+        if config.loss.exit_layers:
+            states = encode_exits(params, rows, compute, config.loss.exit_layers, **how)
         else:
             states = encode(params, rows, compute, **how)
         if teacher_fn is None or frozen_params.teacher is None:
             return states, None
-        return states, teacher_fn(frozen_params.teacher, frozen_params.student, rows)
+        return states, teacher_fn(frozen_params.teacher, frozen_params.student, rows, visual)
 
     if chunks == 1:
         # Recomputing the only chunk would save no memory.
@@ -183,7 +191,11 @@ def _pair_states(
         states, teacher_states = jax.tree.map(lambda of: of[None], encode_chunk(only, items[0]))
     else:
         # Inside a scan the compiler cannot undo the recomputation, so no barrier is needed.
-        recomputed = jax.checkpoint(encode_chunk, prevent_cse=False)
+        recomputed = jax.checkpoint(
+            encode_chunk,
+            prevent_cse=False,
+            policy=jax.checkpoint_policies.save_only_these_names(_KEPT),
+        )
         _, (states, teacher_states) = jax.lax.scan(
             lambda _, chunk: (None, recomputed(*chunk)), None, (batch.rows, items)
         )

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from puma_jax.config import ComputeConfig, ModelConfig
-from puma_jax.model.encoder import Encoder, abstract, encode
+from puma_jax.model.encoder import Encoder, VisualTokens, abstract, encode
 from puma_jax.model.tree import assemble, named_leaves
 from puma_jax.rows import PackedBatch
 from puma_jax.training.optimizer import Leaves
@@ -33,8 +33,13 @@ class Teacher:
     """Stacks of the removed decoder layers, by their names in the whole model."""
 
 
-TeacherFn = Callable[[Teacher, Leaves, PackedBatch], Float[Array, "slots width"]]
-"""Returns the teacher's states of all slots, from its own leaves and the student's frozen ones."""
+TeacherFn = Callable[
+    [Teacher, Leaves, PackedBatch, VisualTokens | None], Float[Array, "slots width"]
+]
+"""Returns the teacher's states of all slots, from its own leaves and the student's frozen ones.
+
+The last argument are the visual tokens of the rows, if a frozen tower computed them for both.
+"""
 
 
 def split_teacher(base: Encoder, kept: Sequence[int], trained: Leaves) -> Teacher:
@@ -80,7 +85,9 @@ def make_teacher(
     student = abstract(config.with_layers(tuple(config.kept_layers[i] for i in kept)))
     runs = _runs(config.decoder.layers, kept)
 
-    def teacher_fn(teacher: Teacher, frozen: Leaves, rows: PackedBatch) -> Array:
+    def teacher_fn(
+        teacher: Teacher, frozen: Leaves, rows: PackedBatch, visual: VisualTokens | None = None
+    ) -> Array:
         params = assemble(student, {**frozen, **teacher.initial_params})
         stacks = {True: params.decoder.layers, False: None}
         if cut:
@@ -89,7 +96,9 @@ def make_teacher(
             jax.tree.map(lambda leaf, run=run: _part(leaf, run), stacks[of_student])
             for of_student, run in runs
         ]
-        states = encode(params, rows, compute, data_shards=data_shards, stacks=in_order)
+        states = encode(
+            params, rows, compute, data_shards=data_shards, stacks=in_order, visual=visual
+        )
         return jax.lax.stop_gradient(states)
 
     return teacher_fn

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.extend
 import numpy as np
 import pytest
 
@@ -279,6 +280,28 @@ def formula(states, config, batch):
         document=np.asarray(batch.document) if config.loss.mask_same_document else None,
         negatives=(vectors[slot], modality, document, np.ones(len(slot), bool)),
     )
+
+
+@pytest.mark.parametrize(("config", "runs"), [(ALL, 1), (FULL, 3)], ids=["frozen", "trained"])
+def test_a_frozen_tower_runs_once_for_student_teacher_and_backward_pass(tiny, config, runs):
+    """A trained one runs for the student, for its backward pass again, and for the teacher."""
+    mesh = one_device()
+    state, frozen_params, loss = prepared(tiny, config, mesh)
+    batch = sharded_batch(tiny, config, mesh, 2)
+    given = state.trained, np.int32(3), frozen_params, batch, None
+    traced = jax.make_jaxpr(jax.grad(loss, has_aux=True))(*given)
+    vision = tiny.config.vision
+    kernel = (vision.patch_values, vision.width)
+    assert sum(shapes[1] == kernel for shapes in products(traced.jaxpr)) == runs
+
+
+def products(jaxpr):
+    """The shapes of both factors of every matrix product in a program."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield tuple(of.aval.shape for of in equation.invars)
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from products(inner)
 
 
 def test_memory_does_not_grow_with_the_batch(tiny):
