@@ -107,10 +107,12 @@ class Progress:
             return
         now = time.monotonic()
         elapsed, done = now - self._last_line, self._count - self._count_of_last_line
+        # The first unit alone says nothing: a step compiles its program.
+        first = self._count - self._settings["initial"] <= 1
         line = tqdm.format_meter(
             self._count,
-            elapsed=now - self._started,
-            rate=done / elapsed if done and elapsed else None,
+            elapsed=0 if first else now - self._started,
+            rate=done / elapsed if done and elapsed and not first else None,
             prefix=f"{self._desc}: " if self._desc else "",
             postfix=self._postfix,
             bar_format=_LINE if self._settings["total"] is not None else _LINE_WITHOUT_TOTAL,

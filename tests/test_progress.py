@@ -39,6 +39,17 @@ def test_a_log_gets_a_line_at_intervals_and_one_at_the_end(clock, capsys):
     assert lines[-1].endswith(" left, loss 1.25")
 
 
+def test_the_first_step_which_compiles_promises_nothing(clock, capsys):
+    with Progress(total=1000, unit="step") as bar:
+        clock[0] += 117
+        bar.update()
+        clock[0] += 117
+        bar.update(234)
+    first, second, _ = capsys.readouterr().err.splitlines()
+    assert first == "1/1000, ?step/s, ? left"
+    assert second == "235/1000,  2.00step/s, 06:22 left"
+
+
 def test_short_work_prints_nothing_in_a_log(clock, capsys):
     with Progress(total=10) as bar:
         bar.update(10)

@@ -271,8 +271,18 @@ def _read_about(folder: Path) -> dict[str, Any] | str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that decide the results of a run."""
-    return {package: importlib.metadata.version(package) for package in _PACKAGES}
+    """Return the versions of the packages that decide the results of a run.
+
+    A package that runs from its source tree, without being installed, has the version "source".
+    """
+    return {package: _version(package) for package in _PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "source"
 
 
 def _digests(folder: Path) -> dict[str, str]:

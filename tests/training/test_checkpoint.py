@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import importlib.metadata
 import random
 import shutil
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from puma_jax.errors import CheckpointError
-from puma_jax.training.checkpoint import Checkpoints
+from puma_jax.training.checkpoint import Checkpoints, versions
 from puma_jax.training.step import TrainState
 
 ABOUT = {"stage": "cut", "settings": {"optimizer": {"learning_rate": 0.1}}}
@@ -131,3 +132,19 @@ def test_leaves_of_another_shape_are_refused(folder):
         checkpoints.restore(like)
     checkpoints.close()
     gc.collect()  # Orbax leaves reads behind that it does not wait for
+
+
+def test_a_source_tree_that_is_not_installed_saves_checkpoints(tmp_path, monkeypatch):
+    version = importlib.metadata.version
+
+    def of_installed(name: str) -> str:
+        if name == "puma-jax":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", of_installed)
+    assert versions()["puma-jax"] == "source"
+    checkpoints = open_checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(state(1))
+    checkpoints.close()
+    assert restored(tmp_path / "checkpoints") == 1
