@@ -99,6 +99,8 @@ class Experiment:
     questions: tuple[Question, ...]
     start: dict[str, StageConfig] = dataclasses.field(default_factory=dict)
     """Stages after those of the base, if its model is not what all arms start from."""
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of the run's config that it sets for the base and for all arms."""
 
 
 def train_config(

@@ -4,9 +4,10 @@
         --out runs/experiments
 
 Every arm is a run of `puma_jax.training` in a process of its own, so that its peak memory is its
-own. Finished arms are read, not run again; rerun the same command to resume after a kill. The first
-seed runs all arms, further seeds those that are marked for them and the best of each family.
-`report.py` makes the tables, and `docs/plots.py` the plots.
+own; `--at-once 6` runs six of them at the same time, for which a large GPU has room. Finished arms
+are read, not run again; rerun the same command to resume after a kill. The first seed runs all
+arms, further seeds those that are marked for them and the best of each family. `report.py` makes
+the tables, and `docs/plots.py` the plots.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
+import os
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +64,20 @@ def main() -> None:
         "--data.root", dest="root", type=Path, required=True, help="benchmark in M-BEIR layout"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        default=1,
+        help="arms to run at the same time, which a large GPU has room for; their seconds and "
+        "items per second are then not those of one alone (default: 1)",
+    )
     given = parser.parse_args()
-    run_experiment(given.experiment, given.root, given.out, given.seeds, in_process)
+    if given.at_once > 1:
+        # A process would take most of the memory of a GPU, and leave none for the others.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    run_experiment(
+        given.experiment, given.root, given.out, given.seeds, in_process, at_once=given.at_once
+    )
 
 
 def run_experiment(
@@ -71,6 +87,7 @@ def run_experiment(
     seeds: Sequence[int],
     train: Train,
     experiments: Mapping[str, Experiment] = EXPERIMENTS,
+    at_once: int = 1,
 ) -> dict[str, Any]:
     """Run what is not finished of an experiment; return the content of its results.json.
 
@@ -81,6 +98,7 @@ def run_experiment(
         seeds: Seeds of the arms, the first of which tunes.
         train: Runs one config.
         experiments: All experiments.
+        at_once: Arms to run at the same time.
     """
     experiment = experiments[name]
     start, built = _start(name, experiment, root, out, train)
@@ -90,24 +108,57 @@ def run_experiment(
         "start": read_json(start.parent / FOUND),
         "arms": {},
     }
-    for seed in seeds:
-        arms = experiment.arms
-        if seed != seeds[0]:
-            best = representatives(arms, results["arms"], seeds[0]).values()
-            arms = tuple(arm for arm in arms if arm.every_seed and arm in best)
-        for arm in arms:
-            of_seed = out / name / f"seed-{seed}"
+    one_at_a_time = threading.Lock()
+
+    def finish(seed: int, arm: Arm, data: Data, earlier: Future | None) -> None:
+        of_seed = out / name / f"seed-{seed}"
+        if earlier is not None:
+            earlier.result()  # its model is what this arm starts from
+        with one_at_a_time:
             model = model_of(arm, start, _initial_model(experiment.base, out), of_seed)
-            stage = dataclasses.replace(arm.stage, model=str(model.absolute()))
-            data = data_of(arm, start, Data(root, built), out / name)
-            config = train_config(
-                data.root, {ARM: stage}, seed, built=data.built, settings=arm.settings
-            )
-            found = _finished(config, of_seed / arm.name, None, train)
+        stage = dataclasses.replace(arm.stage, model=str(model.absolute()))
+        settings = {**experiment.settings, **arm.settings}
+        config = train_config(data.root, {ARM: stage}, seed, built=data.built, settings=settings)
+        found = _finished(config, of_seed / arm.name, None, train)
+        with one_at_a_time:
             results["arms"].setdefault(arm.name, {})[str(seed)] = found
+            results["arms"] = _in_order(results["arms"], experiment.arms, seeds)
             write_json(out / name / "results.json", results)
             print(f"{name}, seed {seed}, {arm.label}: {_summary(found)}", flush=True)
+
+    def finish_all(jobs: Sequence[tuple[int, Arm]]) -> None:
+        futures: dict[tuple[int, str], Future] = {}
+        with ThreadPoolExecutor(at_once) as threads:
+            for seed, arm in jobs:
+                data = data_of(arm, start, Data(root, built), out / name)
+                earlier = futures.get((seed, arm.continues))
+                futures[seed, arm.name] = threads.submit(finish, seed, arm, data, earlier)
+            try:
+                for future in futures.values():
+                    future.result()
+            finally:
+                threads.shutdown(cancel_futures=True)
+
+    first = [(seeds[0], arm) for arm in experiment.arms]
+    further = [(seed, arm) for seed in seeds[1:] for arm in experiment.arms if arm.every_seed]
+    if any(arm.family for _, arm in further):  # the first seed tunes
+        finish_all(first)
+        best = representatives(experiment.arms, results["arms"], seeds[0]).values()
+        finish_all([(seed, arm) for seed, arm in further if arm in best])
+    else:
+        finish_all(first + further)
     return results
+
+
+def _in_order(
+    found: Mapping[str, Any], arms: Sequence[Arm], seeds: Sequence[int]
+) -> dict[str, dict[str, Any]]:
+    """Return what was found by arm and seed, in the order of the experiment."""
+    return {
+        arm.name: {str(seed): of for seed in seeds if (of := found[arm.name].get(str(seed)))}
+        for arm in arms
+        if arm.name in found
+    }
 
 
 def representatives(
@@ -150,11 +201,13 @@ def _start(
             )
         first, stage = next(iter(stages.items()))
         stages[first] = dataclasses.replace(stage, model=str(model.absolute()))
-    _finished(train_config(root, stages, seed=0, scratch=scratch), folder, None, train)
+    settings = experiment.settings
+    config = train_config(root, stages, seed=0, scratch=scratch, settings=settings)
+    _finished(config, folder, None, train)
     built = next((folder / "data").iterdir())
     stages |= experiment.start
     if experiment.start:
-        config = train_config(root, stages, seed=0, scratch=scratch, built=built)
+        config = train_config(root, stages, seed=0, scratch=scratch, built=built, settings=settings)
         _finished(config, out / name / "start", folder, train)
         folder = out / name / "start"
     return folder / list(stages)[-1], built

@@ -4,7 +4,7 @@
     python benchmarks/experiments/smollm2.py --out runs/experiments/smollm2
 
 The package has SmolLM2-135M-Instruct in a GGUF file, in 4 bits a weight; they become float32. The
-vision tower is new and small, as that of the other experiments is.
+vision tower is new: 4 layers of width 256.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arms import SCRATCH
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -64,9 +63,9 @@ def main(out: Path, decoder: str | None = None, seed: int = 0) -> None:
             decoder,
             compose.NEW,
             out,
-            new_layers=SCRATCH.vision_layers,
-            new_width=SCRATCH.vision_width,
-            new_heads=SCRATCH.vision_heads,
+            new_layers=4,
+            new_width=256,
+            new_heads=4,
             template="bare",
             seed=seed,
         )
