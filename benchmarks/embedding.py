@@ -4,8 +4,8 @@
 
 The model is Qwen2-VL-2B cut to 12 layers, with random weights; both sides read the same exported
 folder. A third of the items are texts, a third images, a third both. Printed: the share of host and
-device on our side, sentence-transformers at each batch size, and how far bfloat16 vectors are from
-those of float32.
+device on our side and its FLOPs beside the matrix-product peak, sentence-transformers at each batch
+size, and how far bfloat16 vectors are from those of float32.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 import qwen2_vl_2b
 import torch
 from forward import device_of_torch, wait_for_torch
-from machine import describe, write_json
+from machine import describe, square_product, write_json
 from pipeline import jpegs
 from sentence_transformers import SentenceTransformer
 from transformers import Qwen2VLProcessor
@@ -33,6 +33,7 @@ from puma_jax import Embedder
 from puma_jax.config import ComputeConfig, ModelConfig
 from puma_jax.export.sentence_transformers import write
 from puma_jax.model.encoder import init
+from puma_jax.model.flops import forward_flops
 from tests.reference import byte_tokenizer
 
 
@@ -120,6 +121,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--toy", action="store_true", help="a small model, for any machine")
     parser.add_argument("--json", type=Path, help="file to write the results to as well")
+    parser.add_argument("--trace", type=Path, help="folder of a profile of prepared items")
     arguments = parser.parse_args()
     config = qwen2_vl_2b.toy() if arguments.toy else qwen2_vl_2b.config(12)
     embedder = model(config, arguments.dtype)
@@ -142,6 +144,12 @@ def main() -> None:
             "end to end": seconds(lambda: encode(items)),
             "prepared items": seconds(lambda: encode(prepared)),
         }
+        if arguments.trace:
+            with jax.profiler.trace(str(arguments.trace), create_perfetto_trace=True):
+                encode(prepared)
+        product, product_flops = square_product(arguments.dtype)
+        product()
+        peak = product_flops / min(seconds(product) for _ in range(5))
         results = {
             "puma_jax": {name: len(items) / time_taken for name, time_taken in taken.items()},
             "sentence-transformers": theirs(
@@ -149,9 +157,16 @@ def main() -> None:
             ),
             "cosine of bfloat16 and float32": distance(vectors, embedder, items[:96]),
         }  # fmt: skip
-    tokens = np.mean([len(item.tokens) for item in prepared])
-    patches = np.mean([len(item.patches) for item in prepared])
-    print(f"{tokens:.0f} tokens and {patches:.0f} patches an item on average\n")
+    tokens, patches = (
+        np.array([len(getattr(item, name)) for item in prepared]) for name in ("tokens", "patches")
+    )
+    flops = forward_flops(embedder.config, tokens, patches).sum()
+    used = results["FLOPs of prepared items of peak"] = flops / taken["prepared items"] / peak
+    print(f"{tokens.mean():.0f} tokens and {patches.mean():.0f} patches an item on average")
+    print(
+        f"{flops / len(items) / 1e9:.0f} GFLOP an item: prepared items run at {used:.0%} of the "
+        f"matrix-product peak, {peak / 1e12:.1f} TFLOP/s\n"
+    )
     print("| | items/s |\n|---|--:|")
     for name, speed in results["puma_jax"].items():
         print(f"| puma_jax, {name} | {speed:.1f} |")

@@ -115,9 +115,11 @@ def by_length(items: Sequence[Item]) -> list[Item]:
 
 def pack(batches: Sequence[Sequence[Item]], chunks: int, model: ModelConfig) -> list[Batch]:
     """Return the batches in packed rows of one shape that fits all of them."""
-    sizes = [(lengths_of(items), np.zeros(len(items), int)) for items in batches]
-    longest = max(int(lengths.max()) for lengths, _ in sizes)
-    shape = batch_shape(sizes, chunks, 1, (longest, 0))
+    sizes = [
+        (lengths_of(items), np.array([len(item.patches) for item in items])) for items in batches
+    ]
+    largest = tuple(max(int(step[of].max()) for step in sizes) for of in (0, 1))
+    shape = batch_shape(sizes, chunks, 1, largest)
     packed = []
     for items, (lengths, patches) in zip(batches, sizes, strict=True):
         packing = place(lengths, patches, shape, chunks)
