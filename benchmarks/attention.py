@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from machine import describe, write_json
+from machine import alone, describe, write_json
 
 from puma_jax.errors import AttentionError
 from puma_jax.model import kernels
@@ -108,15 +108,16 @@ def in_turns(
 ) -> dict[str, tuple[float, float]]:
     """Return the median seconds of the forward pass, and with the backward pass, of each kernel."""
     seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
-    for _ in range(repeats):
-        for name, (forward, both) in runs.items():
-            for run, given, times in (
-                (forward, arrays[:3], seconds[name][0]),
-                (both, arrays, seconds[name][1]),
-            ):
-                start = time.perf_counter()
-                jax.block_until_ready([run(*given) for _ in range(10)])
-                times.append((time.perf_counter() - start) / 10)
+    with alone():
+        for _ in range(repeats):
+            for name, (forward, both) in runs.items():
+                for run, given, times in (
+                    (forward, arrays[:3], seconds[name][0]),
+                    (both, arrays, seconds[name][1]),
+                ):
+                    start = time.perf_counter()
+                    jax.block_until_ready([run(*given) for _ in range(10)])
+                    times.append((time.perf_counter() - start) / 10)
     return {name: tuple(map(statistics.median, times)) for name, times in seconds.items()}
 
 

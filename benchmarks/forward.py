@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import qwen2_vl_2b
 import torch
-from machine import describe, square_product, write_json
+from machine import alone, describe, square_product, write_json
 from transformers import Qwen2VLConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VisionTransformerPretrainedModel,
@@ -36,11 +36,13 @@ from puma_jax.model.encoder import init
 def in_turns(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Return the median seconds of each run; runs alternate, so that noise affects all alike."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if turn:  # the first turn compiles
+    for run in runs.values():
+        run()  # compiles
+    with alone():
+        for _ in range(repeats):
+            for name, run in runs.items():
+                start = time.perf_counter()
+                run()
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 

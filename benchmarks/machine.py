@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+
+LOCK = "PUMA_JAX_BENCHMARK_LOCK"
+"""Name of an environment variable: the file that processes lock which measure the same machine."""
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Wait until none of the processes that share a lock is in here; without a lock, do nothing.
+
+    `gpu.py` starts all benchmarks at once. They compile side by side, and measure one by one.
+    """
+    if LOCK not in os.environ:
+        yield
+        return
+    with open(os.environ[LOCK], "w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def square_product(
