@@ -3,7 +3,7 @@
 Vectors come from a scan over chunks whose backward pass recomputes each chunk: the gradient cache
 (arXiv 2101.06983) is one `jax.checkpoint`. The loss sees the vectors of the whole global batch;
 activations take the memory of one chunk, whatever the size of the batch. A vision tower that is not
-trained runs once: its tokens are kept, which take less memory than the patches they are made of.
+trained runs once: its tokens are kept, which take about the memory of the patches that come in.
 """
 
 from __future__ import annotations
