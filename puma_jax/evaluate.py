@@ -22,13 +22,21 @@ from puma_jax.data.lines import OnBadRecord
 from puma_jax.data.mbeir import Benchmark
 from puma_jax.errors import ConfigError, DataError
 from puma_jax.evaluation import published
+from puma_jax.evaluation.depths import Depth, check_depths, depths_json, depths_table
 from puma_jax.evaluation.encoding import ItemEncoder
-from puma_jax.evaluation.evaluation import KS, Evaluation, Subset, embed_selection
+from puma_jax.evaluation.evaluation import (
+    KS,
+    EmbeddedSelection,
+    Evaluation,
+    Subset,
+    embed_selection,
+)
 from puma_jax.evaluation.report_page import evaluation_sections, page, reranked_section
 from puma_jax.evaluation.reranking import rerank
 from puma_jax.evaluation.results import compare, differing, read_evaluations
 from puma_jax.evaluation.selection import Selection, select
 from puma_jax.evaluation.sizes import (
+    Size,
     StoredPrecision,
     evaluate_sizes,
     sizes_json,
@@ -59,6 +67,7 @@ def main(
     rerank_top: int = 50,
     precision: tuple[StoredPrecision, ...] = (),
     dimensions: tuple[int, ...] = (),
+    layers: tuple[int, ...] = (),
     rescore_multiplier: int = 4,
     dtype: DType | None = None,
     ret_token: str | None = None,
@@ -91,6 +100,9 @@ def main(
         precision: Precisions in which document vectors are stored, to print what each keeps of the
             hit rates: int8, and ubinary, one bit for each value.
         dimensions: Numbers of values to keep of each vector, likewise. All of them by default.
+        layers: Numbers of decoder layers to evaluate as well: the first 4 and the first 8, say, of
+            a model that was trained for these depths. Each embeds everything again. Only all layers
+            by default.
         rescore_multiplier: With ubinary, this many times the deepest k that is counted, 50, are
             found by their bits and scored anew by the float32 vector of the query.
         dtype: Dtype of weights and activations. The dtype of the model's files by default.
@@ -125,20 +137,31 @@ def main(
     sizes = []
     if precision or dimensions:
         sizes = sizes_of(precision, dimensions, embedder.embedding_dim)
+    check_depths(layers, embedder.config.decoder.layers)
     reader = None if reranker is None else Reranker.load(reranker, dtype=dtype, mesh=devices)
     print(describe(embedder.compute), flush=True)
     with contextlib.ExitStack() as stack:
-        vectors = None
-        if vectors_dir is not None:
-            job = [_what_decides_vectors(embedder, selection), tokens_per_chunk, sets, subset]
-            vectors = stack.enter_context(vector_folder(vectors_dir, job))
-        embedded = embed_selection(
-            selection,
-            ItemEncoder(embedder, tokens_per_chunk),
-            on_bad_record=on_bad_record,
-            vectors=vectors,
-            progress=multihost.is_process_zero(),
-        )
+
+        def embed(model: Embedder) -> tuple[EmbeddedSelection, VectorFolder | None]:
+            vectors = None
+            if vectors_dir is not None:
+                job = [_what_decides_vectors(model, selection), tokens_per_chunk, sets, subset]
+                vectors = stack.enter_context(vector_folder(vectors_dir, job))
+            encode = ItemEncoder(model, tokens_per_chunk)
+            return embed_selection(
+                selection,
+                encode,
+                on_bad_record=on_bad_record,
+                vectors=vectors,
+                progress=multihost.is_process_zero(),
+            ), vectors
+
+        def smaller(embedded: EmbeddedSelection) -> dict[Size, Evaluation]:
+            return evaluate_sizes(
+                embedded, sizes, multiplier=rescore_multiplier, progress=multihost.is_process_zero()
+            )
+
+        embedded, vectors = embed(embedder)
         evaluation = embedded.evaluate(
             ks={*KS, rerank_top} if reader else KS, progress=multihost.is_process_zero()
         )
@@ -146,11 +169,16 @@ def main(
         _print(evaluation, vectors, {**others, str(out): evaluation}, whole=subset is None)
         name = model if adapter is None else f"{model} with {adapter}"
         results = {"model": name, "benchmark": str(data_root), **evaluation.to_json()}
-        of_sizes = evaluate_sizes(
-            embedded, sizes, multiplier=rescore_multiplier, progress=multihost.is_process_zero()
-        )
+        of_sizes = smaller(embedded)
         if of_sizes:
             print(f"\n{sizes_table(evaluation, of_sizes)}", flush=True)
+        depths = [Depth(embedder.config.decoder.layers, evaluation, of_sizes)]
+        for count in layers:
+            shallow, _ = embed(embedder.keep_layers(count))
+            of_depth = shallow.evaluate(progress=multihost.is_process_zero())
+            depths.append(Depth(count, of_depth, smaller(shallow)))
+        if layers:
+            print(f"\n{depths_table(depths)}", flush=True)
         reranked = None
         if reader is not None:
             reranked = rerank(
@@ -173,7 +201,10 @@ def main(
                 evaluation,
                 reranked,
                 said,
-                sizes_json(of_sizes, rescore_multiplier) if of_sizes else None,
+                {
+                    "sizes": sizes_json(of_sizes, rescore_multiplier) if of_sizes else None,
+                    "depths": depths_json(depths, rescore_multiplier) if layers else None,
+                },
             )
         )
     print(f"Numbers are in {out / 'results.json'}, ranked documents in {out / 'runs'}")
@@ -235,7 +266,7 @@ def _write(
     evaluation: Evaluation,
     reranked: Evaluation | None,
     said: dict[str, Any],
-    sizes: dict[str, Any] | None,
+    smaller: dict[str, Any],
 ) -> None:
     """Write numbers, ranked documents and page; the folder appears whole, or not at all.
 
@@ -246,13 +277,14 @@ def _write(
         evaluation: Its evaluation.
         reranked: The evaluation after reranking, if there was any.
         said: What reranked.json tells of the reranker.
-        sizes: What sizes.json holds, if smaller vectors were evaluated.
+        smaller: Content of further JSON files by name; None writes none.
     """
     with atomic_folder(out) as folder:
         write_json(folder / "results.json", results)
         evaluation.write_runs(folder / "runs")
-        if sizes is not None:
-            write_json(folder / "sizes.json", sizes)
+        for name, content in smaller.items():
+            if content is not None:
+                write_json(folder / f"{name}.json", content)
         title = f"{results['model']} on {selection.split} of {results['benchmark']}"
         sections = [*evaluation_sections(selection, evaluation)]
         if reranked is not None:

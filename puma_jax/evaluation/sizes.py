@@ -106,14 +106,19 @@ def sizes_table(whole: Evaluation, found: dict[Size, Evaluation]) -> str:
     header += [f"{pool} kept" for pool in POOLS]
     rows = []
     for size, evaluation in found.items():
-        rates = [evaluation.mean(pool) for pool in POOLS]
-        kept = [
-            f"{100 * rate / whole.mean(pool):.1f}" if whole.mean(pool) else "–"
-            for rate, pool in zip(rates, POOLS, strict=True)
-        ]
         cells = [size.title, f"{size.dimensions:,}", f"{size.bytes:,}"]
-        rows.append([*cells, *(f"{100 * rate:.1f}" for rate in rates), *kept])
+        rows.append([*cells, *rates_and_kept(evaluation, whole)])
     return markdown(header, rows)
+
+
+def rates_and_kept(evaluation: Evaluation, whole: Evaluation) -> list[str]:
+    """Return the mean hit rate of each pool, and then its share of the whole's, in percent."""
+    rates = [evaluation.mean(pool) for pool in POOLS]
+    kept = [
+        f"{100 * rate / whole.mean(pool):.1f}" if whole.mean(pool) else "–"
+        for rate, pool in zip(rates, POOLS, strict=True)
+    ]
+    return [*(f"{100 * rate:.1f}" for rate in rates), *kept]
 
 
 def sizes_json(found: dict[Size, Evaluation], multiplier: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 
 import pytest
 
@@ -113,6 +114,28 @@ def test_smaller_vectors_are_printed_and_written(tiny, root, tmp_path, capsys):
     assert written["sizes"][0]["evaluation"]["mean"] == whole["mean"]
     with pytest.raises(ConfigError, match="rescore_multiplier is 0"):
         entry_point.main(str(tiny.folder), root, tmp_path / "other", rescore_multiplier=0)
+
+
+def test_depths_are_those_of_pruned_models(tiny, root, tmp_path, capsys):
+    model = str(tiny.folder)
+    Embedder.load(tiny.folder).keep_layers(2).save(tmp_path / "two")
+    entry_point.main(str(tmp_path / "two"), root, tmp_path / "pruned", dimensions=(64, 16))
+    entry_point.main(
+        model, root, tmp_path / "out", layers=(2, 1), dimensions=(64, 16),
+        vectors_dir=tmp_path / "vectors",
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    assert re.search(r"\| layers +\| +vectors +\| local @k", printed)
+    assert re.search(r"\| 2 +\| float32, 16 values \|", printed)
+    pruned = json.loads((tmp_path / "pruned/sizes.json").read_text())
+    four, two, one = json.loads((tmp_path / "out/depths.json").read_text())["depths"]
+    assert [of["layers"] for of in (four, two, one)] == [4, 2, 1]
+    assert two["sizes"] == pruned["sizes"]
+    assert two["evaluation"] == two["sizes"][0]["evaluation"]
+    assert not list((tmp_path / "vectors").glob("*"))
+    for count in (0, 4):
+        with pytest.raises(ConfigError, match=rf"layers {count} must be in \[1, 3\]: the model"):
+            entry_point.main(model, root, tmp_path / "other", layers=(count,))
 
 
 def test_a_model_with_an_adapter_is_evaluated_as_the_merged_model(tiny, root, tmp_path):
