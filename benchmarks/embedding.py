@@ -88,16 +88,22 @@ def distance(narrow: np.ndarray, embedder: Embedder, items: list) -> dict[str, f
     return {"least": float(cosines.min()), "mean": float(cosines.mean())}
 
 
-def theirs(folder: Path, items: list, batch_sizes: list[int], dtype: str) -> dict[str, float]:
-    """Return the items per second of sentence-transformers, by batch size."""
+def peer_of(embedder: Embedder, folder: Path, dtype: str) -> SentenceTransformer:
+    """Return the same model in sentence-transformers, by way of a folder."""
+    folder.mkdir()
+    write(embedder, folder)
     if not is_torchvision_available():  # which only videos need
         parts = classmethod(lambda cls: ["image_processor", "tokenizer"])
         Qwen2VLProcessor.get_attributes = parts
-    peer = SentenceTransformer(
+    return SentenceTransformer(
         str(folder),
         device=device_of_torch(),
         model_kwargs={"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"},
     )
+
+
+def theirs(peer: SentenceTransformer, items: list, batch_sizes: list[int]) -> dict[str, float]:
+    """Return the items per second of sentence-transformers, by batch size."""
     speed = {}
     for batch_size in batch_sizes:
 
@@ -129,9 +135,7 @@ def main() -> None:
     print(f"{describe()}, torch {torch.__version__}, {arguments.items:,} items, {arguments.dtype}")
     with TemporaryDirectory() as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # remarks of libraries on random models
-        folder = Path(scratch) / "model"
-        folder.mkdir()
-        write(embedder, folder)
+        peer = peer_of(embedder, Path(scratch) / "model", arguments.dtype)
         items = corpus(arguments.items, Path(scratch))
 
         def encode(given: list) -> np.ndarray:
@@ -154,9 +158,7 @@ def main() -> None:
                 encode(prepared)
         results = {
             "puma_jax": {name: len(items) / time_taken for name, time_taken in taken.items()},
-            "sentence-transformers": theirs(
-                folder, items, arguments.batch_sizes, arguments.dtype
-            ),
+            "sentence-transformers": theirs(peer, items, arguments.batch_sizes),
             "cosine of bfloat16 and float32": distance(vectors, embedder, items[:96]),
         }  # fmt: skip
     tokens, patches = (

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,21 +27,17 @@ import jax
 import numpy as np
 import qwen2_vl_2b
 import torch
-from embedding import corpus, model
+from embedding import corpus, model, peer_of
 from forward import device_of_torch, in_turns, wait_for_torch
 from machine import describe, square_product, write_json
 from peft import LoraConfig as PeftConfig
 from peft import inject_adapter_in_model
-from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
-from train_step import pack, puma_jax_step
-from transformers import Qwen2VLProcessor
-from transformers.utils import is_torchvision_available
+from train_step import Step, as_json, pack, print_ratio, puma_jax_step
 
 from puma_jax import Embedder
 from puma_jax.config import LoraConfig
 from puma_jax.data.items import Item
-from puma_jax.export.sentence_transformers import write
 from puma_jax.model.encoder import Encoder
 from puma_jax.model.flops import forward_flops
 from puma_jax.model.lora import add_lora, is_lora
@@ -60,9 +56,6 @@ LINEARS = {
 }
 """Linears of a decoder layer, here and in transformers."""
 
-Step = Callable[[], tuple[float, float]]
-"""Takes one step and returns its loss and gradient norm."""
-
 
 def model_flops(embedder: Embedder, batches: Sequence[Sequence[Item]], params: Encoder) -> float:
     """Return the FLOPs that a step cannot do without, the mean of the batches."""
@@ -74,16 +67,8 @@ def model_flops(embedder: Embedder, batches: Sequence[Sequence[Item]], params: E
     return float(both + decoder + 6 * adapters * tokens.sum()) / len(batches)
 
 
-def adapted_peer(folder: Path, lora: LoraConfig, params: Encoder, dtype: str) -> Any:
-    """Return sentence-transformers' model with the same adapters as ours."""
-    if not is_torchvision_available():  # which only videos need
-        parts = classmethod(lambda cls: ["image_processor", "tokenizer"])
-        Qwen2VLProcessor.get_attributes = parts
-    peer = SentenceTransformer(
-        str(folder),
-        device=device_of_torch(),
-        model_kwargs={"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"},
-    )
+def adapt(peer: Any, lora: LoraConfig, params: Encoder) -> None:
+    """Add the same adapters as ours to sentence-transformers' model."""
     targets = "|".join(name.replace(".", r"\.") for name in LINEARS.values())
     inject_adapter_in_model(
         PeftConfig(
@@ -107,7 +92,6 @@ def adapted_peer(folder: Path, lora: LoraConfig, params: Encoder, dtype: str) ->
     for name, weight in peer.named_parameters():
         if ".lora_B." in name:
             weight.data = weight.data.float()
-    return peer
 
 
 def sentence_transformers_step(
@@ -196,10 +180,8 @@ def main() -> None:
         prepared = [[embedder.preprocess(item) for item in items] for items in batches]
         steps = {}
         if arguments.only != "puma_jax":
-            folder = Path(scratch) / "model"
-            folder.mkdir()
-            write(embedder, folder)
-            peer = adapted_peer(folder, config.lora, params, arguments.dtype)
+            peer = peer_of(embedder, Path(scratch) / "model", arguments.dtype)
+            adapt(peer, config.lora, params)
             their_mini_batch = arguments.peer_mini_batch or mini_batch
             steps["sentence-transformers"] = sentence_transformers_step(
                 peer, batches, config, their_mini_batch, arguments.dtype
@@ -227,20 +209,9 @@ def main() -> None:
     print("| | pairs/s | a step | model FLOPs of peak |\n|---|--:|--:|--:|")
     for name, taken in seconds.items():
         print(f"| {name} | {pairs / taken:.1f} | {taken:.3f} s | {flops / taken / peak:.0%} |")
-    if not arguments.only:
-        ratio = seconds["sentence-transformers"] / seconds["puma_jax"]
-        print(f"\npuma_jax is {ratio:.2f} × sentence-transformers")
+    print_ratio(seconds)
     if arguments.json:
-        found = {
-            name: {
-                "pairs_per_second": pairs / taken,
-                "model_flops_of_peak": flops / taken / peak,
-                "first_loss": first[name][0],
-                "first_gradient_norm": first[name][1],
-            }
-            for name, taken in seconds.items()
-        }
-        write_json(arguments.json, found)
+        write_json(arguments.json, as_json(seconds, first, pairs, flops / peak))
 
 
 if __name__ == "__main__":

@@ -243,6 +243,38 @@ def sentence_transformers_step(
     return take
 
 
+def print_ratio(seconds: dict[str, float]) -> None:
+    """Print how much faster our step is, if both were timed."""
+    if len(seconds) == 2:
+        ratio = seconds["sentence-transformers"] / seconds["puma_jax"]
+        print(f"\npuma_jax is {ratio:.2f} × sentence-transformers")
+
+
+def as_json(
+    seconds: dict[str, float],
+    first: dict[str, tuple[float, float]],
+    pairs: int,
+    seconds_at_peak: float,
+) -> dict[str, dict[str, float]]:
+    """Return what was measured of each step.
+
+    Args:
+        seconds: Seconds of a step.
+        first: Loss and gradient norm of the first step.
+        pairs: Pairs in a batch.
+        seconds_at_peak: Seconds of a step's model FLOPs at the matrix-product peak.
+    """
+    return {
+        name: {
+            "pairs_per_second": pairs / taken,
+            "model_flops_of_peak": seconds_at_peak / taken,
+            "first_loss": first[name][0],
+            "first_gradient_norm": first[name][1],
+        }
+        for name, taken in seconds.items()
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=6)
@@ -334,20 +366,9 @@ def main() -> None:
             f"| {name} | {pairs / time_taken:.1f} | {time_taken:.2f} s | {useful[name]:.1%} | "
             f"{used:.0%} | {multiplied:.0%} |"
         )
-    if not arguments.only:
-        ours, other = seconds.values()
-        print(f"\npuma_jax is {other / ours:.2f} × sentence-transformers")
+    print_ratio(seconds)
     if arguments.json:
-        speed = {
-            name: {
-                "pairs_per_second": pairs / taken,
-                "model_flops_of_peak": flops / taken / peak,
-                "first_loss": first[name][0],
-                "first_gradient_norm": first[name][1],
-            }
-            for name, taken in seconds.items()
-        }
-        write_json(arguments.json, speed)
+        write_json(arguments.json, as_json(seconds, first, pairs, flops / peak))
 
 
 if __name__ == "__main__":
