@@ -147,7 +147,11 @@ def _arm_row(label: str, runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _spread(values: Sequence[float]) -> str:
     """Return the mean, and the standard deviation over seeds if there are several."""
-    deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    deviation = (
+        f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{np.std(values, ddof=1):.1f}"
+        if len(values) > 1
+        else ""
+    )
     return f"{np.mean(values):.1f}{deviation}"
 
 
