@@ -146,22 +146,23 @@ def _line(
 def _learning(found: dict[str, Any], arms: dict[str, str]) -> Figure:
     """Return the contrastive loss and the validation hit rates of arms, by step, at one seed."""
     first = str(found["seeds"][0])
-    figure, panels = pyplot.subplots(1, 3, figsize=(9.4, 3.1), layout="constrained")
+    figure, panels = pyplot.subplots(1, 3, figsize=(9.4, 3.4), layout="constrained")
     names = ("contrastive loss", *(f"hit@5 in {pool} pools, validation, %" for pool in POOLS))
     for name, color in arms.items():
         arm = found["arms"][name]
         run, label = arm["seeds"][first], arm["label"].removesuffix(", τ 0.05")
         steps, values = zip(*run["loss"], strict=True)
         panels[0].plot(steps, values, "o-", color=color, markersize=3, label=label)
-        start = found["start"]["curve"][-1]
+        start = found["start"]["curve"][-1:]
+        if run["layers"] < found["start"]["layers"]:
+            start = []  # what the pruned model finds before training is not measured
         for place, panel in enumerate(panels[1:], 1):
-            points = [(0, start[place]), *((point[0], point[place]) for point in run["curve"])]
-            if run["layers"] < found["start"]["layers"]:
-                points = points[1:]  # what the pruned model finds before training is not measured
+            points = [(0, point[place]) for point in start]
+            points += [(point[0], point[place]) for point in run["curve"]]
             steps, rates = zip(*points, strict=True)
             panel.plot(steps, 100 * np.array(rates), "o-", color=color, markersize=3)
     for panel, name in zip(panels, names, strict=True):
         panel.set_xlabel("step")
         panel.set_title(name, fontsize=10)
-    panels[0].legend(fontsize=9, loc="upper right")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure

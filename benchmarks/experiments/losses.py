@@ -8,7 +8,7 @@ from arms import DISTILL, SMALL, Arm, Experiment, Question, stage
 
 from puma_jax.training.config import LossConfig
 
-TEMPERATURES = (0.05, 0.03, 0.08)
+TEMPERATURES = (0.05, 0.03, 0.08, 0.12)
 LOSSES = {
     "info-nce": ("InfoNCE", LossConfig(kind="info_nce")),
     "mac": ("MAC-Loss, the paper's form", LossConfig(kind="mac")),
