@@ -91,7 +91,7 @@ def test_the_model_has_a_new_tower_and_its_special_tokens(file, tmp_path, capsys
     config = open_checkpoint(tmp_path / "model").config
     assert config.family == "llama+qwen2_vl"
     assert config.prompt.template == "bare"
-    assert config.vision.layers == smollm2.SCRATCH.vision_layers
+    assert (config.vision.layers, config.vision.width) == (4, 256)
 
 
 def test_what_is_missing_or_not_such_a_file_is_said_in_one_line(tmp_path, monkeypatch):
