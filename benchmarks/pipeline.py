@@ -35,6 +35,9 @@ from puma_jax.data.images import open_image, patchify
 from puma_jax.data.threads import ordered
 from puma_jax.model.encoder import abstract
 from puma_jax.model.vision import normalize
+
+sys.path.append(str(Path(__file__).parents[1]))  # where the tests are, from any folder
+
 from tests.reference import byte_tokenizer
 
 LIMITS = ImageConfig()
