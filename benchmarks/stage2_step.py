@@ -16,7 +16,6 @@ computes again, is not counted.
 from __future__ import annotations
 
 import argparse
-import itertools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,12 +27,11 @@ import numpy as np
 import qwen2_vl_2b
 import torch
 from embedding import corpus, model, peer_of
-from forward import device_of_torch, in_turns, wait_for_torch
+from forward import device_of_torch, in_turns
 from machine import describe, square_product, write_json
 from peft import LoraConfig as PeftConfig
 from peft import inject_adapter_in_model
-from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
-from train_step import Step, as_json, pack, print_ratio, puma_jax_step
+from train_step import Step, as_json, cached_loss_step, pack, print_ratio, puma_jax_step
 
 from puma_jax import Embedder
 from puma_jax.config import LoraConfig
@@ -98,20 +96,6 @@ def sentence_transformers_step(
     peer: Any, batches: Sequence[Sequence[dict]], config: StageConfig, mini_batch: int, dtype: str
 ) -> Step:
     """Return their step, which takes the batches in turn."""
-    peer.train()
-    loss = CachedMultipleNegativesRankingLoss(
-        peer, scale=1 / config.loss.temperature, mini_batch_size=mini_batch
-    )
-    trained = [weight for weight in peer.parameters() if weight.requires_grad]
-    settings = config.optimizer
-    optimizer = torch.optim.AdamW(
-        trained,
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
     device = device_of_torch()
     prepared = []
     for items in batches:
@@ -123,19 +107,7 @@ def sentence_transformers_step(
                 for features in of_sides
             ]
         )
-    given = itertools.cycle(prepared)
-
-    def take() -> tuple[float, float]:
-        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
-            value = loss([dict(features) for features in next(given)], None)
-            value.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        wait_for_torch()
-        return float(value.detach()), float(norm)
-
-    return take
+    return cached_loss_step(peer, prepared, config, mini_batch, dtype)
 
 
 def main() -> None:

@@ -204,11 +204,29 @@ def sentence_transformers_step(
     modules = [Decoder(decoder), pooling, Normalize()]
     device = device_of_torch()
     model = SentenceTransformer(modules=modules, device=device)
+    features = [
+        [
+            padded_features(part, device)
+            for part in (items[: len(items) // 2], items[len(items) // 2 :])
+        ]
+        for items in batches
+    ]
+    return cached_loss_step(model, features, config, mini_batch, dtype)
+
+
+def cached_loss_step(
+    model: SentenceTransformer,
+    features: Sequence[Sequence[dict]],
+    config: StageConfig,
+    mini_batch: int,
+    dtype: DType,
+) -> Step:
+    """Return a step of sentence-transformers on the features of both sides of batches."""
     model.train()
     loss = CachedMultipleNegativesRankingLoss(
         model, scale=1 / config.loss.temperature, mini_batch_size=mini_batch
     )
-    trained = list(model.parameters())
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
     settings = config.optimizer
     optimizer = torch.optim.AdamW(
         trained,
@@ -219,20 +237,12 @@ def sentence_transformers_step(
     )
     rate = learning_rate(settings, config.steps)
     rates = iter([float(rate(step)) for step in range(config.steps)])
-    given = itertools.cycle(
-        [
-            [
-                padded_features(part, device)
-                for part in (items[: len(items) // 2], items[len(items) // 2 :])
-            ]
-            for items in batches
-        ]
-    )
+    given = itertools.cycle(features)
 
     def take() -> tuple[float, float]:
         optimizer.param_groups[0]["lr"] = next(rates)
-        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
-            value = loss(next(given), None)
+        with torch.autocast(device_of_torch(), torch.bfloat16, enabled=dtype == "bfloat16"):
+            value = loss([dict(side) for side in next(given)], None)
             value.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
         optimizer.step()

@@ -72,6 +72,8 @@ def main() -> None:
         "items per second are then not those of one alone (default: 1)",
     )
     given = parser.parse_args()
+    if given.at_once < 1:
+        parser.error(f"--at-once is {given.at_once}, expected at least 1")
     if given.at_once > 1:
         # A process would take most of the memory of a GPU, and leave none for the others.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -43,7 +43,7 @@ _SAMPLE = 1024
 
 @dataclass(frozen=True)
 class Embedded:
-    """What a call of `embed` did."""
+    """The outcome of a call of `embed`."""
 
     items: int
     """Items of this part of the corpus."""

@@ -25,7 +25,7 @@ class Document:
 
     @property
     def modality(self) -> Modality:
-        """What the item consists of: "text", "image" or "image,text"."""
+        """The parts that the item consists of: "text", "image" or "image,text"."""
         if self.image is None:
             return "text"
         return "image" if self.text is None else "image,text"

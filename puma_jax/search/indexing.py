@@ -41,7 +41,7 @@ _SMALL = 50_000
 
 @dataclass(frozen=True)
 class Indexed:
-    """What a call of `index_vectors` did."""
+    """The outcome of a call of `index_vectors`."""
 
     documents: int
     added: int

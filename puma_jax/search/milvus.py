@@ -55,7 +55,7 @@ _EF = 256
 
 @dataclass(frozen=True)
 class Description:
-    """What a collection holds; stored in its properties."""
+    """A description of what a collection holds; stored in its properties."""
 
     model: str
     """Fingerprint of the model; see `Embedder.fingerprint`."""

@@ -15,7 +15,7 @@ from puma_jax.errors import SearchError
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What `Embedder.load` was called with."""
+    """The arguments that `Embedder.load` was called with."""
 
     model: str
     """Hub id, or absolute path of a folder."""

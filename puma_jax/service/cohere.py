@@ -44,8 +44,8 @@ class EmbedRequest(Body):
     output_dimension: int | None = None
     """First values of a vector to return, scaled to length 1 again. All by default."""
     truncate: Literal["NONE", "END"] = "END"
-    """What becomes of texts that are too long: an error, or their beginning. Truncated ones are
-    told in meta.warnings."""
+    """The treatment of texts that are too long: NONE refuses them, END keeps their beginning and
+    says so in meta.warnings."""
     priority: int | None = None
     """Ignored: requests are served as they come."""
 
