@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from losses import COMPARED
-from pretrained import PRETRAINED
+from pretrained import PRETRAINED, PRETRAINED_SHORT
 from pruning import PRUNING
 from recipe import RECIPE
 
@@ -12,4 +12,5 @@ EXPERIMENTS = {
     "losses": COMPARED,
     "recipe": RECIPE,
     "pretrained": PRETRAINED,
+    "pretrained-short": PRETRAINED_SHORT,
 }
