@@ -48,8 +48,8 @@ def states_of_rows() -> Compiled:
 
 def _compiled(finish: Callable[[Array], Array]) -> Compiled:
     """Return the compiled function from rows to what `finish` makes of the pooled states."""
-    # XLA multiplies bfloat16 in float32 on most CPUs. By default it widens the weights of all layers
-    # ahead of the loop over them, in every chunk: two more times the memory of the weights.
+    # Most CPUs multiply bfloat16 in float32. By default XLA widens the weights of all layers ahead
+    # of the loop over them, in every chunk: two more times the memory of the weights.
     by_layer = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
     return jax.jit(
         lambda params, rows, compute, data_shards: finish(
