@@ -30,7 +30,7 @@ from transformers import Qwen2VLImageProcessorPil
 
 from puma_jax import Embedder
 from puma_jax.config import ImageConfig
-from puma_jax.data.image_workers import VARIABLE
+from puma_jax.data.image_workers import MANY, VARIABLE
 from puma_jax.data.images import open_image, patchify
 from puma_jax.data.threads import ordered
 from puma_jax.model.encoder import abstract
@@ -66,14 +66,18 @@ def prepare(folder: Path, cores: int, repeats: int) -> None:
     files = sorted(folder.glob("*.jpg"))
     items = [{"text": "a photo of a thing " * 4, "image": str(file)} for file in files]
     with ThreadPoolExecutor(cores) as threads:
-        for repeat in range(-2, repeats):
-            start = time.perf_counter()
+
+        def prepare_all() -> None:
             for _ in ordered(threads, embedder.preprocess, items, ahead=64):
                 pass
-            if repeat >= 0:
-                print(len(items) / (time.perf_counter() - start), flush=True)
-            else:
-                time.sleep(3)  # many images start the processes that help to read more
+
+        for _ in range(1 + -(-MANY // len(items))):
+            prepare_all()  # many images start the processes that help to read more
+        time.sleep(5)  # in which they import what they need
+        for _ in range(repeats):
+            start = time.perf_counter()
+            prepare_all()
+            print(len(items) / (time.perf_counter() - start), flush=True)
 
 
 def start(folder: Path, cores: list[int], workers: int, repeats: int) -> subprocess.Popen:

@@ -37,7 +37,8 @@ from puma_jax.typing import UInt8, ndarray
 BUFFER_BYTES = 2**24
 """Memory for the patches of one image; only what is written to takes up any."""
 VARIABLE = "PUMA_JAX_IMAGE_WORKERS"
-_MANY = 256
+MANY = 256
+"""Images after which processes start to read more of them."""
 _MANY_CORES = 4
 
 Patches = tuple[UInt8[ndarray, "patches values"], tuple[int, int]]
@@ -61,7 +62,7 @@ def read_patches(source: ImageSource, vision: VisionConfig, limits: ImageConfig)
 class Pool:
     """Processes that start when so many images were read, and those of them that are idle."""
 
-    def __init__(self, count: int | None = None, many: int = _MANY):
+    def __init__(self, count: int | None = None, many: int = MANY):
         """Set how many processes there may be, and after how many images they start."""
         self._count, self._many, self._read = count, many, 0
         self._lock = threading.Lock()
