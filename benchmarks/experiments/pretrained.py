@@ -28,6 +28,7 @@ SETTINGS = {
 }
 # The squares of its states are 3.3 in the mean, so errors count relative to them.
 DISTILL = DistillConfig(weight=(0.5, 0.1), scale=0.3)
+SIMILARITIES = DistillConfig(weight=(0.5, 0.5), scale=1.0, target="similarities")
 _EQUAL_COST = 1.75
 """Cost of a step of 10 layers with the teacher's forward pass; without, it is 1."""
 
@@ -39,6 +40,11 @@ def _a_third(steps: int, stage_of: Callable[..., StageConfig]) -> tuple[Arm, ...
         Arm("full", "30 layers", stage_of(steps)),
         Arm("keep-10", "10 layers", stage_of(steps, "10")),
         Arm("keep-10-distilled", "10 layers, distilled", stage_of(steps, "10", distill=DISTILL)),
+        Arm(
+            "keep-10-similarities",
+            "10 layers, similarities distilled",
+            stage_of(steps, "10", distill=SIMILARITIES),
+        ),
         Arm("keep-10-longer", f"10 layers, {longer} steps", stage_of(longer, "10")),
         Arm("keep-10-untrained", "10 of 30 layers, untrained", stage_of(0, "10"), every_seed=False),
     )
@@ -48,7 +54,9 @@ _ABOUT_A_THIRD = (
     Question("keep-10-untrained", "full", "What is left of 10 of 30 layers, untrained?"),
     Question("keep-10", "full", "What does pruning to a third of the layers cost?"),
     Question("keep-10-distilled", "keep-10", "What does distillation give back, 10 layers?"),
+    Question("keep-10-similarities", "keep-10", "And if similarities are distilled?"),
     Question("keep-10-distilled", "keep-10-longer", "Distillation, or more steps?"),
+    Question("keep-10-similarities", "keep-10-longer", "Distilled similarities, or more steps?"),
 )
 
 _short = functools.partial(stage, rate=3e-4, optimizer="adamw")
