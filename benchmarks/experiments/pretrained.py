@@ -33,11 +33,13 @@ _EQUAL_COST = 1.75
 """Cost of a step of 10 layers with the teacher's forward pass; without, it is 1."""
 
 
-def _a_third(steps: int, stage_of: Callable[..., StageConfig]) -> tuple[Arm, ...]:
+def _a_third(
+    steps: int, stage_of: Callable[..., StageConfig], *, full_every_seed: bool = True
+) -> tuple[Arm, ...]:
     """Return the arms of full depth and of a third of it, which take so many steps."""
     longer = round(_EQUAL_COST * steps)
     return (
-        Arm("full", "30 layers", stage_of(steps)),
+        Arm("full", "30 layers", stage_of(steps), every_seed=full_every_seed),
         Arm("keep-10", "10 layers", stage_of(steps, "10")),
         Arm("keep-10-distilled", "10 layers, distilled", stage_of(steps, "10", distill=DISTILL)),
         Arm(
@@ -68,7 +70,7 @@ PRETRAINED_SHORT = Experiment(
         model="smollm2",
     ),
     settings=SETTINGS,
-    arms=_a_third(30, _short),
+    arms=_a_third(30, _short, full_every_seed=False),
     questions=_ABOUT_A_THIRD,
 )
 
