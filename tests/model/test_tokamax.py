@@ -83,7 +83,7 @@ def test_a_layer_that_is_computed_again_has_the_same_gradients(on_cpus):
     def loss(q, layers, implementation):
         def layer(x, scale):
             attend = functools.partial(
-                attention.attention, segment_ids=segments, causal=True,
+                attention.attention, segment_ids=jnp.asarray(segments), causal=True,
                 implementation=implementation,
             )  # fmt: skip
             return attend(scale * x, k, v), None

