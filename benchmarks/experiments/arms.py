@@ -172,3 +172,4 @@ SMALL = Base("base", {"whole": stage(BASE_STEPS, rate=2e-3)})
 
 # The states of a model this small are of order 1, so their errors count in full.
 DISTILL = DistillConfig(weight=(0.5, 0.1), scale=1.0)
+SIMILARITIES = DistillConfig(weight=(0.5, 0.5), scale=1.0, target="similarities")

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
-from arms import SMALL, STEPS, Arm, Experiment, Question, stage
+from arms import SIMILARITIES, SMALL, STEPS, Arm, Experiment, Question, stage
 
 from puma_jax.config import ImageConfig, PlanConfig, PromptConfig
 from puma_jax.training.config import (
     CheckpointConfig,
-    DistillConfig,
     LossConfig,
     ScoreDistillConfig,
     StageConfig,
 )
-
-SIMILARITIES = DistillConfig(weight=(0.5, 0.5), scale=1.0, target="similarities")
 
 
 def _kept(*, exits: tuple[int, ...] = (), widths: tuple[int, ...] = ()) -> LossConfig:

@@ -37,10 +37,10 @@ _PACKAGES = ("puma-jax", "jax", "flax", "optax", "orbax-checkpoint")
 
 @dataclass(frozen=True)
 class _Record:
-    """What {step}.json holds."""
+    """The content of {step}.json."""
 
     about: dict[str, Any]
-    """What the state is of."""
+    """The settings and data that the state belongs to."""
     versions: dict[str, str]
     files: dict[str, str]
     """SHA-256 of every file, by its path in the folder of the step."""

@@ -32,7 +32,7 @@ class PairStates:
     query: Float[AnyArray, "*exits pairs width"]
     candidate: Float[AnyArray, "*exits pairs width"]
     negative: Float[AnyArray, "*exits negatives width"] | None = None
-    """Of the student alone: distillation is over pairs. Those of one pair come together."""
+    """Only the student has them, as distillation is over pairs. Those of one pair come together."""
 
 
 def stage_loss(

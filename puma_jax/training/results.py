@@ -38,7 +38,7 @@ _REPORT = "report.html"
 
 @dataclass(frozen=True)
 class StageResult:
-    """What result.json holds: the costs of a stage's model, and its hit rates."""
+    """The content of result.json: the costs of a stage's model, and its hit rates."""
 
     model: str
     """Digest of the model."""

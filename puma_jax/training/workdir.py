@@ -39,7 +39,7 @@ _NOT_CONTENT = ("root", "modified_ns")
 
 @dataclass(frozen=True)
 class _Finished:
-    """What finished.json holds, which is written once a stage's model is."""
+    """The content of finished.json, which is written once a stage's model is."""
 
     model: str
     """Digest of the model's files."""

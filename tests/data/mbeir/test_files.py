@@ -55,7 +55,7 @@ def query_fields(task):
 
 
 def read_query(tmp_path, **changes):
-    """What becomes of the row above when some of its fields are changed, or removed by `...`."""
+    """Return the row above as it is read, with some fields changed, or removed by `...`."""
     row = {k: v for k, v in (json.loads(QUERY_ROW) | changes).items() if v is not ...}
     path = tmp_path / "queries.jsonl"
     path.write_text(json.dumps(row) + "\n")
