@@ -19,6 +19,7 @@ from paired import Hits, Interval, hits, of_pool, paired_interval
 from run import FOUND, RANKS, representatives
 
 from puma_jax.artifacts import write_json, write_text
+from puma_jax.cli import exit_on_error
 from puma_jax.evaluation.report import POOLS, Pool, markdown
 from puma_jax.files import read_json
 
@@ -189,4 +190,4 @@ def _points(interval: Interval, noise: float) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_error(main)
