@@ -4,9 +4,9 @@
 
 Patches are made beside transformers' on one core, in turns: ours are uint8, which the device
 normalizes; the normalized values are compared, too. Then whole items, read from files, are prepared
-as `encode`, `embed` and training do it, by one core, two, four, ...: in threads, in threads that
-hand images to processes, and by as many processes that know nothing of each other, which is what
-the machine can do at most. Each of these is a process bound to its cores, and they take turns.
+as `encode`, `embed` and training do it, by one core, two, four, ...: in threads, around processes
+that read the images, and by as many processes that know nothing of each other, which is what the
+machine can do at most. Each of these is a process bound to its cores, and they take turns.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,9 +29,9 @@ from transformers import Qwen2VLImageProcessorPil
 
 from puma_jax import Embedder
 from puma_jax.config import ImageConfig
-from puma_jax.data.image_workers import MANY, VARIABLE
+from puma_jax.data.image_workers import MANY, VARIABLE, pool
 from puma_jax.data.images import open_image, patchify
-from puma_jax.data.threads import ordered
+from puma_jax.data.preparing import prepare
 from puma_jax.model.encoder import abstract
 from puma_jax.model.vision import normalize
 
@@ -59,25 +58,25 @@ def jpegs(count: int) -> list[bytes]:
     return files
 
 
-def prepare(folder: Path, cores: int, repeats: int) -> None:
+def measure(folder: Path, repeats: int) -> None:
     """Prepare items as `Embedder.encode` does; print the items per second of each repeat."""
     tokenizer = byte_tokenizer()
     embedder = Embedder(qwen2_vl_2b.config(), abstract(qwen2_vl_2b.config()), tokenizer)
     files = sorted(folder.glob("*.jpg"))
     items = [{"text": "a photo of a thing " * 4, "image": str(file)} for file in files]
-    with ThreadPoolExecutor(cores) as threads:
 
-        def prepare_all() -> None:
-            for _ in ordered(threads, embedder.preprocess, items, ahead=64):
-                pass
+    def prepare_all() -> None:
+        for _ in prepare(embedder.preparing, items):
+            pass
 
-        for _ in range(1 + -(-MANY // len(items))):
-            prepare_all()  # many images start the processes that help to read more
-        time.sleep(5)  # in which they import what they need
-        for _ in range(repeats):
-            start = time.perf_counter()
-            prepare_all()
-            print(len(items) / (time.perf_counter() - start), flush=True)
+    for _ in range(1 + -(-MANY // len(items))):
+        prepare_all()  # many images start the processes that help to read more
+    while pool().starting:
+        time.sleep(0.1)
+    for _ in range(repeats):
+        start = time.perf_counter()
+        prepare_all()
+        print(len(items) / (time.perf_counter() - start), flush=True)
 
 
 def start(folder: Path, cores: list[int], workers: int, repeats: int) -> subprocess.Popen:
@@ -125,7 +124,7 @@ def main() -> None:
     parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.prepare is not None:
-        prepare(arguments.prepare, len(os.sched_getaffinity(0)), arguments.repeats)
+        measure(arguments.prepare, arguments.repeats)
         return
     files = jpegs(arguments.images)
     processor = Qwen2VLImageProcessorPil(

@@ -27,9 +27,9 @@ from puma_jax.config import (
     require,
 )
 from puma_jax.data.items import Item
+from puma_jax.data.preparing import prepare, run
 from puma_jax.data.prompts import Processor
 from puma_jax.data.raw_items import RawItem, check_text, checked
-from puma_jax.data.threads import in_threads
 from puma_jax.data.tokenizer import load_tokenizer
 from puma_jax.data.videos import read_visuals
 from puma_jax.errors import ItemError
@@ -219,6 +219,12 @@ class Embedder:
             ImageError: An image cannot be read.
             LongTextError: Instruction and text have too many tokens, and are not to be truncated.
         """
+        return run(self.preparing(item, instruction, truncate=truncate))
+
+    async def preparing(
+        self, item: RawItem | str, instruction: str | None = None, *, truncate: bool = True
+    ) -> Item:
+        """Return what `preprocess` does, as a coroutine for `data.preparing`."""
         parts = checked(item)
         own = parts.instruction
         if own is not None and instruction is not None:
@@ -226,7 +232,7 @@ class Embedder:
         instruction = own if instruction is None else instruction
         check_text("instruction", instruction)
         full = self._processor.read(parts.text, instruction)
-        visuals = read_visuals(parts, self.config.vision, self.config.images)
+        visuals = await read_visuals(parts, self.config.vision, self.config.images)
         return self._processor.item(full, visuals, instruction, truncate=truncate)
 
     def largest_item(self, *, images: int) -> tuple[int, int]:
@@ -353,8 +359,8 @@ class Embedder:
         tokens: int,
     ) -> Iterator[list[Item]]:
         """Yield preprocessed items in windows of about `tokens` tokens."""
-        preprocess = functools.partial(self._preprocess_numbered, instruction=instruction)
-        preprocessed = in_threads(preprocess, enumerate(items))
+        preparing = functools.partial(self._preparing_numbered, instruction=instruction)
+        preprocessed = prepare(preparing, enumerate(items))
         window: list[Item] = []
         while batch := list(itertools.islice(preprocessed, _ITEMS_BETWEEN_LOOKS)):
             window += batch
@@ -364,7 +370,7 @@ class Embedder:
         if window:
             yield window
 
-    def _preprocess_numbered(
+    async def _preparing_numbered(
         self, numbered: tuple[int, RawItem | str | Item], instruction: str | None
     ) -> Item:
         """Return a preprocessed item; an error names the item by its number."""
@@ -372,7 +378,7 @@ class Embedder:
         if isinstance(item, Item):
             return item
         try:
-            return self.preprocess(item, instruction)
+            return await self.preparing(item, instruction)
         except ItemError as error:
             raise type(error)(f"item {number}: {error}") from error
 

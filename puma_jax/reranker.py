@@ -12,9 +12,8 @@ from safetensors import safe_open
 from puma_jax.config import ComputeConfig, DType, ImageConfig, PromptConfig
 from puma_jax.data.items import Item
 from puma_jax.data.pairs import PairProcessor, Side
+from puma_jax.data.preparing import prepare, read_patches, run
 from puma_jax.data.raw_items import RawItem, checked
-from puma_jax.data.threads import in_threads
-from puma_jax.data.videos import read_visuals
 from puma_jax.embedder import Embedder
 from puma_jax.errors import CheckpointError, ItemError
 from puma_jax.files import sha256_of
@@ -172,35 +171,39 @@ class Reranker:
 
     def preprocess(self, pair: Pair, instruction: str | None = None) -> Item:
         """Return the tokens of a pair and the patches of its images; see `score_pairs`."""
-        (query, own), (document, extra) = (self._side(side) for side in pair)
+        return run(self.preparing(pair, instruction))
+
+    async def preparing(self, pair: Pair, instruction: str | None = None) -> Item:
+        """Return what `preprocess` does, as a coroutine for `data.preparing`."""
+        (query, own), (document, extra) = [await self._side(side) for side in pair]
         if extra is not None:
             raise ItemError("a document has an instruction, expected it with the query")
         return self._processor.item(query, document, own or instruction)
 
-    def _side(self, raw: RawItem | str) -> tuple[Side, str | None]:
+    async def _side(self, raw: RawItem | str) -> tuple[Side, str | None]:
         """Return a query or a document, and its instruction."""
         parts = checked(raw)
         if parts.frames:
             raise ItemError("a side of a pair has a video, expected texts and images")
         config = self._embedder.config
-        visuals = read_visuals(parts, config.vision, config.images)
-        return Side(parts.text, tuple(visuals.images)), parts.instruction
+        cut = await read_patches(parts.images, config.vision, config.images)
+        return Side(parts.text, tuple(cut)), parts.instruction
 
     def _preprocessed(
         self, pairs: Iterable[Pair | Item], instruction: str | None
     ) -> Iterator[Item]:
         """Return the items of pairs; an error names the pair by its number."""
 
-        def read(numbered: tuple[int, Pair | Item]) -> Item:
+        async def preparing(numbered: tuple[int, Pair | Item]) -> Item:
             number, pair = numbered
             if isinstance(pair, Item):
                 return pair
             try:
-                return self.preprocess(pair, instruction)
+                return await self.preparing(pair, instruction)
             except ItemError as error:
                 raise type(error)(f"pair {number}: {error}") from error
 
-        return in_threads(read, enumerate(pairs))
+        return prepare(preparing, enumerate(pairs))
 
 
 def _head_row(checkpoint: hf.Checkpoint, token: int) -> Float[ndarray, "width"]:

@@ -108,13 +108,13 @@ def test_a_rerankers_scores_are_logits_and_a_rerun_resumes(
 def test_a_picture_that_cannot_be_read_is_an_error_or_has_no_score(
     root, reranker, tmp_path, monkeypatch, capsys
 ):
-    def broken(self, pair, instruction=None):
+    async def broken(self, pair, instruction=None):
         if "image" in pair[1]:
             raise ImageError("damaged")
-        return preprocess(self, pair, instruction)
+        return await preparing(self, pair, instruction)
 
-    preprocess = Reranker.preprocess
-    monkeypatch.setattr(Reranker, "preprocess", broken)
+    preparing = Reranker.preparing
+    monkeypatch.setattr(Reranker, "preparing", broken)
     given = {"reranker": str(reranker), "dtype": "float32"}
     with pytest.raises(DataError, match=r'jsonl:\d+: query ".*": document ".*": damaged'):
         score.main(root, tmp_path / "error", **given)

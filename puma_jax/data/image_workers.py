@@ -1,9 +1,10 @@
-"""Processes that decode images for the threads of this one.
+"""Processes that decode images for this one.
 
 Threads share one Python interpreter: two of them use two cores, sixteen use about three. Once many
-images were read, every thread hands its image to a process of its own, waits, and takes the patches
-out of memory that both share. Few images are read by the threads themselves, as are those that are
-in memory already, and large ones, whose memory `data.decode` limits over all threads.
+images were read, groups of them are handed to processes, which put the patches into memory that
+both sides share. A process has two groups, so that it never waits for the next one. Few images are
+read by the threads of this process, as are those that are in memory already, and large ones, whose
+memory `data.decode` limits over all threads.
 
 The processes import no model and start no JAX backend. They end with this process, however it ends.
 `PUMA_JAX_IMAGE_WORKERS` sets their number, 0 for none; the default is one for each core where there
@@ -13,6 +14,7 @@ are four or more.
 from __future__ import annotations
 
 import atexit
+import functools
 import mmap
 import os
 import signal
@@ -21,8 +23,12 @@ import sys
 import tempfile
 import threading
 import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from multiprocessing import connection
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import ImageFile
@@ -34,8 +40,12 @@ from puma_jax.data.threads import usable_cores
 from puma_jax.errors import ConfigError, WorkerError
 from puma_jax.typing import UInt8, ndarray
 
-BUFFER_BYTES = 2**24
-"""Memory for the patches of one image; only what is written to takes up any."""
+BUFFER_BYTES = 2**25
+"""Memory for the patches of a group; only what is written to takes up any."""
+GROUP = 8
+"""Images that are handed to a process together."""
+GROUPS_SENT = 2
+"""Groups that a process has to read at most."""
 VARIABLE = "PUMA_JAX_IMAGE_WORKERS"
 MANY = 256
 """Images after which processes start to read more of them."""
@@ -44,79 +54,96 @@ _MANY_CORES = 4
 Patches = tuple[UInt8[ndarray, "patches values"], tuple[int, int]]
 
 
-def read_patches(source: ImageSource, vision: VisionConfig, limits: ImageConfig) -> Patches:
-    """Return what `images.read_patches` does, from another process if many images are read.
+class ImageRequest(NamedTuple):
+    """An image to be read."""
 
-    Raises:
-        ImageError: As of `images.read_patches`.
-        WorkerError: The process that read the image has ended.
-        ConfigError: `PUMA_JAX_IMAGE_WORKERS` is no number.
-    """
-    if isinstance(source, str | os.PathLike | bytes):
-        found = _pool.read(source, vision, limits)
-        if found is not None:
-            return found
-    return images.read_patches(source, vision, limits)
+    source: ImageSource
+    vision: VisionConfig
+    limits: ImageConfig
+
+    def read(self) -> Patches:
+        """Return its patches and their grid, read by this thread; see `images.read_patches`."""
+        return images.read_patches(*self)
+
+    @property
+    def is_file(self) -> bool:
+        """Whether a process can read it: a path, or the bytes of a file."""
+        return isinstance(self.source, str | os.PathLike | bytes)
+
+    @property
+    def name(self) -> str:
+        """Its path, or "an image"."""
+        return "an image" if isinstance(self.source, bytes) else str(self.source)
 
 
 class Pool:
-    """Processes that start when so many images were read, and those of them that are idle."""
+    """Processes that start when so many images were read."""
 
     def __init__(self, count: int | None = None, many: int = MANY):
         """Set how many processes there may be, and after how many images they start."""
         self._count, self._many, self._read = count, many, 0
         self._lock = threading.Lock()
-        self._starting: list[_Worker] = []
-        self._idle: list[_Worker] = []
-        self._started = False
+        self._workers: list[_Worker] | None = None
 
-    def read(
-        self, source: str | os.PathLike[str] | bytes, vision: VisionConfig, limits: ImageConfig
-    ) -> Patches | None:
-        """Return the patches of an image; None if this thread has to read it itself."""
+    def begin(self, group: Sequence[ImageRequest], left: Executor | None = None) -> Group | None:
+        """Hand images to a process; return None if this one has to read them itself.
+
+        It waits while every process has two groups already.
+
+        Args:
+            group: Images that are files.
+            left: Reads what the process leaves to this one, large images above all, as soon as
+                that is known; None for the thread that asks for them.
+
+        Raises:
+            WorkerError: The process has ended.
+            ConfigError: `PUMA_JAX_IMAGE_WORKERS` is no number.
+        """
         with self._lock:
-            self._read += 1
-            if self._read >= self._many and not self._started:
-                self._started = True
-                self._starting = [_Worker() for _ in range(self._workers())]
-            for worker in [worker for worker in self._starting if worker.is_ready()]:
-                self._starting.remove(worker)
-                self._idle.append(worker)
-            if not self._idle:
-                return None
-            worker = self._idle.pop()
-        try:
-            found = worker.ask(source, vision, limits)
-        except BaseException:  # an answer that nobody reads would be taken for the next one
-            worker.close()
-            raise
-        with self._lock:
-            self._idle.append(worker)
-        return found.result()
+            self._read += len(group)
+            if self._read >= self._many and self._workers is None:
+                self._workers = [_Worker() for _ in range(self._number())]
+            running = self._running()
+        if not running or not group:
+            return None
+        return _least_busy(running).begin(group, left)
+
+    def read(self, image: ImageRequest) -> Patches:
+        """Return the patches of an image, which a process reads if there are any.
+
+        Raises:
+            ImageError: As of `images.read_patches`.
+            WorkerError: The process that read the image has ended.
+            ConfigError: `PUMA_JAX_IMAGE_WORKERS` is no number.
+        """
+        group = self.begin([image]) if image.is_file else None
+        return image.read() if group is None else group.result(0)
 
     @property
     def starting(self) -> int:
         """How many processes have not started yet."""
-        return len(self._starting)
+        return sum(not worker.is_over for worker in self._workers or ()) - self.running
 
     @property
-    def idle(self) -> int:
-        """How many processes wait for an image."""
-        return len(self._idle)
+    def running(self) -> int:
+        """How many processes read images."""
+        with self._lock:
+            return len(self._running())
 
     def close(self) -> None:
         """End the processes."""
-        with self._lock:
-            for worker in self._starting + self._idle:
-                worker.close()
-            self._starting, self._idle = [], []
+        for worker in self._workers or ():
+            worker.close()
 
     def forget(self) -> None:
         """Let go of the processes, which are those of the parent of this forked process."""
-        for worker in self._starting + self._idle:
+        for worker in self._workers or ():
             worker.forget()
 
-    def _workers(self) -> int:
+    def _running(self) -> list[_Worker]:
+        return [worker for worker in self._workers or () if worker.is_running()]
+
+    def _number(self) -> int:
         cores = usable_cores()
         if self._count is not None:
             return self._count
@@ -126,36 +153,80 @@ class Pool:
         return int(given) if given else (cores if cores >= _MANY_CORES else 0)
 
 
+def _least_busy(workers: Sequence[_Worker]) -> _Worker:
+    """Return the process with the fewest groups; wait while all have as many as they may."""
+    while True:
+        for worker in workers:
+            worker.take_answers()
+        free = min(workers, key=lambda worker: worker.groups)
+        if free.groups < GROUPS_SENT:
+            return free
+        # Another thread may have taken the answers meanwhile.
+        connection.wait([worker.connection for worker in workers], timeout=0.1)
+
+
+class Group:
+    """Images that a process reads together."""
+
+    def __init__(self, worker: _Worker, members: Sequence[ImageRequest], left: Executor | None):
+        """Note who reads them; see `Pool.begin`."""
+        self.members = members
+        self.answers: list[Answer] = []
+        self._worker, self._left = worker, left
+
+    def result(self, number: int) -> Patches:
+        """Return the patches of one of the images, once they are there.
+
+        Raises:
+            ImageError: As of `images.read_patches`.
+            WorkerError: The process has ended.
+        """
+        if not self.answers:
+            self._worker.wait_for(self)
+        return self.answers[number].result()
+
+    def answer(self, answers: Sequence[Answer | None]) -> None:
+        """Take the answers of the process, None for an image that it leaves to this one."""
+        self.answers = [
+            self._own(member) if answer is None else answer
+            for member, answer in zip(self.members, answers, strict=True)
+        ]
+
+    def _own(self, member: ImageRequest) -> Answer:
+        read = self._left.submit(member.read).result if self._left is not None else member.read
+        return Answer(read)
+
+
 class Answer:
-    """The answer of a process: patches, an error, or neither for an image it does not read."""
+    """Patches of an image, or an error, with the warnings that came with either."""
 
-    def __init__(self, patches: Patches | None, error: Exception | None, told: list[Warning]):
-        self._patches, self._error, self._told = patches, error, told
+    def __init__(self, result: Callable[[], Patches], told: Sequence[Warning] = ()):
+        """Set what returns or raises it."""
+        self._result, self._told = result, told
 
-    def result(self) -> Patches | None:
+    def result(self) -> Patches:
         """Return the patches, or raise the error; warnings are given here."""
         for message in self._told:
             warnings.warn(message, stacklevel=4)
-        if self._error is not None:
-            raise self._error
-        return self._patches
+        return self._result()
 
 
 class _Worker:
     """One process, see `data.image_worker`."""
 
     def __init__(self) -> None:
-        self._connection, theirs = connection.Pipe()
+        self.connection, theirs = connection.Pipe()
+        size = GROUPS_SENT * BUFFER_BYTES
         with tempfile.TemporaryFile() as file:
             # In memory where the system has such files: patches are not to be written to a disk.
             memory = os.memfd_create("patches") if hasattr(os, "memfd_create") else file.fileno()
-            os.truncate(memory, BUFFER_BYTES)
-            self._buffer = mmap.mmap(memory, BUFFER_BYTES)
+            os.truncate(memory, size)
+            self._buffer = mmap.mmap(memory, size)
             command = [sys.executable, "-P", "-m", "puma_jax.data.image_worker"]
             # No child of `multiprocessing`, which would run the user's script again. In a group of
             # its own, Ctrl-C does not reach it.
             self._process = subprocess.Popen(
-                [*command, str(theirs.fileno()), str(memory)],
+                [*command, str(theirs.fileno()), str(memory), str(BUFFER_BYTES)],
                 pass_fds=(theirs.fileno(), memory),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -165,48 +236,114 @@ class _Worker:
             if memory != file.fileno():
                 os.close(memory)
         theirs.close()
+        self._lock = threading.Lock()
+        self._sent: deque[Group] = deque()
+        self._has_started = False
+        self.is_over = False
 
-    def is_ready(self) -> bool:
-        """Return whether the process has started."""
-        if not self._connection.poll(0):
-            return False
-        self._receive("started")
-        return True
+    @property
+    def groups(self) -> int:
+        """How many groups the process has to read."""
+        return len(self._sent)
 
-    def ask(
-        self, source: str | os.PathLike[str] | bytes, vision: VisionConfig, limits: ImageConfig
-    ) -> Answer:
-        """Return what the process finds in an image."""
-        name = "an image" if isinstance(source, bytes) else os.fspath(source)
+    def is_running(self) -> bool:
+        """Return whether the process has started, and has not ended."""
+        if not self._has_started and not self.is_over and self.connection.poll(0):
+            self._has_started = True
+            try:
+                self.connection.recv()
+            except (EOFError, OSError) as error:
+                raise self._ended("while it started") from error
+        return self._has_started and not self.is_over
+
+    def begin(self, members: Sequence[ImageRequest], left: Executor | None) -> Group:
+        """Send images, once there is room for their patches."""
+        group = Group(self, members, left)
         settings = os.getcwd(), ImageFile.LOAD_TRUNCATED_IMAGES
-        try:
-            self._connection.send((settings, source, vision, limits))
-        except OSError as error:
-            raise self._ended(f"before it read {name}") from error
-        shape, grid, failed, told = self._receive(f"read {name}")
-        if shape is None:
-            return Answer(None, failed, told)
-        patches = np.frombuffer(self._buffer, np.uint8, int(np.prod(shape))).reshape(shape).copy()
-        return Answer((patches, grid), None, told)
+        with self._lock:
+            while len(self._sent) >= GROUPS_SENT:
+                self._receive()
+            self._sent.append(group)
+            try:
+                self.connection.send((settings, [tuple(member) for member in members]))
+            except OSError as error:
+                ended = self._ended(f"before it read {members[0].name}")
+                self._fail(ended)
+                raise ended from error
+            except BaseException:  # what was sent in part can be followed by nothing
+                self._fail(self._closed())
+                raise
+        return group
+
+    def take_answers(self) -> None:
+        """Receive the answers that are there, unless another thread waits for them."""
+        if self._lock.acquire(blocking=False):
+            try:
+                while self._sent and self.connection.poll(0):
+                    self._receive()
+            finally:
+                self._lock.release()
+
+    def wait_for(self, group: Group) -> None:
+        """Receive answers until those of a group are there."""
+        with self._lock:
+            while not group.answers:
+                self._receive()
 
     def close(self) -> None:
         """End the process, and wait for its end."""
-        self._connection.close()
+        self.is_over = True
+        self.connection.close()
         self._process.terminate()
         self._process.wait()
 
     def forget(self) -> None:
         """Close what this process has of it."""
-        self._connection.close()
+        self.connection.close()
         self._process.returncode = 0  # it is no child of ours to wait for
 
-    def _receive(self, doing: str) -> tuple:
+    def _receive(self) -> None:
+        """Receive the answers to the group that was sent first."""
         try:
-            return self._connection.recv()
+            found = self.connection.recv()
         except (EOFError, OSError) as error:
-            raise self._ended(f"while it {doing}") from error
+            ended = self._ended(f"while it read {self._sent[0].members[0].name}")
+            ended.__cause__ = error
+            self._fail(ended)
+            return
+        except BaseException:  # an answer that nobody reads would be taken for the next one
+            self._fail(self._closed())
+            raise
+        self._sent.popleft().answer([self._answer(*one) for one in found])
+
+    def _answer(
+        self,
+        place: int,
+        shape: tuple[int, int] | None,
+        grid: tuple[int, int] | None,
+        failed: Exception | None,
+        told: Sequence[Warning],
+    ) -> Answer | None:
+        if failed is not None:
+            return Answer(functools.partial(_raise, failed), told)
+        if shape is None or grid is None:
+            return None
+        patches = np.frombuffer(self._buffer, np.uint8, shape[0] * shape[1], place)
+        found = patches.reshape(shape).copy(), grid
+        return Answer(lambda: found, told)
+
+    def _fail(self, error: WorkerError) -> None:
+        """End the process, and answer all that was sent to it with an error."""
+        self.close()
+        while self._sent:
+            group = self._sent.popleft()
+            group.answer([Answer(functools.partial(_raise, error)) for _ in group.members])
+
+    def _closed(self) -> WorkerError:
+        return WorkerError("the process that decoded images was stopped")
 
     def _ended(self, when: str) -> WorkerError:
+        self.is_over = True
         code = self._process.wait()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         return WorkerError(
@@ -215,10 +352,19 @@ class _Worker:
         )
 
 
+def _raise(error: Exception) -> Patches:
+    raise error
+
+
 def _search_path() -> str:
     """Return where the process finds this package: it does not start in the same folder."""
     ours = str(Path(images.__file__).parents[2])
     return os.pathsep.join(filter(None, [ours, os.environ.get("PYTHONPATH")]))
+
+
+def pool() -> Pool:
+    """Return the processes of this one."""
+    return _pool
 
 
 _pool = Pool()

@@ -204,10 +204,16 @@ def build_item(
         if config.prompt.positions == "mrope"
         else sequential_positions(len(tokens)),
         image_token_mask=image_token_mask,
-        patches=np.concatenate(patches or [np.zeros((0, vision.patch_values), np.uint8)]),
+        patches=_joined(patches, vision.patch_values),
         patch_positions=np.concatenate([np.zeros((0, 2), np.int32), *positions]),
         patch_images=numbers.astype(np.int32),
     )
+
+
+def _joined(patches: list[UInt8[ndarray, "_ values"]], values: int) -> UInt8[ndarray, "_ values"]:
+    if len(patches) == 1:
+        return patches[0]
+    return np.concatenate(patches or [np.zeros((0, values), np.uint8)])
 
 
 def drawn_first(

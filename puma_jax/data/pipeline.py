@@ -2,7 +2,7 @@
 
 A pure function is mapped over step numbers, so a batch depends neither on earlier batches nor on
 the threads and processes that make it. Its records are read as `Embedder.encode` reads its items:
-by threads of all cores, which hand images to the processes of `data.image_workers`.
+see `data.preparing`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ import numpy as np
 from PIL import Image
 
 from puma_jax.data.examples import Record
-from puma_jax.data.image_workers import read_patches
 from puma_jax.data.images import patchify
 from puma_jax.data.items import Item, TokenizedText
 from puma_jax.data.lines import OnBadRecord
 from puma_jax.data.packing import fill
 from puma_jax.data.plan import Plan
+from puma_jax.data.preparing import prepare, read_patches
 from puma_jax.data.store import Store
 from puma_jax.data.table import TeacherScores
-from puma_jax.data.threads import in_threads, ordered
+from puma_jax.data.threads import ordered
 from puma_jax.errors import ConfigError, DataError, ImageError
 from puma_jax.rows import PackedBatch, PackedShape
 from puma_jax.typing import AnyArray, Bool, Int
@@ -164,13 +164,13 @@ class Loader:
         drawn = negative >= 0
         documents = np.concatenate([candidate, negative[drawn]])
 
-        def read(i: int) -> tuple[Item, bool]:
+        async def read(i: int) -> tuple[Item, bool]:
             size = int(step.lengths[i]), int(step.patches[i])
             if i < pairs:
-                return self.query(int(query[i]), int(prompt[i]), size)
-            return self.candidate(int(documents[i - pairs]), size)
+                return await self.query(int(query[i]), int(prompt[i]), size)
+            return await self.candidate(int(documents[i - pairs]), size)
 
-        items_and_decoded = list(in_threads(read, mine.tolist()))
+        items_and_decoded = list(prepare(read, mine.tolist()))
         items = [item for item, _ in items_and_decoded]
         decoded = np.ones(pairs + len(documents), bool)
         decoded[mine] = [well for _, well in items_and_decoded]
@@ -199,7 +199,7 @@ class Loader:
             scores=step.pairs.scores,
         )
 
-    def query(self, row: int, prompt: int, planned: tuple[int, int]) -> tuple[Item, bool]:
+    async def query(self, row: int, prompt: int, planned: tuple[int, int]) -> tuple[Item, bool]:
         """Return the item of a query, and whether its image could be decoded.
 
         Args:
@@ -212,19 +212,19 @@ class Loader:
         """
         record = self.store.query(row)
         if prompt < 0:
-            return self._item(record, tuple(record.plain_tokens.tolist()), planned)
+            return await self._item(record, tuple(record.plain_tokens.tolist()), planned)
         key = int(self.plan.table.query_key[row])
         instruction = self.store.instructions.prompts[key][prompt].tokens
         text = TokenizedText(tuple(record.tokens.tolist()), record.text_length)
         joined = self.plan.template.join(instruction, text, image=record.image is not None)
-        return self._item(record, joined, planned, len(instruction))
+        return await self._item(record, joined, planned, len(instruction))
 
-    def candidate(self, row: int, planned: tuple[int, int]) -> tuple[Item, bool]:
+    async def candidate(self, row: int, planned: tuple[int, int]) -> tuple[Item, bool]:
         """Return the item of a candidate, and whether its image could be decoded; see `query`."""
         record = self.store.candidate(row)
-        return self._item(record, tuple(record.tokens.tolist()), planned)
+        return await self._item(record, tuple(record.tokens.tolist()), planned)
 
-    def _item(
+    async def _item(
         self,
         record: Record,
         tokens: tuple[int, ...],
@@ -239,8 +239,9 @@ class Loader:
         else:
             vision, limits = template.config.vision, template.config.images
             try:
-                cut = self.store.image(record, lambda image: read_patches(image, vision, limits))
-                item, decoded = assemble([cut]), True
+                with self.store.image_source(record) as image:
+                    cut = await read_patches([image], vision, limits)
+                item, decoded = assemble(cut), True
             except ImageError as error:
                 if self.on_bad_record == "error":
                     raise DataError(str(error)) from error

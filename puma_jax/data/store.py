@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, SupportsIndex, TypeVar
 
 from etils import epath
+from PIL import Image
 
-from puma_jax.data.decode import ImageSource
 from puma_jax.data.examples import Record, from_example
 from puma_jax.data.images import open_image
 from puma_jax.data.lines import FilePath, resolve_inside
@@ -220,28 +221,31 @@ class Store:
         """Return the candidate of a row; it raises the errors of `query`."""
         return self._record("candidates", row)
 
-    def image(
-        self,
-        record: Record,
-        read: Callable[[ImageSource], T] = open_image,  # type: ignore[assignment]
-    ) -> T:
-        """Return what a function makes of the image of a record; an error names the record.
-
-        Args:
-            record: A record with an image.
-            read: Reads an image from a path, or from the bytes of its file.
+    def image(self, record: Record) -> Image.Image:
+        """Return the image of a record, see `open_image`.
 
         Raises:
             ImageError: The image cannot be read or decoded, or the record has none.
         """
+        with self.image_source(record) as source:
+            return open_image(source)
+
+    @contextmanager
+    def image_source(self, record: Record) -> Iterator[str | os.PathLike[str] | bytes]:
+        """Yield the path of the image of a record, or the bytes of its file.
+
+        Raises:
+            ImageError: The record has no image, or an error in the block, which then names it.
+        """
         try:
             if isinstance(record.image, bytes):
-                return read(record.image)
-            if record.image is None:
+                yield record.image
+            elif record.image is None:
                 raise ImageError("there is no image")
-            if "://" in self.root:
-                return read(_bytes_of(epath.Path(self.root) / record.image))
-            return read(resolve_inside(self.root, record.image))
+            elif "://" in self.root:
+                yield _bytes_of(epath.Path(self.root) / record.image)
+            else:
+                yield resolve_inside(self.root, record.image)
         except (DataError, ImageError) as error:
             name = f"{record.id} ({record.image})" if isinstance(record.image, str) else record.id
             raise ImageError(f"{name}: {error}") from error

@@ -11,7 +11,8 @@ from typing import TypeVar
 T = TypeVar("T")
 U = TypeVar("U")
 
-_AHEAD = 64
+AHEAD = 64
+"""Results that are made ahead of the one asked for."""
 
 
 def usable_cores() -> int:
@@ -29,7 +30,12 @@ def in_threads(function: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
 
     The function must not wait for `in_threads` itself: all threads could come to wait.
     """
-    return ordered(_items, function, items, _AHEAD)
+    return ordered(_items, function, items, AHEAD)
+
+
+def executor() -> Executor:
+    """Return the threads of all cores."""
+    return _items
 
 
 def ordered(

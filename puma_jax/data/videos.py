@@ -13,24 +13,24 @@ import numpy as np
 
 from puma_jax.config import ImageConfig, VisionConfig
 from puma_jax.data.decode import ImageSource
-from puma_jax.data.image_workers import read_patches
 from puma_jax.data.items import Visuals
+from puma_jax.data.preparing import read_patches
 from puma_jax.data.raw_items import Parts
 from puma_jax.errors import ImageError
 
 
-def read_visuals(parts: Parts, vision: VisionConfig, limits: ImageConfig) -> Visuals:
+async def read_visuals(parts: Parts, vision: VisionConfig, limits: ImageConfig) -> Visuals:
     """Return the images of an item, or its video.
 
     Raises:
         ImageError: One of them cannot be read, or frames of a video differ in size.
     """
     if parts.frames:
-        return read_video(parts.frames, parts.fps, vision, limits)
-    return Visuals([read_patches(image, vision, limits) for image in parts.images])
+        return await read_video(parts.frames, parts.fps, vision, limits)
+    return Visuals(await read_patches(parts.images, vision, limits))
 
 
-def read_video(
+async def read_video(
     frames: Sequence[ImageSource], fps: float, vision: VisionConfig, limits: ImageConfig
 ) -> Visuals:
     """Return the patches of a video, and how they are shown.
@@ -46,7 +46,7 @@ def read_video(
     Raises:
         ImageError: A frame cannot be read, or frames differ in size.
     """
-    cut = [read_patches(frame, vision, limits) for frame in frames]
+    cut = await read_patches(frames, vision, limits)
     sizes = sorted({grid for _, grid in cut})
     if len(sizes) > 1:
         raise ImageError(f"frames of a video have {sizes} patches, expected frames of one size")

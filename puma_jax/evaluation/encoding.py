@@ -13,7 +13,7 @@ import numpy as np
 
 from puma_jax.data.items import Item
 from puma_jax.data.lines import BadRecords, OnBadRecord, reject, resolve_inside
-from puma_jax.data.threads import in_threads
+from puma_jax.data.preparing import prepare
 from puma_jax.embedder import Embedder, RawItem
 from puma_jax.errors import DataError, EvaluationError, ItemError
 from puma_jax.evaluation.vector_folder import GatheredRows, VectorFolder
@@ -69,14 +69,14 @@ class ItemEncoder:
 
     def _preprocessed(self, items: Sequence[RawItem], readable: list[int]) -> Iterator[Item]:
         """Yield the preprocessed items that can be read, and append their numbers to `readable`."""
-        for number, item in enumerate(in_threads(self._preprocess, items)):
+        for number, item in enumerate(prepare(self._preparing, items)):
             if item is not None:
                 readable.append(number)
                 yield item
 
-    def _preprocess(self, item: RawItem) -> Item | None:
+    async def _preparing(self, item: RawItem) -> Item | None:
         try:
-            return self.embedder.preprocess(item)
+            return await self.embedder.preparing(item)
         except ItemError:
             return None
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from puma_jax.data.items import Item
 from puma_jax.data.lines import BadRecords, OnBadRecord, reject, resolve_inside
+from puma_jax.data.preparing import prepare, run
 from puma_jax.data.table import Ragged
-from puma_jax.data.threads import in_threads
 from puma_jax.embedder import Embedder, RawItem
 from puma_jax.errors import DataError, ItemError
 from puma_jax.evaluation.encoding import Batches, ItemEncoder
@@ -154,7 +154,7 @@ class _Pairs:
             if self.folder:
                 scores = self.folder.write(key, scores)
         for place in np.flatnonzero(np.isnan(scores[:, 0])).tolist():
-            self._reject(pairs[place], self._read(items[place]))
+            self._reject(pairs[place], run(self._reading(items[place])))
         return scores[:, 0]
 
     def _items(self, query: int, document: int) -> tuple[RawItem, RawItem]:
@@ -162,7 +162,7 @@ class _Pairs:
 
     def _score(self, items: Sequence[tuple[RawItem, RawItem]]) -> Float[ndarray, "n 1"]:
         scores = np.full((len(items), 1), np.nan, np.float32)
-        read = list(in_threads(self._read, items))
+        read = list(prepare(self._reading, items))
         good = [place for place, item in enumerate(read) if isinstance(item, Item)]
         logits = self.reranker.logits(
             (item for item in read if isinstance(item, Item)),
@@ -172,7 +172,7 @@ class _Pairs:
         scores[good, 0] = logits
         return scores
 
-    def _read(self, items: tuple[RawItem, RawItem]) -> Item | Exception:
+    async def _reading(self, items: tuple[RawItem, RawItem]) -> Item | Exception:
         """Return the item of a pair, or why it cannot be read."""
         try:
             for item in items:
@@ -180,7 +180,7 @@ class _Pairs:
                     # An image that lies elsewhere, by a link, is not read.
                     path = item["image"].relative_to(self.data.root)
                     resolve_inside(self.data.root, path.as_posix())
-            return self.reranker.preprocess(items)
+            return await self.reranker.preparing(items)
         except (DataError, ItemError) as error:
             return error
 

@@ -14,6 +14,7 @@ import numpy as np
 from puma_jax.artifacts import lock
 from puma_jax.data.items import Item
 from puma_jax.data.lines import OnBadRecord
+from puma_jax.data.preparing import prepare, run
 from puma_jax.data.raw_items import images_of
 from puma_jax.data.threads import in_threads
 from puma_jax.embedder import Embedder
@@ -247,7 +248,7 @@ class _Work:
         )
         return dict(zip(items.rows, vectors, strict=True)), items.records
 
-    def preprocess(self, row: int) -> tuple[ItemRecord, Item | PumaError]:
+    async def preparing(self, row: int) -> tuple[ItemRecord, Item | PumaError]:
         """Return the record of a row, and the preprocessed item or the error that prevents it."""
         record = ItemRecord("")
         try:
@@ -258,7 +259,7 @@ class _Work:
             record = ItemRecord(identifier)
             while True:
                 record = record_item(identifier, item, fields)
-                found = self.embedder.preprocess(item, self.instruction)
+                found = await self.embedder.preparing(item, self.instruction)
                 if is_unchanged(record, identifier, item):
                     return record, found
         except ItemError as error:
@@ -325,7 +326,7 @@ class _Shards:
         if record.skipped is not None:
             if self.work.on_bad_record == "error":
                 return False
-            return self.work.preprocess(row)[0].content == record.content
+            return run(self.work.preparing(row))[0].content == record.content
         try:
             identifier, item, fields = self.work.read(row)
             # As texts: to Python, true and 1 are equal.
@@ -366,7 +367,7 @@ class _Preprocessed:
     """Records of the rows that were yielded or skipped."""
 
     def __iter__(self) -> Iterator[Item]:
-        found = in_threads(self.work.preprocess, self.wanted)
+        found = prepare(self.work.preparing, self.wanted)
         for row, (record, item) in zip(self.wanted, found, strict=True):
             if self.bar is not None:
                 self.bar.update()

@@ -32,8 +32,8 @@ from puma_jax.data.items import Item
 from puma_jax.data.packing import fill, place
 from puma_jax.data.pipeline import Batch, Loader, batches, prefetch_to_device
 from puma_jax.data.plan import Plan
+from puma_jax.data.preparing import prepare
 from puma_jax.data.shapes import batch_shape
-from puma_jax.data.threads import in_threads
 from puma_jax.errors import CheckpointError
 from puma_jax.forward import map_chunks
 from puma_jax.parallel import multihost
@@ -234,18 +234,19 @@ class _Windows:
         packing = place(self.lengths[items], self.patches[items], self._shape)
         vision = self.loader.plan.template.config.vision
         return _Window(
-            rows=fill([*in_threads(self._read, items.tolist())], packing, self._shape, vision),
+            rows=fill([*prepare(self._reading, items.tolist())], packing, self._shape, vision),
             item=items,
             slot=packing.chunk * self._shape.slots + packing.slot,
         )
 
-    def _read(self, number: int) -> Item:
+    async def _reading(self, number: int) -> Item:
         # An image that cannot be decoded is blank here as in a step, where its pair is not valid.
         size = int(self.lengths[number]), int(self.patches[number])
         if number < len(self.query):
             row, prompt = int(self.query[number]), int(self.prompt[number])
-            return self.loader.query(row, prompt, size)[0]
-        return self.loader.candidate(int(self.candidate[number - len(self.query)]), size)[0]
+            return (await self.loader.query(row, prompt, size))[0]
+        candidate = int(self.candidate[number - len(self.query)])
+        return (await self.loader.candidate(candidate, size))[0]
 
     def _fitting_shape(self) -> PackedShape:
         """Return a shape for as many chunks as a step has that fits the fullest windows tightly."""

@@ -19,28 +19,29 @@ from tests.reference import VISION, random_image
 LIMITS = ImageConfig()
 ABANDON = """
 import os, signal
-from puma_jax.data.image_workers import Pool
+from puma_jax.data.image_workers import ImageRequest, Pool
 from puma_jax.config import ImageConfig, VisionConfig
 
 VISION = VisionConfig(layers=1, width=32, heads=2, mlp_width=64, out_width=64)
 pool = Pool(2, many=1)
-pool.read("missing.png", VISION, ImageConfig())
-print(*[worker._process.pid for worker in pool._starting], flush=True)
+pool.begin([ImageRequest("missing.png", VISION, ImageConfig())])
+print(*[worker._process.pid for worker in pool._workers], flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+def image(source):
+    return image_workers.ImageRequest(source, VISION, LIMITS)
 
 
 def started(count):
     """A pool whose processes have all started."""
     pool = image_workers.Pool(count, many=1)
-    assert pool.read("a.png", VISION, LIMITS) is None  # they start, and this thread has to read it
+    assert pool.begin([image("a.png")]) is None  # they start, and this thread has to read it
     end = time.monotonic() + 120
-    while pool._starting:
+    while pool.starting:
         assert time.monotonic() < end
         time.sleep(0.05)
-        ready = [worker for worker in pool._starting if worker.is_ready()]
-        pool._starting = [worker for worker in pool._starting if worker not in ready]
-        pool._idle += ready
     return pool
 
 
@@ -48,25 +49,55 @@ def started(count):
 def pool():
     pool = started(2)
     yield pool
-    processes = [worker._process for worker in pool._idle]
+    processes = [worker._process for worker in pool._workers]
     pool.close()
     assert len(processes) == 2
     assert all(process.returncode is not None for process in processes)
 
 
-def test_patches_are_those_of_this_process(pool, tmp_path, monkeypatch):
-    sources = []
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Files of several sizes and formats, and their bytes."""
+    folder, sources = tmp_path_factory.mktemp("sources"), []
     for number, (height, width) in enumerate([(60, 90), (200, 56), (90, 300)] * 4):
-        path = tmp_path / f"{number}.{'jpg' if number % 2 else 'png'}"
+        path = folder / f"{number}.{'jpg' if number % 2 else 'png'}"
         random_image(height, width, seed=number).save(path)
-        sources += [path, path.read_bytes(), path.name]
-    monkeypatch.chdir(tmp_path)
-    with ThreadPoolExecutor(2) as threads:
-        found = list(threads.map(lambda source: pool.read(source, VISION, LIMITS), sources))
-    for source, (patches, grid) in zip(sources, found, strict=True):
-        expected = images.read_patches(source, VISION, LIMITS)
-        np.testing.assert_array_equal(patches, expected[0])
-        assert grid == expected[1]
+        sources += [path, path.read_bytes(), str(path)]
+    return sources
+
+
+def assert_patches(found, source):
+    patches, grid = images.read_patches(source, VISION, LIMITS)
+    np.testing.assert_array_equal(found[0], patches)
+    assert found[1] == grid
+
+
+def test_patches_are_those_of_this_process(pool, sources, monkeypatch):
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda source: pool.read(image(source)), sources))
+    for source, patches in zip(sources, found, strict=True):
+        assert_patches(patches, source)
+    monkeypatch.chdir(sources[0].parent)
+    assert_patches(pool.read(image("0.png")), sources[0])
+
+
+def test_groups_are_read_in_any_order(pool, sources):
+    """More groups than processes take at a time, of which some are never asked for."""
+    groups = [pool.begin([image(source) for source in sources[n : n + 5]]) for n in range(30)]
+    for n in (29, 3, 0, 17):
+        for number in (4, 0, 0):
+            assert_patches(groups[n].result(number), sources[n + number])
+    assert all(worker.groups <= image_workers.GROUPS_SENT for worker in pool._workers)
+
+
+def test_patches_without_room_are_made_here(monkeypatch, sources):
+    monkeypatch.setattr(image_workers, "BUFFER_BYTES", 2**15)
+    pool = started(1)
+    group = pool.begin([image(source) for source in sources])
+    for number, source in enumerate(sources):
+        assert_patches(group.result(number), source)
+    assert sum(answer._result.__name__ == "read" for answer in group.answers) > 5
+    pool.close()
 
 
 def test_errors_are_those_of_this_process(pool, tmp_path, monkeypatch):
@@ -78,28 +109,32 @@ def test_errors_are_those_of_this_process(pool, tmp_path, monkeypatch):
         with pytest.raises(ImageError) as expected:
             images.read_patches(source, VISION, LIMITS)
         with pytest.raises(ImageError) as found:
-            pool.read(source, VISION, LIMITS)
+            pool.read(image(source))
         assert str(found.value) == str(expected.value)
     # Settings of Pillow hold in the processes too.
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    expected, _ = images.read_patches(cut, VISION, LIMITS)
-    np.testing.assert_array_equal(pool.read(cut, VISION, LIMITS)[0], expected)
+    assert_patches(pool.read(image(cut)), cut)
 
 
-def test_large_images_are_left_to_the_threads(pool, tmp_path):
-    Image.new("1", (4097, 4096)).save(tmp_path / "large.png")
-    assert pool.read(tmp_path / "large.png", VISION, LIMITS) is None
+def test_large_images_are_left_to_threads(pool, tmp_path):
+    path = tmp_path / "large.png"
+    Image.new("1", (4097, 4096)).save(path)
+    with ThreadPoolExecutor(1, "left") as threads:
+        group = pool.begin([image(path)], threads)
+        monitored = group.result(0)
+        assert threads._threads  # one was started, by what was submitted
+    assert_patches(monitored, path)
 
 
 def test_a_process_that_is_killed_is_named():
     pool = started(1)
-    process = pool._idle[0]._process
+    process = pool._workers[0]._process
     process.kill()
     process.wait()
     message = rf"^process {process.pid}, which decodes images, was killed by SIGKILL .*read a\.png"
     with pytest.raises(WorkerError, match=message):
-        pool.read("a.png", VISION, LIMITS)
-    assert pool.read("a.png", VISION, LIMITS) is None  # none is left: this thread reads it
+        pool.read(image("a.png"))
+    assert pool.begin([image("a.png")]) is None  # none is left: this thread reads it
     pool.close()
 
 
@@ -130,8 +165,7 @@ def test_processes_start_for_many_images_only(monkeypatch):
     pool = image_workers.Pool(many=3)
     monkeypatch.setattr(image_workers, "_Worker", lambda: pytest.fail("a process was started"))
     monkeypatch.setenv("PUMA_JAX_IMAGE_WORKERS", "1")
-    assert pool.read("a.png", VISION, LIMITS) is None
-    assert pool.read("a.png", VISION, LIMITS) is None
+    assert pool.begin([image("a.png")] * 2) is None
     monkeypatch.setenv("PUMA_JAX_IMAGE_WORKERS", "many")
     with pytest.raises(ConfigError, match=r'^PUMA_JAX_IMAGE_WORKERS is "many", expected a number'):
-        pool.read("a.png", VISION, LIMITS)
+        pool.begin([image("a.png")])
