@@ -10,7 +10,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache = tempfile.mkdtemp(prefix="puma-jax-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     atexit.register(shutil.rmtree, _cache, ignore_errors=True)
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Half of the time of a test is compilation, which optimizing makes a quarter longer.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("PUMA_JAX_IMAGE_WORKERS", "0")  # for few images, and many runs, on few cores

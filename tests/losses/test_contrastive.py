@@ -1,5 +1,7 @@
 """Every loss against the formula in float64, its gradient against finite differences."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -182,20 +184,30 @@ def test_an_equally_similar_negative_of_another_modality_weighs_only_in_the_rela
     assert pull(True) > 100 * pull(False)
 
 
+def value_and_gradient(pairs, loss, masks, widths, layout=None):
+    return jax.jit(jax.value_and_grad(ours(pairs, loss, masks, layout, widths), (0, 1)))(
+        *vectors(pairs)
+    )
+
+
+@pytest.fixture(scope="module")
+def dense(pairs):
+    """Losses and gradients of whole batches, each computed once."""
+    return functools.cache(functools.partial(value_and_gradient, pairs))
+
+
 @pytest.mark.parametrize(("masks", "widths"), [((), ()), (MASKS[-1], ()), (MASKS[-1], WIDTHS)])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(("rows", "devices"), [(8, None), (None, (8, 1)), (3, (4, 2)), (6, (2, 4))])
-def test_rows_and_devices_change_nothing(pairs, loss, masks, widths, rows, devices):
+def test_rows_and_devices_change_nothing(pairs, dense, loss, masks, widths, rows, devices):
     mesh = None
     if devices:
         mesh = Mesh(np.array(jax.devices()).reshape(devices), ("data", "fsdp"))
     layout = Layout(rows, mesh, ("data", "fsdp"))
-    dense, spread = (
-        jax.jit(jax.value_and_grad(ours(pairs, loss, masks, how, widths), (0, 1)))(*vectors(pairs))
-        for how in (None, layout)
-    )
-    np.testing.assert_allclose(spread[0], dense[0], rtol=1e-6 * bool(widths), atol=1e-6)
-    for a, b in zip(spread[1], dense[1], strict=True):
+    spread = value_and_gradient(pairs, loss, masks, widths, layout)
+    whole = dense(loss, masks, widths)
+    np.testing.assert_allclose(spread[0], whole[0], rtol=1e-6 * bool(widths), atol=1e-6)
+    for a, b in zip(spread[1], whole[1], strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * float(jnp.abs(b).max()) + 1e-7)
 
 
