@@ -15,6 +15,8 @@ demo: $(DEMO)
 	$(BIN)/python -m puma_jax.train --config configs/openmoji.py --preset $(PRESET) \
 		--workdir runs/demo-$(PRESET)
 	$(EMBED_DEMO)
+	@echo 'Another loss: $(BIN)/puma-jax train --config configs/openmoji.py --preset $(PRESET) \
+		--reuse runs/demo-$(PRESET) --workdir runs/another-loss --stages.pruned.loss.kind info_nce'
 	@echo 'Search:       $(BIN)/puma-jax search --vectors $(VECTORS) --text "red apple"'
 	@echo 'Open a page:  make serve$(if $(filter-out quick,$(PRESET)), PRESET=$(PRESET))'
 

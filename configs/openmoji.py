@@ -25,6 +25,9 @@ from puma_jax.training.config import (
     TrainConfig,
 )
 
+INFO_NCE = LossConfig(kind="info_nce", temperature=0.05)
+# What finds most in the global pool: docs/results/losses.md.
+RELATIVE_MAC = LossConfig(kind="mac", relative=True, temperature=0.12)
 NO_TEACHER = DistillConfig()
 # The states of a model this small are of order 1, so their errors count in full.
 DISTILL = DistillConfig(weight=(0.5, 0.1), scale=1.0)
@@ -57,6 +60,7 @@ def get_config(preset: Literal["quick", "full"] = "quick") -> TrainConfig:
         steps: int,
         *,
         layers: str = "",
+        loss: LossConfig = INFO_NCE,
         distill: DistillConfig = NO_TEACHER,
         rate: float = 2e-3,
     ) -> StageConfig:
@@ -64,8 +68,7 @@ def get_config(preset: Literal["quick", "full"] = "quick") -> TrainConfig:
             steps=steps,
             keep_layers=layers,
             plan=PlanConfig(batch_size=128 if quick else 256),
-            # MAC-Loss finds no more than this here: docs/results/openmoji.md.
-            loss=LossConfig(kind="info_nce", temperature=0.05),
+            loss=loss,
             distill=distill,
             trainable="full",
             train_vision=True,
@@ -88,7 +91,7 @@ def get_config(preset: Literal["quick", "full"] = "quick") -> TrainConfig:
                 stage(40 if quick else 100, layers="2", distill=DISTILL, rate=1e-3),
                 init_from="deep",
             ),
-            "pruned": stage(220 if quick else 500, rate=1e-3),
+            "pruned": stage(220 if quick else 500, loss=RELATIVE_MAC, rate=1e-3),
         },
         evaluation=EvaluationConfig(
             final_stages=("deep", "cut", "distil", "pruned"),

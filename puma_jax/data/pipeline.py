@@ -170,7 +170,7 @@ class Loader:
                 return await self.query(int(query[i]), int(prompt[i]), size)
             return await self.candidate(int(documents[i - pairs]), size)
 
-        items_and_decoded = list(prepare(read, mine.tolist()))
+        items_and_decoded = list(prepare(read, mine.tolist(), waits=self.store.is_remote))
         items = [item for item, _ in items_and_decoded]
         decoded = np.ones(pairs + len(documents), bool)
         decoded[mine] = [well for _, well in items_and_decoded]

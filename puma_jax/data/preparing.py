@@ -64,7 +64,9 @@ def run(coroutine: Preparing[U]) -> U:
     return _resume(coroutine, images, images.read)
 
 
-def prepare(function: Callable[[T], Preparing[U]], items: Iterable[T]) -> Iterator[U]:
+def prepare(
+    function: Callable[[T], Preparing[U]], items: Iterable[T], *, waits: bool = False
+) -> Iterator[U]:
     """Yield the result of a coroutine for each item, in order, made ahead of use.
 
     At least 64 items are under way, so items are read a little early. The first error in the order
@@ -74,8 +76,10 @@ def prepare(function: Callable[[T], Preparing[U]], items: Iterable[T]) -> Iterat
         function: Returns the coroutine of an item, which must not wait for `prepare` or
             `in_threads`: all threads could come to wait.
         items: Read as they are needed.
+        waits: Whether the coroutines wait for something besides images, such as files of a bucket.
+            Threads run them then.
     """
-    ahead: _Ahead[Any] = _Ahead()
+    ahead: _Ahead[Any] = _Ahead(waits)
     try:
         for item in items:
             ahead.begin(function, item)
@@ -90,8 +94,9 @@ def prepare(function: Callable[[T], Preparing[U]], items: Iterable[T]) -> Iterat
 class _Ahead(Generic[U]):
     """Items under way, in order."""
 
-    def __init__(self) -> None:
-        self._pool = image_workers.pool()
+    def __init__(self, waits: bool):
+        """Set whether threads run the coroutines, whoever reads the images."""
+        self._pool, self._waits = image_workers.pool(), waits
         self._waiting: deque[Future[U] | _Begun[U]] = deque()
         self._unsent: list[_Begun[U]] = []
         self.most = 0
@@ -102,7 +107,7 @@ class _Ahead(Generic[U]):
 
     def begin(self, function: Callable[[T], Preparing[U]], item: T) -> None:
         """Begin an item: in a thread, or here as far as its images, if processes read them."""
-        running = self._pool.running
+        running = 0 if self._waits else self._pool.running
         self.most = (GROUPS_SENT * running + 1) * GROUP if running else 0
         if running:
             self._waiting.append(self._begun(function(item)))

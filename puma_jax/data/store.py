@@ -230,6 +230,11 @@ class Store:
         with self.image_source(record) as source:
             return open_image(source)
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether images are files of a bucket."""
+        return "://" in self.root
+
     @contextmanager
     def image_source(self, record: Record) -> Iterator[str | os.PathLike[str] | bytes]:
         """Yield the path of the image of a record, or the bytes of its file.
@@ -242,7 +247,7 @@ class Store:
                 yield record.image
             elif record.image is None:
                 raise ImageError("there is no image")
-            elif "://" in self.root:
+            elif self.is_remote:
                 yield _bytes_of(epath.Path(self.root) / record.image)
             else:
                 yield resolve_inside(self.root, record.image)

@@ -15,7 +15,7 @@ from puma_jax.artifacts import lock
 from puma_jax.data.items import Item
 from puma_jax.data.lines import OnBadRecord
 from puma_jax.data.preparing import prepare, run
-from puma_jax.data.raw_items import images_of
+from puma_jax.data.raw_items import RawItem, images_of
 from puma_jax.data.threads import in_threads
 from puma_jax.embedder import Embedder
 from puma_jax.errors import ConfigError, DataError, ItemError, PumaError
@@ -248,23 +248,37 @@ class _Work:
         )
         return dict(zip(items.rows, vectors, strict=True)), items.records
 
-    async def preparing(self, row: int) -> tuple[ItemRecord, Item | PumaError]:
-        """Return the record of a row, and the preprocessed item or the error that prevents it."""
-        record = ItemRecord("")
+    def recorded(self, row: int) -> tuple[ItemRecord, RawItem | PumaError]:
+        """Return the record of a row, and the item or the error that prevents it."""
         try:
             identifier, item, fields = self.read(row)
         except DataError as error:
-            return replace(record, skipped=str(error)), error
+            return ItemRecord("", skipped=str(error)), error
         try:
-            record = ItemRecord(identifier)
-            while True:
-                record = record_item(identifier, item, fields)
-                found = await self.embedder.preparing(item, self.instruction)
-                if is_unchanged(record, identifier, item):
-                    return record, found
+            return record_item(identifier, item, fields), item
         except ItemError as error:
-            named = type(error)(f"{identifier}: {error}")
-            return replace(record, skipped=str(named)), named
+            return _skipped(ItemRecord(identifier), error)
+
+    async def preparing(
+        self, recorded: tuple[ItemRecord, RawItem | PumaError]
+    ) -> tuple[ItemRecord, Item | PumaError]:
+        """Return the record of a row, and the preprocessed item or the error that prevents it."""
+        record, item = recorded
+        if isinstance(item, PumaError):
+            return record, item
+        try:
+            while True:
+                found = await self.embedder.preparing(item, self.instruction)
+                if is_unchanged(record, record.id, item):
+                    return record, found
+                record = record_item(record.id, item, record.fields)
+        except ItemError as error:
+            return _skipped(record, error)
+
+
+def _skipped(record: ItemRecord, error: ItemError) -> tuple[ItemRecord, ItemError]:
+    named = type(error)(f"{record.id}: {error}")
+    return replace(record, skipped=str(named)), named
 
 
 @dataclass(frozen=True)
@@ -326,7 +340,8 @@ class _Shards:
         if record.skipped is not None:
             if self.work.on_bad_record == "error":
                 return False
-            return run(self.work.preparing(row))[0].content == record.content
+            found, _ = run(self.work.preparing(self.work.recorded(row)))
+            return found.content == record.content
         try:
             identifier, item, fields = self.work.read(row)
             # As texts: to Python, true and 1 are equal.
@@ -367,7 +382,8 @@ class _Preprocessed:
     """Records of the rows that were yielded or skipped."""
 
     def __iter__(self) -> Iterator[Item]:
-        found = prepare(self.work.preparing, self.wanted)
+        # Threads hash the files ahead, because one thread may run the coroutines.
+        found = prepare(self.work.preparing, in_threads(self.work.recorded, self.wanted))
         for row, (record, item) in zip(self.wanted, found, strict=True):
             if self.bar is not None:
                 self.bar.update()

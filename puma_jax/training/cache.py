@@ -233,8 +233,10 @@ class _Windows:
         items = self.items(number)
         packing = place(self.lengths[items], self.patches[items], self._shape)
         vision = self.loader.plan.template.config.vision
+        waits = self.loader.store.is_remote
+        read = list(prepare(self._reading, items.tolist(), waits=waits))
         return _Window(
-            rows=fill([*prepare(self._reading, items.tolist())], packing, self._shape, vision),
+            rows=fill(read, packing, self._shape, vision),
             item=items,
             slot=packing.chunk * self._shape.slots + packing.slot,
         )

@@ -137,3 +137,13 @@ def test_what_is_not_asked_for_is_dropped(either, items):
     assert len(begun) < 100
     for one, sources in zip(prepare(patches, items), items, strict=True):
         assert_patches(one, sources)  # and what comes after is right
+
+
+def test_threads_run_what_waits(either, items):
+    async def thread(sources):
+        await read_patches(sources, VISION, LIMITS)
+        return threading.current_thread()
+
+    ours = threading.current_thread()
+    assert all(one is not ours for one in prepare(thread, items[:20], waits=True))
+    assert either == any(one is ours for one in prepare(thread, items[:20]))

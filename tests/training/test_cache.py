@@ -14,6 +14,7 @@ from puma_jax.config import ImageConfig, LoraConfig, PlanConfig, PromptConfig
 from puma_jax.data.builder import Settings, build
 from puma_jax.data.pipeline import Loader
 from puma_jax.data.plan import Plan
+from puma_jax.data.preparing import run
 from puma_jax.data.prompts import Processor
 from puma_jax.data.store import Store
 from puma_jax.errors import ArtifactError, CheckpointError
@@ -140,7 +141,7 @@ def test_every_item_has_the_state_of_the_whole_model(case, finished, tiny):
         range(len(kept.index))
     )
     for number, state in enumerate(kept.states):
-        expected = tiny.expected(windows._read(number))
+        expected = tiny.expected(run(windows._reading(number)))
         np.testing.assert_allclose(state, expected, rtol=0, atol=1e-4)
 
 
