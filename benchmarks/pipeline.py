@@ -29,7 +29,8 @@ from transformers import Qwen2VLImageProcessorPil
 
 from puma_jax import Embedder
 from puma_jax.config import ImageConfig
-from puma_jax.data.image_workers import MANY, VARIABLE, pool
+from puma_jax.data.image_process import VARIABLE
+from puma_jax.data.image_workers import MANY, pool
 from puma_jax.data.images import open_image, patchify
 from puma_jax.data.preparing import prepare
 from puma_jax.model.encoder import abstract

@@ -1,4 +1,4 @@
-"""The process that decodes images for `data.image_workers`; it is started by it alone."""
+"""The program of a process that decodes images; `data.image_process` alone starts it."""
 
 from __future__ import annotations
 

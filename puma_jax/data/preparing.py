@@ -16,7 +16,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from puma_jax.config import ImageConfig, VisionConfig
 from puma_jax.data import image_workers
 from puma_jax.data.decode import ImageSource
-from puma_jax.data.image_workers import GROUP, GROUPS_SENT, ImageRequest, Patches
+from puma_jax.data.image_process import GROUPS_SENT, ImageRequest, Patches
+from puma_jax.data.image_workers import GROUP
 from puma_jax.data.threads import AHEAD, executor
 
 T = TypeVar("T")

@@ -12,14 +12,15 @@ import pytest
 from PIL import Image, ImageFile
 
 from puma_jax.config import ImageConfig
-from puma_jax.data import image_workers, images
+from puma_jax.data import image_process, image_workers, images
 from puma_jax.errors import ConfigError, ImageError, WorkerError
 from tests.reference import VISION, random_image
 
 LIMITS = ImageConfig()
 ABANDON = """
 import os, signal
-from puma_jax.data.image_workers import ImageRequest, Pool
+from puma_jax.data.image_process import ImageRequest
+from puma_jax.data.image_workers import Pool
 from puma_jax.config import ImageConfig, VisionConfig
 
 VISION = VisionConfig(layers=1, width=32, heads=2, mlp_width=64, out_width=64)
@@ -31,7 +32,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def image(source):
-    return image_workers.ImageRequest(source, VISION, LIMITS)
+    return image_process.ImageRequest(source, VISION, LIMITS)
 
 
 def started(count):
@@ -87,11 +88,11 @@ def test_groups_are_read_in_any_order(pool, sources):
     for n in (29, 3, 0, 17):
         for number in (4, 0, 0):
             assert_patches(groups[n].result(number), sources[n + number])
-    assert all(worker.groups <= image_workers.GROUPS_SENT for worker in pool._workers)
+    assert all(worker.groups <= image_process.GROUPS_SENT for worker in pool._workers)
 
 
 def test_patches_without_room_are_made_here(monkeypatch, sources):
-    monkeypatch.setattr(image_workers, "BUFFER_BYTES", 2**15)
+    monkeypatch.setattr(image_process, "BUFFER_BYTES", 2**15)
     pool = started(1)
     group = pool.begin([image(source) for source in sources])
     for number, source in enumerate(sources):
@@ -163,7 +164,7 @@ def _runs(pid):
 
 def test_processes_start_for_many_images_only(monkeypatch):
     pool = image_workers.Pool(many=3)
-    monkeypatch.setattr(image_workers, "_Worker", lambda: pytest.fail("a process was started"))
+    monkeypatch.setattr(image_workers, "Worker", lambda: pytest.fail("a process was started"))
     monkeypatch.setenv("PUMA_JAX_IMAGE_WORKERS", "1")
     assert pool.begin([image("a.png")] * 2) is None
     monkeypatch.setenv("PUMA_JAX_IMAGE_WORKERS", "many")
