@@ -175,19 +175,21 @@ class Reranker:
 
     async def preparing(self, pair: Pair, instruction: str | None = None) -> Item:
         """Return what `preprocess` does, as a coroutine for `data.preparing`."""
-        (query, own), (document, extra) = [await self._side(side) for side in pair]
-        if extra is not None:
-            raise ItemError("a document has an instruction, expected it with the query")
-        return self._processor.item(query, document, own or instruction)
-
-    async def _side(self, raw: RawItem | str) -> tuple[Side, str | None]:
-        """Return a query or a document, and its instruction."""
-        parts = checked(raw)
-        if parts.frames:
+        query, document = (checked(side) for side in pair)
+        if query.frames or document.frames:
             raise ItemError("a side of a pair has a video, expected texts and images")
+        if document.instruction is not None:
+            raise ItemError("a document has an instruction, expected it with the query")
         config = self._embedder.config
-        cut = await read_patches(parts.images, config.vision, config.images)
-        return Side(parts.text, tuple(cut)), parts.instruction
+        # Images of both sides are asked for at once, so that none waits for another.
+        images = (*query.images, *document.images)
+        cut = tuple(await read_patches(images, config.vision, config.images))
+        count = len(query.images)
+        return self._processor.item(
+            Side(query.text, cut[:count]),
+            Side(document.text, cut[count:]),
+            query.instruction or instruction,
+        )
 
     def _preprocessed(
         self, pairs: Iterable[Pair | Item], instruction: str | None

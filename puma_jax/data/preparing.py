@@ -25,7 +25,7 @@ U = TypeVar("U")
 
 
 class _Images(NamedTuple):
-    """What a coroutine awaits: the patches of images."""
+    """Images whose patches a coroutine awaits."""
 
     images: Sequence[ImageRequest]
 
@@ -101,7 +101,7 @@ class _Ahead(Generic[U]):
         self._waiting: deque[Future[U] | _Begun[U]] = deque()
         self._unsent: list[_Begun[U]] = []
         self.most = 0
-        """Items that keep all processes at work."""
+        """Number of items that keeps all processes at work."""
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -163,7 +163,7 @@ class _Begun(Generic[U]):
         """Note what it awaits."""
         self.coroutine, self.images = coroutine, images
         self.reads: list[Callable[[], Patches]] = []
-        """What returns the patches of each image; none before they are sent."""
+        """Functions that return the patches of each image; none before they are sent."""
 
     def result(self) -> U:
         """Return the result, once the images are there."""

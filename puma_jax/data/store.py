@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, SupportsIndex, TypeVar
+from typing import Any, Literal, SupportsIndex
 
 from etils import epath
 from PIL import Image
@@ -42,7 +42,6 @@ TABLE_FOLDER = "table"
 PARTS_FOLDER = "parts"
 
 TableName = Literal["queries", "candidates"]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ class _Pairs:
             if self.folder:
                 scores = self.folder.write(key, scores)
         for place in np.flatnonzero(np.isnan(scores[:, 0])).tolist():
-            self._reject(pairs[place], run(self._reading(items[place])))
+            self._reject(pairs[place], run(self._preparing(items[place])))
         return scores[:, 0]
 
     def _items(self, query: int, document: int) -> tuple[RawItem, RawItem]:
@@ -162,7 +162,7 @@ class _Pairs:
 
     def _score(self, items: Sequence[tuple[RawItem, RawItem]]) -> Float[ndarray, "n 1"]:
         scores = np.full((len(items), 1), np.nan, np.float32)
-        read = list(prepare(self._reading, items))
+        read = list(prepare(self._preparing, items))
         good = [place for place, item in enumerate(read) if isinstance(item, Item)]
         logits = self.reranker.logits(
             (item for item in read if isinstance(item, Item)),
@@ -172,7 +172,7 @@ class _Pairs:
         scores[good, 0] = logits
         return scores
 
-    async def _reading(self, items: tuple[RawItem, RawItem]) -> Item | Exception:
+    async def _preparing(self, items: tuple[RawItem, RawItem]) -> Item | Exception:
         """Return the item of a pair, or why it cannot be read."""
         try:
             for item in items:

@@ -234,14 +234,14 @@ class _Windows:
         packing = place(self.lengths[items], self.patches[items], self._shape)
         vision = self.loader.plan.template.config.vision
         waits = self.loader.store.is_remote
-        read = list(prepare(self._reading, items.tolist(), waits=waits))
+        read = list(prepare(self._preparing, items.tolist(), waits=waits))
         return _Window(
             rows=fill(read, packing, self._shape, vision),
             item=items,
             slot=packing.chunk * self._shape.slots + packing.slot,
         )
 
-    async def _reading(self, number: int) -> Item:
+    async def _preparing(self, number: int) -> Item:
         # An image that cannot be decoded is blank here as in a step, where its pair is not valid.
         size = int(self.lengths[number]), int(self.patches[number])
         if number < len(self.query):

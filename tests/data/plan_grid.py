@@ -44,7 +44,7 @@ MODEL = ModelConfig(
 
 @dataclass(frozen=True)
 class Lengths:
-    """What a made-up table is made of, and how its items are framed."""
+    """Sizes of a made-up table, and how its items are framed."""
 
     queries: int
     candidates: int
@@ -54,7 +54,7 @@ class Lengths:
     """Share of these that have a text, too."""
     median_text: int
     spread: float
-    """Of the logarithms of the lengths of texts."""
+    """Standard deviation of the logarithms of the lengths of texts."""
     longest_text: int
     most_visual: int
     frame: int

@@ -30,7 +30,7 @@ Document = namedtuple("Document", "did text image source")
 
 
 class Built:
-    """What the files of a build hold, read without the reader that they are made for."""
+    """Contents of the files of a build, read without the reader that they are made for."""
 
     def __init__(self, root):
         self.root = root

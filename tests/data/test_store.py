@@ -48,7 +48,7 @@ def store(folder):
 
 
 def fields(record):
-    """What of a record can be compared."""
+    """The parts of a record that can be compared."""
     return [
         value.tolist() if isinstance(value, np.ndarray) else value
         for value in vars(record).values()

@@ -141,7 +141,7 @@ def test_every_item_has_the_state_of_the_whole_model(case, finished, tiny):
         range(len(kept.index))
     )
     for number, state in enumerate(kept.states):
-        expected = tiny.expected(run(windows._reading(number)))
+        expected = tiny.expected(run(windows._preparing(number)))
         np.testing.assert_allclose(state, expected, rtol=0, atol=1e-4)
 
 
