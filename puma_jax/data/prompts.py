@@ -25,6 +25,8 @@ from puma_jax.schema import shown
 # A longer text is cut before it is tokenized. What is left is more than enough for the tokens that
 # are kept, and this many characters more: tokens never depend on what comes after their own word.
 _LONGEST_WORD = 2**16
+_MOST_REMEMBERED = 256
+"""Suffixes and instructions whose tokens are kept."""
 
 
 class TextTruncationWarning(UserWarning):
@@ -68,6 +70,7 @@ class Processor:
         self._plain.encode_special_tokens = True
         self._plain.no_truncation()
         self._plain.no_padding()
+        self._remembered: dict[str, tuple[int, ...]] = {}
         self._warned = False
         self._strings = PROMPT_TEMPLATES[config.prompt.template]
         self.template = self._tokenized_template()
@@ -166,16 +169,23 @@ class Processor:
         elif instructed:
             suffix = suffix.removeprefix("\n")
         start, limit = text[: self._most_characters], self.config.prompt.max_text_tokens
+        end = self._encode_again(suffix)
+        if start == text:
+            tokens = self._encode(text + suffix)
+            length = len(tokens) - len(end)
+            if length <= limit and tokens[length:] == end:
+                return TokenizedText(tokens, length)
+        # Too long, or the end of the text and the suffix share a token.
         alone = self._encode(start)
         if len(alone) > limit:
-            counted = len(start) == len(text)
+            counted = start == text
             if not truncate:
                 raise LongTextError(
                     f"a text has {'' if counted else 'more than '}{len(alone):,} tokens, the model "
                     f"reads {limit:,} (PromptConfig.max_text_tokens): shorten it"
                 )
             self._warn_once(len(alone), counted=counted)
-            return TokenizedText((*alone[:limit], *self._encode(suffix)), limit)
+            return TokenizedText((*alone[:limit], *end), limit)
         return TokenizedText(self._encode(text + suffix), len(alone))
 
     def largest_item(self, *, images: int) -> tuple[int, int]:
@@ -200,8 +210,8 @@ class Processor:
         the text after it.
         """
         if self._strings.after_instruction:
-            return self._encode(_punctuated(instruction)[: self._most_characters])
-        return self._encode((normalize_text(instruction) + "\n")[: self._most_characters])
+            return self._encode_again(_punctuated(instruction)[: self._most_characters])
+        return self._encode_again((normalize_text(instruction) + "\n")[: self._most_characters])
 
     def save_tokenizer(self, folder: Path, source: Mapping[str, Any]) -> None:
         """Write the tokenizer, with [RET] if it has it, so that transformers 4 and 5 load it.
@@ -239,6 +249,15 @@ class Processor:
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._plain.encode(text, add_special_tokens=False).ids)
+
+    def _encode_again(self, text: str) -> tuple[int, ...]:
+        """Return the tokens of a prompt suffix or an instruction, which come with many texts."""
+        tokens = self._remembered.get(text)
+        if tokens is None:
+            if len(self._remembered) >= _MOST_REMEMBERED:
+                self._remembered.clear()
+            tokens = self._remembered[text] = self._encode(text)
+        return tokens
 
     def _warn_once(self, length: int, *, counted: bool) -> None:
         if not self._warned:

@@ -6,6 +6,8 @@ import warnings
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -16,6 +18,7 @@ from puma_jax.data.prompts import (
     normalize_text,
     query_text,
 )
+from puma_jax.data.templates import PROMPT_TEMPLATES
 from puma_jax.data.tokenizer import load_tokenizer
 from puma_jax.data.vocabulary import _WORDS, SPECIAL_TOKENS
 from puma_jax.errors import CheckpointError, ConfigError, ItemError
@@ -166,6 +169,27 @@ def test_what_is_kept_of_a_long_text_is_what_its_whole_gives(tiny, trained, unit
         kept = processor.tokenize_text(text, image=False)
         assert kept.text_length == 64
         assert list(kept.tokens) == whole[:64]
+
+
+@pytest.mark.filterwarnings("ignore::puma_jax.data.prompts.TextTruncationWarning")
+@settings(max_examples=300)
+@given(
+    text=st.text(st.sampled_from("ab é\n\u0301.1🎈"), min_size=1, max_size=40), image=st.booleans()
+)
+def test_a_text_and_its_suffix_are_the_tokens_of_both_together(tiny, trained, text, image):
+    decoder = dataclasses.replace(tiny.config.decoder, vocab_size=700)
+    prompt = PromptConfig(max_text_tokens=24)
+    processor = Processor(trained, dataclasses.replace(tiny.config, decoder=decoder, prompt=prompt))
+    read = processor.tokenize_text(text, image=image)
+
+    def encode(part: str) -> list[int]:
+        return trained.backend_tokenizer.encode(part, add_special_tokens=False).ids
+
+    suffix = PROMPT_TEMPLATES["chat"].suffix[image, True]
+    alone = encode(text)
+    cut = len(alone) > 24
+    assert list(read.tokens) == (alone[:24] + encode(suffix) if cut else encode(text + suffix))
+    assert read.text_length == min(24, len(alone))
 
 
 def test_text_is_cut_at_450_tokens_and_that_is_said_once(tiny):
