@@ -98,13 +98,12 @@ def medians(*processes: subprocess.Popen) -> float:
     return sum(statistics.median(rates) for rates in found)
 
 
-def scaling(folder: Path, turns: int) -> dict[int, dict[str, float]]:
-    """Return the items per second of each way to use 1, 2, 4, ... cores."""
+def scaling(folder: Path, turns: int, counts: list[int]) -> dict[int, dict[str, float]]:
+    """Return the items per second of each way to use so many cores."""
     usable = sorted(os.sched_getaffinity(0))
-    counts = sorted({*(2**n for n in range(len(usable).bit_length())), len(usable)})
     rates: dict[int, dict[str, list[float]]] = {}
     for _ in range(turns):
-        for count in [one for one in counts if one <= len(usable)]:
+        for count in counts:
             cores = usable[:count]
             of_count = rates.setdefault(count, {"threads": [], "processes": [], "apart": []})
             of_count["threads"].append(medians(start(folder, cores, 0, 3)))
@@ -122,8 +121,20 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--turns", type=int, default=3, help="runs of each way to use cores")
+    every = len(os.sched_getaffinity(0))
+    doubled = [2**n for n in range(every.bit_length()) if 2**n < every]
+    parser.add_argument(
+        "--cores",
+        type=int,
+        nargs="+",
+        default=[*doubled, every],
+        help="numbers of cores, the first of which others are compared with (default: 1, 2, 4, "
+        "..., and all)",
+    )
     parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if not all(1 <= count <= every for count in arguments.cores):
+        parser.error(f"--cores is {arguments.cores}, expected 1 to {every}")
     if arguments.prepare is not None:
         measure(arguments.prepare, arguments.repeats)
         return
@@ -161,13 +172,16 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         for number, data in enumerate(files):
             (Path(folder) / f"{number}.jpg").write_bytes(data)
-        speeds = scaling(Path(folder), arguments.turns)
+        speeds = scaling(Path(folder), arguments.turns, arguments.cores)
     print(
-        "\n| cores | threads, items/s | × one core | with processes, items/s | × one core "
-        "| apart, items/s | × one core |\n|--:|--:|--:|--:|--:|--:|--:|"
+        "\n| cores | threads, items/s | × {0} | with processes, items/s | × {0} "
+        "| apart, items/s | × {0} |\n|--:|--:|--:|--:|--:|--:|--:|".format(
+            "one core" if arguments.cores[0] == 1 else f"{arguments.cores[0]} cores"
+        )
     )
+    first = speeds[arguments.cores[0]]["threads"]
     for count, of_count in speeds.items():
-        cells = (f"{rate:.0f} | {rate / speeds[1]['threads']:.2f}" for rate in of_count.values())
+        cells = (f"{rate:.0f} | {rate / first:.2f}" for rate in of_count.values())
         print(f"| {count} | {' | '.join(cells)} |")
 
     worst = 0.0

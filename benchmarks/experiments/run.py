@@ -17,6 +17,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import queue
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -130,7 +131,8 @@ def run_experiment(
 
     def finish_all(jobs: Sequence[tuple[int, Arm]]) -> None:
         futures: dict[tuple[int, str], Future] = {}
-        with ThreadPoolExecutor(at_once) as threads:
+        shares = _shares_of_cores(at_once)
+        with ThreadPoolExecutor(at_once, initializer=lambda: _take(shares.get())) as threads:
             for seed, arm in jobs:
                 data = data_of(arm, start, Data(root, built), out / name)
                 earlier = futures.get((seed, arm.continues))
@@ -150,6 +152,24 @@ def run_experiment(
     else:
         finish_all(first + further)
     return results
+
+
+def _shares_of_cores(count: int) -> queue.SimpleQueue[set[int]]:
+    """Return that many sets of cores; with too few cores, some are the same."""
+    shares: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    for number in range(count):
+        shares.put(set(cores[number::count] or cores[number % len(cores) :][:1] if cores else ()))
+    return shares
+
+
+def _take(cores: set[int]) -> None:
+    """Let this thread, and the processes that it starts, use only these cores.
+
+    Arms at the same time are slower if each of them has a thread for every core.
+    """
+    if cores:
+        os.sched_setaffinity(0, cores)
 
 
 def _in_order(
