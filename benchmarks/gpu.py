@@ -4,23 +4,24 @@
 
 torch has to be a build for CUDA; nothing is downloaded. Each part is a process. All start at once,
 load their libraries and compile side by side, which is what takes longest; they measure one by one,
-see `machine.alone`. One that fails or is not done after eight minutes does not keep the others, and
-compiled programs are kept in the folder, so that a second run is faster. After every part
-`gpu.json` and `gpu.md` are written anew, beside the output of each part. `--smoke` runs all parts
-on a CPU, at a size that means nothing, to show that they run.
+see `machine.alone`. Tests start when all is measured, in the time that is left. One that fails or
+is not done after eight minutes does not keep the others, and compiled programs are kept in the
+folder, so that a second run is faster. After every part `gpu.json` and `gpu.md` are written anew,
+beside the output of each part. `--smoke` runs all parts on a CPU, at a size that means nothing, to
+show that they run.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,11 @@ class Part:
     shows: str
     command: tuple[str, ...]
     smoke: tuple[str, ...]
+
+    @property
+    def is_tests(self) -> bool:
+        """Whether it tests, and measures nothing; it would disturb those that do."""
+        return "pytest" in self.command
 
 
 _PYTEST = ("-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "tests/model/test_parity.py")
@@ -130,22 +136,22 @@ def environment(smoke: bool, out: Path) -> dict[str, str]:
     return {**os.environ, **chosen, "JAX_PLATFORMS": "cuda", "XLA_FLAGS": ""}
 
 
-def run(part: Part, smoke: bool, out: Path, deadline: float) -> dict[str, object]:
-    """Run a part, and return how it ended, its results and the tables it printed."""
+def run(
+    part: Part, smoke: bool, out: Path, deadline: float, after: Sequence[Future] = ()
+) -> dict[str, object]:
+    """Run a part once others are done; return how it ended, its results and its tables."""
+    wait(after)
     results, log = (out / f"{part.name.replace(' ', '-')}{end}" for end in (".json", ".log"))
     results.unlink(missing_ok=True)
     command = [sys.executable, *(part.smoke if smoke else part.command)]
     settings = environment(smoke, out)
-    turn = contextlib.nullcontext()
-    if "pytest" in command:
+    if part.is_tests:
         # Parts of a model that tests call by themselves do not ask for all bits of float32.
         settings["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
-        # Tests do not measure, but would disturb those that do; those still compile.
-        turn = machine.alone()
     else:
         command += ["--json", str(results)]
     start = time.monotonic()
-    with open(log, "w", encoding="utf-8") as file, turn:
+    with open(log, "w", encoding="utf-8") as file:
         try:
             code = subprocess.run(
                 command,
@@ -216,12 +222,13 @@ def main() -> None:
         if (not arguments.parts or part.name in arguments.parts)
         and (part.smoke or not arguments.smoke)
     ]
-    os.environ[machine.LOCK] = str(out / "lock")
     found: dict[str, dict] = {}
     with ThreadPoolExecutor(len(parts)) as threads:
-        started = {
-            threads.submit(run, part, arguments.smoke, out, deadline): part for part in parts
-        }
+        started: dict[Future, Part] = {}
+        for part in sorted(parts, key=lambda part: part.is_tests):
+            after = list(started) if part.is_tests else []
+            job = threads.submit(run, part, arguments.smoke, out, deadline, after)
+            started[job] = part
         for future in as_completed(started):
             name = started[future].name
             found[name] = future.result()

@@ -54,6 +54,47 @@ def learning_of_pruning() -> Figure:
     )
 
 
+def pretrained() -> Figure:
+    """Return what a pretrained decoder finds by the cost of training and of embedding."""
+    found = read("pretrained")
+    training = ("training_flops", 1e12)
+    figure, panels = pyplot.subplots(1, 2, figsize=(9.4, 3.6), sharey=True, layout="constrained")
+    for arms, label, color, style in (
+        (("full",), "30 layers", SOFT, "D"),
+        (("keep-15", "keep-15-as-full"), "15 layers", GREEN, "o-"),
+        (("keep-15-distilled",), "15 layers, distilled", GREEN, "s--"),
+        (("keep-10", "keep-10-longer", "keep-10-as-full"), "10 layers", VIOLET, "o-"),
+        (
+            ("keep-10-distilled", "keep-10-distilled-as-full"),
+            "10 layers, distilled",
+            ORANGE,
+            "s--",
+        ),
+    ):
+        _line(panels[0], found, arms, "local", training, label=label, color=color, style=style)
+    whole = found["start"]["embedding_flops"]
+    equal = ("keep-10-as-full", "keep-15-as-full", "full")
+    _line(
+        panels[1], found, equal, "local", ("embedding_flops", whole / 100), label="",
+        color=VIOLET, style="o-",
+    )  # fmt: skip
+    rates = [run["mean"]["local"] for run in found["arms"]["full"]["seeds"].values()]
+    goal = 97 * np.mean(rates)
+    panels[1].axhline(goal, color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
+    panels[1].annotate(
+        "97 % of full depth", (100, goal), (0, -4), textcoords="offset points",
+        ha="right", va="top", color=SOFT, fontsize=9,
+    )  # fmt: skip
+    panels[0].set_xlabel("TFLOP of training after pruning")
+    panels[1].set_xlabel("cost of embedding an item, % of full depth")
+    panels[0].set_title("hit@5 in local pools, %")
+    panels[1].set_title("the same, at equal cost of training")
+    panels[0].set_xlim(0)
+    panels[1].set_xlim(0, 104)
+    panels[0].legend(fontsize=9, loc="upper left")
+    return figure
+
+
 def recipe() -> Figure:
     """Return the difference that every part makes at equal steps or cost, with its interval."""
     answers = [

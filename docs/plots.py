@@ -16,7 +16,14 @@ import numpy as np
 import plot_style
 from matplotlib import pyplot
 from matplotlib.figure import Figure
-from plot_experiments import learning_of_losses, learning_of_pruning, losses, pruning, recipe
+from plot_experiments import (
+    learning_of_losses,
+    learning_of_pruning,
+    losses,
+    pretrained,
+    pruning,
+    recipe,
+)
 from plot_style import GREEN, ORANGE, SOFT, VIOLET, save
 
 from puma_jax.losses import hard_temperature, mac_loss
@@ -43,6 +50,8 @@ def main() -> None:
     }
     if (RESULTS / "pruning.json").exists():
         plots |= {"plot-pruning": pruning, "plot-pruning-learning": learning_of_pruning}
+    if (RESULTS / "pretrained.json").exists():
+        plots |= {"plot-pretrained": pretrained}
     if (RESULTS / "recipe.json").exists():
         plots |= {"plot-recipe": recipe}
     if (RESULTS / "losses.json").exists():

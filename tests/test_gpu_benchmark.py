@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,17 @@ def test_parts_measure_one_by_one(gpu, tmp_path):
     spans = sorted([float(at) for at in one.communicate()[0].split() if at != "|"] for one in both)
     (_, end), (start, _) = spans
     assert end <= start
+
+
+def test_tests_start_when_all_is_measured(gpu, tmp_path):
+    measured = Future()
+    tests = gpu.Part("tests", "", ("-c", "print('| tested |')", "pytest"), ())
+    assert tests.is_tests
+    with ThreadPoolExecutor(1) as threads:
+        job = threads.submit(gpu.run, tests, False, tmp_path, time.monotonic() + 60, [measured])
+        assert not wait([job], timeout=1).done
+        measured.set_result(None)
+        assert job.result()["ended"] == "ok"
 
 
 def test_every_part_runs_at_toy_size_on_a_cpu(gpu, tmp_path):

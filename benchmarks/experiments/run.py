@@ -287,11 +287,14 @@ def measure(config: TrainConfig, workdir: Path, reuse: Path | None) -> None:
     )
     np.savez_compressed(workdir / RANKS, **ranks)
     evaluation = result["evaluation"]
+    settings = results["config"]["stages"][name]
+    if settings["model"]:  # results are published: they hold no folders of this machine
+        settings["model"] = os.path.relpath(settings["model"], workdir)
     found = {
         "versions": results["versions"],
         "device": results["device"],
         "model": finished_model(workdir, name),
-        "settings": results["config"]["stages"][name],
+        "settings": settings,
         "layers": result["layers"],
         "parameters": result["parameters"],
         "steps": config.stages[name].steps,

@@ -32,7 +32,7 @@ from puma_jax.training.curves import curves
 from puma_jax.training.workdir import finished_model
 
 _MEASURED_ITEMS = 1024
-"""Number of candidates that are embedded to measure what a model costs."""
+"""Candidates that are embedded at most to measure what a model costs."""
 _REPORT = "report.html"
 
 
@@ -182,7 +182,8 @@ def _costs(embedder: Embedder, selection: Selection) -> tuple[float, float]:
 
     Reading images is part of the time.
     """
-    rows = np.linspace(0, len(selection.dids) - 1, _MEASURED_ITEMS).astype(int)
+    pool = len(selection.dids)
+    rows = np.linspace(0, pool - 1, min(pool, _MEASURED_ITEMS)).astype(int)
     items = [selection.document(row) for row in rows.tolist()]
     prepared = []
     for item in items:
