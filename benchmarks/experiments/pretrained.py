@@ -7,7 +7,8 @@
 
 All weights are trained, in float32; activations are bfloat16. `pretrained-short` takes some 1.1
 PFLOP by formula, and an hour and a half of two cores that multiply bfloat16 in hardware (AMX, jax
-0.11 or newer). `pretrained` takes some 16 PFLOP, minutes of a large GPU with `--at-once 13`.
+0.11 or newer). `pretrained` takes some 7 PFLOP for the base and a seed, and 4 for each further one:
+with `--at-once 11`, ten minutes of an H200 for two seeds. An arm takes 3 to 7 GiB of its memory.
 """
 
 from __future__ import annotations

@@ -155,11 +155,12 @@ def run_experiment(
 
 
 def _shares_of_cores(count: int) -> queue.SimpleQueue[set[int]]:
-    """Return that many sets of cores; with too few cores, some are the same."""
-    shares: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
+    """Return so many sets of cores, one for each job; too few cores are in several of them."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    shares: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
     for number in range(count):
-        shares.put(set(cores[number::count] or cores[number % len(cores) :][:1] if cores else ()))
+        one = cores[number % len(cores) :][:1] if cores else []
+        shares.put(set(cores[number::count] or one))
     return shares
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from arms import SMALL as BASE
 from arms import Arm, Base, Experiment, Question, stage
 from experiments import EXPERIMENTS
 from report import BEGIN, END, collect, with_tables
-from run import ARM, FOUND, RANKS, _curves, run_experiment
+from run import ARM, FOUND, RANKS, _curves, _shares_of_cores, run_experiment
 
 from puma_jax import Embedder
 from puma_jax.artifacts import write_json
@@ -192,3 +193,14 @@ def test_a_base_with_a_model_of_its_own_starts_from_it_and_asks_for_it(tiny, tmp
     assert config.stages["whole"].model == str(tmp_path / "other")
     assert config.scratch is None
     assert trainer.configs["one"].stages[ARM].model == str(tmp_path / "other-base/whole")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 100])
+def test_arms_at_the_same_time_share_the_cores(monkeypatch, count):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 4, 5, 7}, raising=False)
+    shares = _shares_of_cores(count)
+    sets = [shares.get() for _ in range(count)]
+    assert set().union(*sets) == {0, 1, 4, 5, 7}
+    sizes = {len(one) for one in sets}
+    assert max(sizes) - min(sizes) <= 1
+    assert sum(map(len, sets)) == max(5, count)
