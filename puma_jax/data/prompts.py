@@ -17,10 +17,10 @@ from puma_jax.artifacts import write_json
 from puma_jax.config import ModelConfig
 from puma_jax.data.images import most_patches
 from puma_jax.data.items import Item, Patches, TokenizedTemplate, TokenizedText, Visuals
+from puma_jax.data.ret_token import add_ret_token, check_ids
 from puma_jax.data.templates import PROMPT_TEMPLATES
 from puma_jax.data.texts import normalize_text
-from puma_jax.errors import CheckpointError, ItemError, LongTextError
-from puma_jax.schema import shown
+from puma_jax.errors import ItemError, LongTextError
 
 # A longer text is cut before it is tokenized. What is left is more than enough for the tokens that
 # are kept, and this many characters more: tokens never depend on what comes after their own word.
@@ -58,9 +58,9 @@ class Processor:
         """
         self.config = config
         self.tokenizer = tokenizer
-        _check_ids(tokenizer, config)
+        check_ids(tokenizer, config)
         self.ret_token_id = (
-            _add_ret_token(tokenizer, config) if config.prompt.pooling == "ret" else None
+            add_ret_token(tokenizer, config) if config.prompt.pooling == "ret" else None
         )
         # No token is longer. Four characters compose to one at most, in Unicode's form NFC.
         longest = max(map(len, tokenizer.get_vocab()))
@@ -289,64 +289,6 @@ def _added_by_tokenizer(
     whole = tokenizer.encode("a", add_special_tokens=True)
     first = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
     return tuple(whole[:first]), tuple(whole[first + len(plain) :])
-
-
-def _check_ids(tokenizer: PreTrainedTokenizerFast, config: ModelConfig) -> None:
-    """Check that a tokenizer has no ids beyond the token table."""
-    rows, vocab = config.decoder.vocab_size, tokenizer.get_vocab()
-    last = max(vocab, key=vocab.__getitem__)
-    if vocab[last] >= rows:
-        raise CheckpointError(
-            f"the tokenizer gives {shown(last)} the id {vocab[last]}, the token table has {rows} "
-            "rows: the tokenizer is of another model"
-        )
-
-
-def _add_ret_token(tokenizer: PreTrainedTokenizerFast, config: ModelConfig) -> int:
-    """Return the id of [RET] in a tokenizer, to which it is added if it is new."""
-    ret, rows = config.prompt.ret_token, config.decoder.vocab_size
-    vocab = tokenizer.get_vocab()
-    if ret in vocab and ret not in tokenizer.get_added_vocab():
-        remedy = _name_free_token(tokenizer, config)
-        raise CheckpointError(f"ret_token {shown(ret)} is a token of ordinary texts: {remedy}")
-    tokenizer.add_special_tokens({"additional_special_tokens": [ret]})
-    number = tokenizer.get_added_vocab()[ret]
-    if number >= rows:
-        raise CheckpointError(
-            f"no spare row for {ret}: the tokenizer has {len(tokenizer) - 1} tokens, the token "
-            f"table {rows} rows: {_name_free_token(tokenizer, config)}"
-        )
-    if number in _image_tokens(config) or (ret not in vocab and number in vocab.values()):
-        raise CheckpointError(
-            f"ret_token {shown(ret)} has the id {number}, which stands for something else: "
-            f"{_name_free_token(tokenizer, config)}"
-        )
-    return number
-
-
-def _name_free_token(tokenizer: PreTrainedTokenizerFast, config: ModelConfig) -> str:
-    """Return what to do about a token that cannot be [RET], with the name of one that can."""
-    template = PROMPT_TEMPLATES[config.prompt.template]
-    free = [
-        token.content
-        for number, token in tokenizer.added_tokens_decoder.items()
-        if token.special
-        and number not in _image_tokens(config)
-        and number < config.decoder.vocab_size
-        and token.content != config.prompt.ret_token
-        and token.content not in template.start + template.generation_prompt
-    ]
-    grow = "add rows to the table with resize_token_embeddings of transformers"
-    if not free:
-        return grow
-    example = max(free, key=lambda token: "pad" in token)
-    return f"use a special token that is free, such as --ret-token {shown(example)}, or {grow}"
-
-
-def _image_tokens(config: ModelConfig) -> tuple[int, ...]:
-    if not config.vision.layers:
-        return ()
-    return config.image_token_id, config.vision_start_token_id, config.vision_end_token_id
 
 
 def prompt_fingerprint(processor: Processor) -> dict[str, Any]:
