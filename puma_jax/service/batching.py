@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import threading
 import time
 from collections import deque
@@ -21,6 +20,7 @@ import jax
 import numpy as np
 
 from puma_jax.data.items import Item
+from puma_jax.data.threads import usable_cores
 from puma_jax.embedder import Embedder, RawItem
 from puma_jax.errors import EvaluationError, ItemError, LongTextError
 from puma_jax.forward import Forward, cheapest_shape, check_vectors
@@ -77,7 +77,7 @@ class Batcher:
         self.ready = threading.Event()
         self.failed = False
         """Whether the device thread has ended early; the log says why."""
-        self._pool = ThreadPoolExecutor(os.cpu_count(), "preprocess")
+        self._pool = ThreadPoolExecutor(usable_cores(), "preprocess")
         self._queue: deque[_Waiting] = deque()
         self._changed = threading.Condition()
         self._admitted = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from puma_jax.data.lines import OnBadRecord
+from puma_jax.data.threads import usable_cores
 from puma_jax.errors import ConfigError
 from puma_jax.schema import Count, check
 
@@ -33,8 +33,9 @@ class Settings:
     """Lines in a shard."""
     on_bad_record: OnBadRecord = "error"
     """Stop at a bad record ("error"), or skip bad records and print their number ("skip")."""
-    workers: Count = os.cpu_count() or 1
-    """Processes that build shards; their number changes only the time."""
+    workers: Count = usable_cores()
+    """Processes that build shards, by default one for each core that may be used; their number
+    changes only the time."""
 
     def __post_init__(self) -> None:
         """Check the settings.

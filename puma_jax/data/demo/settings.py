@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from puma_jax.data.threads import usable_cores
 from puma_jax.errors import ConfigError
 from puma_jax.schema import Count, Range, check
 
@@ -23,8 +23,9 @@ class Settings:
     """Seed of every random choice: which names are used, which combinations are held out."""
     size: Annotated[int, Range(_SIZE_UNIT, 64 * _SIZE_UNIT)] = 56
     """Width and height of the drawings in pixels, a multiple of 28; 56 gives 4 visual tokens."""
-    workers: Count = os.cpu_count() or 1
-    """Number of rendering threads; the result does not depend on it."""
+    workers: Count = usable_cores()
+    """Rendering threads, by default one for each core that may be used; their number changes only
+    the time."""
 
     def __post_init__(self) -> None:
         """Check the settings.
