@@ -4,7 +4,7 @@
 
 torch has to be a build for CUDA; nothing is downloaded. Each part is a process. All start at once,
 load their libraries and compile side by side, which is what takes longest; they measure one by one,
-see `machine.alone`. Tests start when all is measured, in the time that is left. One that fails or
+see `machine.alone`. The host and the tests come last, in the time that is left. One that fails or
 is not done after eight minutes does not keep the others, and compiled programs are kept in the
 folder, so that a second run is faster. After every part `gpu.json` and `gpu.md` are written anew,
 beside the output of each part. `--smoke` runs all parts on a CPU, at a size that means nothing, to
@@ -52,26 +52,19 @@ class Part:
     shows: str
     command: tuple[str, ...]
     smoke: tuple[str, ...]
-
-    @property
-    def is_tests(self) -> bool:
-        """Whether it tests, and measures nothing; it would disturb those that do."""
-        return "pytest" in self.command
+    is_last: bool = False
+    """Whether it starts when all before it are done, for it keeps all cores or the card busy."""
 
 
 _PYTEST = ("-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "tests/model/test_parity.py")
 _STEP = ("benchmarks/stage2_step.py", "--only")
+_HOST = ("benchmarks/pipeline.py", "--repeats", "1", "--turns", "1")
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 _TOY = (
     *("benchmarks/stage2_step.py", "--toy", "--pairs", "4", "--mini-batch", "4", "--rank", "4"),
     *("--dtype", "float32", "--repeats", "1"),
 )
 PARTS = (
-    Part(
-        "parity",
-        "the parity ladder against transformers, float32",
-        (*_PYTEST, "-k", "not windowed and not deepstack"),
-        (*_PYTEST, "--collect-only"),  # the suite runs it on CPUs
-    ),
     Part(
         "forward",
         "decoder and tower beside torch sdpa",
@@ -117,6 +110,20 @@ PARTS = (
             *("--documents", "300", "--width", "32", "--queries", "2", "--k", "5"),
         ),
     ),
+    Part(
+        "host",
+        "items prepared from files, by cores",
+        (*_HOST, "--cores", "1", str(_CORES)),
+        (*_HOST, "--cores", "1", "--images", "4"),
+        is_last=True,
+    ),
+    Part(
+        "parity",
+        "the parity ladder against transformers, float32",
+        (*_PYTEST, "-k", "not windowed and not deepstack"),
+        (*_PYTEST, "--collect-only"),  # the suite runs it on CPUs
+        is_last=True,
+    ),
 )
 
 
@@ -145,7 +152,7 @@ def run(
     results.unlink(missing_ok=True)
     command = [sys.executable, *(part.smoke if smoke else part.command)]
     settings = environment(smoke, out)
-    if part.is_tests:
+    if "pytest" in command:
         # Parts of a model that tests call by themselves do not ask for all bits of float32.
         settings["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
     else:
@@ -225,8 +232,8 @@ def main() -> None:
     found: dict[str, dict] = {}
     with ThreadPoolExecutor(len(parts)) as threads:
         started: dict[Future, Part] = {}
-        for part in sorted(parts, key=lambda part: part.is_tests):
-            after = list(started) if part.is_tests else []
+        for part in parts:
+            after = list(started) if part.is_last and not arguments.smoke else []
             job = threads.submit(run, part, arguments.smoke, out, deadline, after)
             started[job] = part
         for future in as_completed(started):

@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 import jax.numpy as jnp
 import numpy as np
 import qwen2_vl_2b
+from machine import write_json
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
@@ -131,6 +132,7 @@ def main() -> None:
         help="numbers of cores, the first of which others are compared with (default: 1, 2, 4, "
         "..., and all)",
     )
+    parser.add_argument("--json", type=Path, help="file to write the results to as well")
     parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not all(1 <= count <= every for count in arguments.cores):
@@ -183,6 +185,9 @@ def main() -> None:
     for count, of_count in speeds.items():
         cells = (f"{rate:.0f} | {rate / first:.2f}" for rate in of_count.values())
         print(f"| {count} | {' | '.join(cells)} |")
+
+    if arguments.json:
+        write_json(arguments.json, {"images": speed, "items": speeds})
 
     worst = 0.0
     for patches, values in zip(ours(), theirs(), strict=True):

@@ -64,10 +64,10 @@ def test_parts_measure_one_by_one(gpu, tmp_path):
     assert end <= start
 
 
-def test_tests_start_when_all_is_measured(gpu, tmp_path):
+def test_what_comes_last_starts_when_all_is_measured(gpu, tmp_path):
     measured = Future()
-    tests = gpu.Part("tests", "", ("-c", "print('| tested |')", "pytest"), ())
-    assert tests.is_tests
+    tests = gpu.Part("tests", "", ("-c", "print('| tested |')", "pytest"), (), is_last=True)
+    assert [part.name for part in gpu.PARTS if part.is_last] == ["host", "parity"]
     with ThreadPoolExecutor(1) as threads:
         job = threads.submit(gpu.run, tests, False, tmp_path, time.monotonic() + 60, [measured])
         assert not wait([job], timeout=1).done
