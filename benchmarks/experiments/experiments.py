@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from losses import COMPARED
 from pretrained import PRETRAINED, PRETRAINED_SHORT
-from pruning import PRUNING
+from pruning import DEPTH, PRUNING
 from recipe import RECIPE
 
 EXPERIMENTS = {
     "pruning": PRUNING,
+    "depth": DEPTH,
     "losses": COMPARED,
     "recipe": RECIPE,
     "pretrained": PRETRAINED,

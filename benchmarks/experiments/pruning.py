@@ -1,8 +1,8 @@
-"""The experiment on pruning: depths, what is kept and what is distilled."""
+"""The experiments on pruning: depths, what is kept and what is distilled; and depth itself."""
 
 from __future__ import annotations
 
-from arms import BASE_STEPS, DISTILL, SMALL, STEPS, Arm, Experiment, Question, stage
+from arms import BASE_STEPS, DISTILL, SMALL, STEPS, Arm, Base, Experiment, Question, stage
 
 from puma_jax.training.config import DistillConfig
 
@@ -69,3 +69,21 @@ PRUNING = Experiment(
         Question("keep-2-noise", "keep-2", "How far does rounding alone move a result?"),
     ),
 )
+
+DEPTH = Experiment(
+    title="How many layers a model from scratch needs",
+    base=Base("untrained", {"whole": stage(0)}),
+    arms=tuple(
+        Arm(name, label, stage(BASE_STEPS + STEPS, layers, rate=2e-3))
+        for name, label, layers in (
+            ("four", "4 layers", ""),
+            ("two", "2 layers", "2"),
+            ("one", "1 layer", "1"),
+        )
+    ),
+    questions=(
+        Question("two", "four", "Do two layers from scratch find as much as four?"),
+        Question("one", "four", "And one?"),
+    ),
+)
+"""All arms start from nothing."""
