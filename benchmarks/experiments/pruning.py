@@ -72,9 +72,9 @@ PRUNING = Experiment(
 
 DEPTH = Experiment(
     title="How many layers a model from scratch needs",
-    base=Base("untrained", {"whole": stage(0)}),
+    base=Base("untrained", {"whole": stage(1)}),  # a step, so that there are data
     arms=tuple(
-        Arm(name, label, stage(BASE_STEPS + STEPS, layers, rate=2e-3))
+        Arm(name, label, stage(BASE_STEPS + STEPS, layers, rate=2e-3), forgets="all")
         for name, label, layers in (
             ("four", "4 layers", ""),
             ("two", "2 layers", "2"),
@@ -86,4 +86,4 @@ DEPTH = Experiment(
         Question("one", "four", "And one?"),
     ),
 )
-"""All arms start from nothing."""
+"""All arms start from the same random weights."""
