@@ -350,7 +350,7 @@ def pack(
 
 
 def pixel_values(patches: np.ndarray, vision: VisionConfig) -> torch.Tensor:
-    """What transformers' processor makes of the pixels in these patches, in float64 inside."""
+    """Return the pixel values of transformers' processor for these patches, in float64 inside."""
     mean, std = (np.array(of)[:, None] for of in (vision.image_mean, vision.image_std))
     scaled = (patches.reshape(len(patches), vision.channels, -1) / 255 - mean) / std
     frames = np.repeat(scaled[:, :, None], vision.temporal_patch_size, axis=2)

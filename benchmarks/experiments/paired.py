@@ -28,7 +28,7 @@ NEVER = 2**31 - 1
 """The rank of a document that is not found."""
 
 Hits = list[ndarray]
-"""Of each set, whether each query is a hit, 0.0 or 1.0; or differences of two arms' hits."""
+"""By set: 1.0 for each query that is a hit, 0.0 for others; or differences of two arms' hits."""
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,8 @@ def main() -> None:
         "--at-once",
         type=int,
         default=1,
-        help="arms to run at the same time, which a large GPU has room for; their seconds and "
-        "items per second are then not those of one alone (default: 1)",
+        help="arms to run at the same time, each on its share of the cores; a large GPU has room "
+        "for many. Their seconds and items per second are then not those of one alone (default: 1)",
     )
     given = parser.parse_args()
     if given.at_once < 1:

@@ -29,7 +29,7 @@ def model(embedder):
 
 @pytest.fixture
 def asked(embedder, monkeypatch):
-    """What the embedder is asked for: its items, and with which instruction."""
+    """The items and instructions that the embedder is asked for."""
     calls = []
     encode = embedder.encode
 

@@ -36,7 +36,7 @@ def evaluation(rate):
 
 @pytest.fixture(scope="module")
 def workdir(tiny, tmp_path_factory):
-    """What a run leaves, its model replaced by a small one."""
+    """The folder of a finished run, its model replaced by a small one."""
     workdir = tmp_path_factory.mktemp("run")
     Embedder.load(tiny.folder, dtype=None).keep_layers([0, 2]).save(workdir / "pruned")
     config = as_json(load_config(DEMO)())

@@ -62,7 +62,7 @@ def mutations(content: bytes, seed: int, count: int) -> Iterator[bytes]:
 
 @dataclass
 class Outcome:
-    """What a reader did with damaged files."""
+    """Counts of damaged files: refused with a declared error, accepted, or anything else."""
 
     declared: int = 0
     accepted: int = 0

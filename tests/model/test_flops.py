@@ -9,7 +9,7 @@ from tests.reference import grid_thw, pixel_values, random_image
 
 
 def counted(function, *inputs) -> int:
-    """What torch counts with attention as plain products."""
+    """Return the operations that torch counts, with attention as plain products."""
     kernel = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with torch.no_grad(), kernel, FlopCounterMode(display=False) as counter:
         function(*inputs)

@@ -77,7 +77,7 @@ def batch_of(
 
 
 def packed_in_short_rows(lengths, patches, chunks: int, data_shards: int):
-    """Where items go in rows as short as the longest one, and the shape.
+    """The places of items in rows as short as the longest one, and the shape.
 
     Attention over long rows would take most of the time of a tiny model.
     """

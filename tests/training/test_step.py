@@ -156,7 +156,7 @@ def test_float32_keeps_its_bits_in_every_product_of_a_step(tiny, config, axes):
 
 @pytest.fixture(scope="module")
 def of_one_device(tiny):
-    """What one device does, for adapters and for full training."""
+    """Three steps of one device, for adapters and for full training."""
     return {config.trainable: three_steps(tiny, config, one_device()) for config in (ALL, FULL)}
 
 
@@ -312,7 +312,7 @@ def test_memory_does_not_grow_with_the_batch(tiny):
 
 
 def temporary_bytes(pair, config, pairs, chunks):
-    """What the compiled step needs beside its arguments and results."""
+    """The memory that the compiled step needs beside its arguments and results."""
     mesh = one_device()
     state, frozen_params, loss = prepared(pair, config, mesh)
     few = batch_of(pair, 64, 1, negatives=config.plan.hard_negatives)
