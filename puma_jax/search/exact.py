@@ -84,7 +84,8 @@ class ExactIndex:
     ) -> list[list[Hit]]:
         """Return the k best documents of each query; see `Index.search`.
 
-        Calls of several threads that wait at the same time share one pass over the vectors.
+        Calls of several threads that wait at the same time share one pass over the vectors, so that
+        a score may differ in its last digits from that of a call alone.
         """
         check_queries(vectors, k, self.width)
         mask = self._matching(modality, filter)
