@@ -16,9 +16,10 @@ def training_flops(student: float, teacher: float, stage: StageConfig) -> float:
     """Return the operations of training on items whose forward passes cost this much.
 
     Args:
-        student: Operations of the student's forward pass.
-        teacher: Operations of the teacher's forward pass.
+        student: Operations of the student's forward passes, over the items of all steps.
+        teacher: Operations of the teacher's forward passes, over the same items, or over those
+            whose states it computes before training.
         stage: The stage, which trains all weights.
     """
     passes = 1 + _BACKWARD + (stage.grad_cache_chunks > 1)
-    return passes * student + (stage.distill.on and not stage.distill.cached) * teacher
+    return passes * student + stage.distill.on * teacher

@@ -43,6 +43,7 @@ from puma_jax.errors import ConfigError
 from puma_jax.files import read_json
 from puma_jax.model import hf
 from puma_jax.model.flops import forward_flops
+from puma_jax.training.cache_index import Index
 from puma_jax.training.config import TrainConfig
 from puma_jax.training.loop import Preempted
 from puma_jax.training.run import run
@@ -52,6 +53,8 @@ FOUND = "found.json"
 RANKS = "ranks.npz"
 _LOOKED_AT = 8
 """Steps whose items are counted for the cost of a step."""
+_SAID = 2
+"""Exit status of a run that has printed what a user can mend."""
 
 Train = Callable[[TrainConfig, Path, "Path | None"], None]
 """Runs a config in a workdir, reusing another one, and leaves what `measure` writes."""
@@ -263,6 +266,8 @@ def in_process(config: TrainConfig, workdir: Path, reuse: Path | None) -> None:
     )
     process.start()
     process.join()
+    if process.exitcode == _SAID:
+        raise SystemExit(_SAID)
     if process.exitcode:
         raise SystemExit(f"{workdir} is not finished: rerun the same command to resume")
 
@@ -322,10 +327,13 @@ def _cost(config: TrainConfig, workdir: Path, name: str) -> dict[str, float]:
     sizes = [plan.item_sizes(plan.pairs(step)) for step in range(_LOOKED_AT)]
     tokens, patches = (np.concatenate(of_all) for of_all in zip(*sizes, strict=True))
     ours = forward_flops(model, tokens, patches)
-    whole = forward_flops(teacher, tokens, patches)
-    steps = (stage.steps or 0) / _LOOKED_AT
+    parts = (stage.steps or 0) / _LOOKED_AT  # how often the steps looked at are in the stage
+    taught = parts * forward_flops(teacher, tokens, patches).sum()
+    if stage.distill.cached:
+        sizes_of_all = Index.of(plan, stage.distill.items).sizes(plan)
+        taught = forward_flops(teacher, *sizes_of_all).sum()
     return {
-        "training_flops": steps * training_flops(ours.sum(), whole.sum(), stage),
+        "training_flops": training_flops(parts * ours.sum(), taught, stage),
         "embedding_flops": float(ours.mean()),
         "tokens_per_item": float(tokens.mean()),
     }

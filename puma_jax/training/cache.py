@@ -31,7 +31,6 @@ from puma_jax.config import ComputeConfig, ModelConfig
 from puma_jax.data.items import Item
 from puma_jax.data.packing import fill, place
 from puma_jax.data.pipeline import Batch, Loader, batches, prefetch_to_device
-from puma_jax.data.plan import Plan
 from puma_jax.data.preparing import prepare
 from puma_jax.data.shapes import batch_shape
 from puma_jax.errors import CheckpointError
@@ -40,7 +39,8 @@ from puma_jax.parallel import multihost
 from puma_jax.parallel.mesh import replicated
 from puma_jax.progress import Progress
 from puma_jax.rows import PackedBatch, PackedShape
-from puma_jax.training.objective import PairStates
+from puma_jax.training.cache_index import Index
+from puma_jax.training.objective import TeacherStates
 from puma_jax.training.step import FrozenParams
 from puma_jax.training.teacher import TeacherFn
 from puma_jax.typing import AnyArray, Array, Float, Int, ndarray
@@ -52,38 +52,6 @@ _DIGEST_BYTES = 32
 
 
 @dataclass(frozen=True)
-class Index:
-    """Numbers of all items that a step may draw: queries with each prompt, then candidates."""
-
-    start: Int[ndarray, "rows_and_end"]
-    """Number of the first item of each query, then of each candidate; last, the item count."""
-    queries: int
-    """Number of rows in the table of queries."""
-
-    @classmethod
-    def of(cls, plan: Plan) -> Index:
-        """Return the index of a plan's queries and of their positives."""
-        table = plan.table
-        queries = len(table.query_key)
-        drawn = np.zeros(queries, bool)
-        drawn[plan.queries()] = True
-        wordings = np.where(drawn, np.maximum(plan.prompts(np.arange(queries)), 1), 0)
-        items = np.concatenate([[0], wordings, plan.candidates()])
-        return cls(np.cumsum(items, dtype=np.int64), queries)
-
-    def __len__(self) -> int:
-        return int(self.start[-1])
-
-    def query(self, row: Int[ndarray, "n"], prompt: Int[ndarray, "n"]) -> Int[ndarray, "n"]:
-        """Return the item numbers of queries with these prompts; prompt −1 is none."""
-        return self.start[row] + np.maximum(prompt, 0)
-
-    def candidate(self, row: Int[ndarray, "n"]) -> Int[ndarray, "n"]:
-        """Return the item numbers of candidates."""
-        return self.start[self.queries + row]
-
-
-@dataclass(frozen=True)
 class TeacherCache:
     """The teacher's states of all items that a step may draw."""
 
@@ -91,10 +59,13 @@ class TeacherCache:
     states: Float[ndarray, "items width"]
     """Memory-mapped from a file."""
 
-    def pair_states(self, batch: Batch) -> PairStates:
+    def of_pairs(self, batch: Batch) -> TeacherStates:
         """Return the states of a batch on the host, as NumPy arrays."""
-        return PairStates(
-            query=self.states[self.index.query(batch.query, batch.prompt)],
+        query = None
+        if self.index.has_queries:
+            query = self.states[self.index.query(batch.query, batch.prompt)]
+        return TeacherStates(
+            query=query,
             candidate=self.states[self.index.candidate(batch.candidate)],
         )
 
@@ -105,6 +76,7 @@ def build(
     teacher_fn: TeacherFn,
     frozen_params: FrozenParams,
     *,
+    items: Literal["pairs", "candidates"],
     model: ModelConfig,
     compute: ComputeConfig,
     mesh: jax.sharding.Mesh,
@@ -119,6 +91,7 @@ def build(
         loader: Reads the items; its plan says which there are.
         teacher_fn: Function from `make_teacher`, for the data shards of this mesh.
         frozen_params: Leaves of the teacher, and frozen leaves of the student.
+        items: Items whose states are computed; see `DistillConfig.items`.
         model: Config of the teacher.
         compute: How to run.
         mesh: Devices over which rows are sharded.
@@ -129,7 +102,7 @@ def build(
         CheckpointError: A file is not of this cache.
         DataError: See `Loader`.
     """
-    index = Index.of(loader.plan)
+    index = Index.of(loader.plan, items)
     windows = _Windows(loader, index)
     about = {
         **dataclasses.asdict(model),
@@ -206,13 +179,8 @@ class _Windows:
     def __init__(self, loader: Loader, index: Index):
         plan = loader.plan
         self.loader = loader
-        counts = np.diff(index.start)
-        self.query = np.repeat(np.arange(index.queries), counts[: index.queries])
-        self.candidate = np.flatnonzero(counts[index.queries :])
-        prompt = np.arange(len(self.query)) - index.start[self.query]
-        self.prompt = np.where(plan.prompts(self.query) > 0, prompt, -1)
-        sizes = plan.query_sizes(self.query, self.prompt), plan.candidate_sizes(self.candidate)
-        self.lengths, self.patches = (np.concatenate(both) for both in zip(*sizes, strict=True))
+        self.query, self.prompt, self.candidate = index.rows(plan)
+        self.lengths, self.patches = index.sizes(plan)
         self.count = -(-len(index) // (2 * plan.config.batch_size))
         self._order = np.lexsort((self.lengths, self.patches))
         self._shape = self._fitting_shape()

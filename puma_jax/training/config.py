@@ -103,14 +103,24 @@ class DistillConfig:
     """The student learns "states", the pooled states of the teacher, by squared error, as in the
     paper, or "similarities", its softmax over all candidates of the batch for each query, by the
     Kullback-Leibler divergence (SEED, arXiv 2101.04731)."""
+    items: Literal["pairs", "candidates"] = "pairs"
+    """The student learns the states of "pairs", queries and candidates, as in the paper, or of
+    "candidates" alone. These are far fewer where queries come with several prompts, so that
+    `cached` computes them in a short time."""
     temperature: Positive = 0.05
     """Temperature that divides the cosines of both models if similarities are distilled."""
     cached: bool = False
-    """Compute the teacher's states of all items once before training, not in every step."""
+    """Compute the teacher's states once before training, those of every query with every prompt and
+    of every candidate that steps may draw, and not in every step."""
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check the ranges, and that similarities have queries."""
         check(self, "distill")
+        require(
+            self.target == "states" or self.items == "pairs",
+            f'distill.items "{self.items}" with distill.target "similarities", which compares '
+            'queries with candidates: expected "pairs"',
+        )
 
     @property
     def on(self) -> bool:

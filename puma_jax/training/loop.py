@@ -21,10 +21,10 @@ from puma_jax.progress import Progress
 from puma_jax.training.checkpoint import Checkpoints
 from puma_jax.training.config import TrainConfig
 from puma_jax.training.metric_writer import MetricWriter
-from puma_jax.training.objective import Metrics, PairStates
+from puma_jax.training.objective import Metrics, TeacherStates
 from puma_jax.training.profiler import Profiler, peak_memory
 from puma_jax.training.stages import Stage
-from puma_jax.training.transfer import shard_batch, shard_pair_states
+from puma_jax.training.transfer import shard_batch, shard_teacher_states
 
 _SHOWN_IDS = 32
 
@@ -102,17 +102,17 @@ def run_stage(
 
 def prefetch(
     stage: Stage, config: TrainConfig, start: int
-) -> Iterator[tuple[Batch, tuple[Batch, PairStates | None], Counters]]:
+) -> Iterator[tuple[Batch, tuple[Batch, TeacherStates | None], Counters]]:
     """Yield each batch on the host, the same on the devices, and counters of its loading.
 
     The batch on the devices comes with the cached states of the teacher, or None.
     """
 
-    def transfer(batch: Batch) -> tuple[Batch, PairStates | None]:
+    def transfer(batch: Batch) -> tuple[Batch, TeacherStates | None]:
         teacher_states = None
         if stage.teacher_cache is not None:
-            teacher_states = shard_pair_states(
-                stage.teacher_cache.pair_states(batch), stage.config.loss, stage.mesh
+            teacher_states = shard_teacher_states(
+                stage.teacher_cache.of_pairs(batch), stage.config.loss, stage.mesh
             )
         return shard_batch(batch, stage.config.loss, stage.mesh), teacher_states
 
@@ -133,11 +133,11 @@ class _TrainSteps:
         self._stage = stage
         self._bar = bar
         self._compiled: dict[int, jax.stages.Compiled] = {}
-        self._first: tuple[Batch, PairStates | None] | None = None
+        self._first: tuple[Batch, TeacherStates | None] | None = None
         """Shapes and shardings of the first batch and its teacher states."""
 
     def compiled(
-        self, step: int, batch: Batch, teacher_states: PairStates | None
+        self, step: int, batch: Batch, teacher_states: TeacherStates | None
     ) -> jax.stages.Compiled:
         """Return the train step for the batch of a step, as it is on the devices."""
         chunks = batch.rows.tokens.shape[0]

@@ -23,22 +23,35 @@ Metrics = dict[str, Array]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PairStates:
-    """Pooled states of the queries and the candidates of a batch, of student or teacher.
+    """Pooled states of the queries and the candidates of a batch.
 
-    The arrays are NumPy's on the host and JAX's on devices. Those of a student that is trained for
-    several depths have a leading axis of depths, all layers last.
+    Those of a model that is trained for several depths have a leading axis of depths, all layers
+    last.
     """
 
-    query: Float[AnyArray, "*exits pairs width"]
-    candidate: Float[AnyArray, "*exits pairs width"]
-    negative: Float[AnyArray, "*exits negatives width"] | None = None
-    """Only the student has them, as distillation is over pairs. Those of one pair come together."""
+    query: Float[Array, "*exits pairs width"]
+    candidate: Float[Array, "*exits pairs width"]
+    negative: Float[Array, "*exits negatives width"] | None = None
+    """Hard negatives; those of one pair come together."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TeacherStates:
+    """Pooled states that the teacher has of the pairs of a batch.
+
+    The arrays are NumPy's on the host and JAX's on devices.
+    """
+
+    query: Float[AnyArray, "pairs width"] | None
+    """None if the student learns the states of candidates alone."""
+    candidate: Float[AnyArray, "pairs width"]
 
 
 def stage_loss(
     config: StageConfig,
     states: PairStates,
-    teacher_states: PairStates | None,
+    teacher_states: TeacherStates | None,
     batch: Batch,
     progress: Array,
     log_scale: Array | None,
@@ -77,7 +90,7 @@ def stage_loss(
 def _loss(
     config: StageConfig,
     states: PairStates,
-    teacher_states: PairStates | None,
+    teacher_states: TeacherStates | None,
     batch: Batch,
     progress: Array,
     log_scale: Array | None,
@@ -122,16 +135,17 @@ def _loss(
 def _distillation(
     config: DistillConfig,
     student: PairStates,
-    teacher: PairStates,
+    teacher: TeacherStates,
     batch: Batch,
     layout: losses.Layout,
 ) -> Array:
     """Return what the student has not learned of the teacher, scaled."""
     if config.target == "states":
-        return config.scale * (
-            losses.distill_loss(student.query, teacher.query, valid=batch.valid)
-            + losses.distill_loss(student.candidate, teacher.candidate, valid=batch.valid)
-        )
+        error = losses.distill_loss(student.candidate, teacher.candidate, valid=batch.valid)
+        if teacher.query is not None:
+            error += losses.distill_loss(student.query, teacher.query, valid=batch.valid)
+        return config.scale * error
+    assert teacher.query is not None  # the config refuses similarities without queries
     return config.scale * losses.similarity_distill_loss(
         (l2_normalize(student.query), l2_normalize(teacher.query)),
         (l2_normalize(student.candidate), l2_normalize(teacher.candidate)),

@@ -288,6 +288,7 @@ def build_teacher(
         loader,
         teacher_fn,
         frozen_params,
+        items=stage.distill.items,
         model=base_config,
         compute=config.compute,
         mesh=mesh,

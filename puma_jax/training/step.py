@@ -27,7 +27,7 @@ from puma_jax.model.tree import assemble
 from puma_jax.parallel.mesh import data_shards
 from puma_jax.rows import PackedBatch
 from puma_jax.training.config import StageConfig
-from puma_jax.training.objective import Metrics, PairStates, stage_loss
+from puma_jax.training.objective import Metrics, PairStates, TeacherStates, stage_loss
 from puma_jax.training.optimizer import Leaves, learning_rate, make_optimizer
 from puma_jax.training.teacher import Teacher, TeacherFn
 from puma_jax.typing import AnyArray, Array, Int, PRNGKeyArray
@@ -59,8 +59,8 @@ class FrozenParams:
     """Leaves that only the teacher has; None if steps compute no teacher's states."""
 
 
-Loss = Callable[[Leaves, Array, FrozenParams, Batch, PairStates | None], tuple[Array, Metrics]]
-Step = Callable[[TrainState, FrozenParams, Batch, PairStates | None], tuple[TrainState, Metrics]]
+Loss = Callable[[Leaves, Array, FrozenParams, Batch, TeacherStates | None], tuple[Array, Metrics]]
+Step = Callable[[TrainState, FrozenParams, Batch, TeacherStates | None], tuple[TrainState, Metrics]]
 
 
 def init_state(config: StageConfig, steps: int, trained: Leaves) -> TrainState:
@@ -103,7 +103,7 @@ def make_loss(
         step: Array,
         frozen_params: FrozenParams,
         batch: Batch,
-        teacher_states: PairStates | None,
+        teacher_states: TeacherStates | None,
     ) -> tuple[Array, Metrics]:
         params = assemble(structure, {**frozen_params.student, **trained})
         dropout = None
@@ -142,7 +142,7 @@ def make_step(config: StageConfig, steps: int, loss: Loss) -> Step:
         state: TrainState,
         frozen_params: FrozenParams,
         batch: Batch,
-        teacher_states: PairStates | None,
+        teacher_states: TeacherStates | None,
     ) -> tuple[TrainState, Metrics]:
         gradients, metrics = jax.grad(loss, has_aux=True)(
             state.trained, state.step, frozen_params, batch, teacher_states
@@ -164,7 +164,7 @@ def _pair_states(
     mesh: jax.sharding.Mesh,
     dropout: PRNGKeyArray | None,
     teacher_fn: TeacherFn | None,
-) -> tuple[PairStates, PairStates | None]:
+) -> tuple[PairStates, TeacherStates | None]:
     """Return the student's states of a batch, and the teacher's if `teacher_fn` computes them."""
     shards = data_shards(mesh)
     chunks = batch.rows.tokens.shape[0]
@@ -200,20 +200,23 @@ def _pair_states(
             lambda _, chunk: (None, recomputed(*chunk)), None, (batch.rows, items)
         )
 
-    pair_slots = batch.query_slot, batch.candidate_slot
-    slots: tuple[Array, ...] = pair_slots
-    if batch.negatives is not None:
-        slots = (*pair_slots, batch.negatives.slot.reshape(-1))
-
-    def gather(states: Array, slots: tuple[Array, ...]) -> PairStates:
+    def gather(states: Array, slots: Array) -> Array:
         # [chunks, *exits, slots, width] → [*exits, chunks · slots, width]
         states = jnp.moveaxis(states, 0, -3)
         states = states.reshape(*states.shape[:-3], -1, states.shape[-1])
-        taken = (jnp.take(states, places, axis=-2, mode="clip") for places in slots)
-        return PairStates(*(_shard_pairs(vectors, mesh) for vectors in taken))
+        return _shard_pairs(jnp.take(states, slots, axis=-2, mode="clip"), mesh)
 
-    return gather(states, slots), (
-        None if teacher_states is None else gather(teacher_states, pair_slots)
+    negatives = batch.negatives
+    student = PairStates(
+        gather(states, batch.query_slot),
+        gather(states, batch.candidate_slot),
+        None if negatives is None else gather(states, negatives.slot.reshape(-1)),
+    )
+    if teacher_states is None:
+        return student, None
+    return student, TeacherStates(
+        gather(teacher_states, batch.query_slot) if config.distill.items == "pairs" else None,
+        gather(teacher_states, batch.candidate_slot),
     )
 
 

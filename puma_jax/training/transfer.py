@@ -12,7 +12,7 @@ from puma_jax.data.pipeline import Batch, HardNegatives
 from puma_jax.parallel import multihost
 from puma_jax.parallel.mesh import batch_sharding, data_shards, replicated
 from puma_jax.training.config import LossConfig
-from puma_jax.training.objective import PairStates
+from puma_jax.training.objective import TeacherStates
 
 
 def shard_batch(batch: Batch, config: LossConfig, mesh: jax.sharding.Mesh) -> Batch:
@@ -63,11 +63,11 @@ def shard_batch(batch: Batch, config: LossConfig, mesh: jax.sharding.Mesh) -> Ba
     )
 
 
-def shard_pair_states(
-    states: PairStates, config: LossConfig, mesh: jax.sharding.Mesh
-) -> PairStates:
+def shard_teacher_states(
+    states: TeacherStates, config: LossConfig, mesh: jax.sharding.Mesh
+) -> TeacherStates:
     """Start the transfer of the states of a batch, padded with zeros as `shard_batch` pads."""
-    missing = _missing(len(states.query), config, mesh)
+    missing = _missing(len(states.candidate), config, mesh)
     sharding = batch_sharding(mesh)
     return jax.tree.map(
         lambda leaf: multihost.put(np.pad(leaf, ((0, missing), (0, 0))), sharding), states

@@ -61,12 +61,13 @@ class Case:
         self.frozen_params = FrozenParams(named_leaves(student), split_teacher(placed, KEPT, {}))
         self.teacher_fn = make_teacher(model, KEPT, FLOAT32, data_shards(self.mesh))
 
-    def build(self, folder, teacher_fn=None):
+    def build(self, folder, teacher_fn=None, items="pairs"):
         return cache.build(
             folder,
             self.loader,
             teacher_fn or self.teacher_fn,
             self.frozen_params,
+            items=items,
             model=self.model,
             compute=FLOAT32,
             mesh=self.mesh,
@@ -122,7 +123,7 @@ def test_states_are_those_that_the_step_computes(
             teacher_fn(case.frozen_params.teacher, case.frozen_params.student, rows)
             for rows in chunks
         ]
-        states, found = np.concatenate(states), kept.pair_states(batch)
+        states, found = np.concatenate(states), kept.of_pairs(batch)
         np.testing.assert_allclose(found.query, states[batch.query_slot], rtol=0, atol=1e-5)
         np.testing.assert_allclose(found.candidate, states[batch.candidate_slot], rtol=0, atol=1e-5)
         modalities |= set(batch.modality.tolist())
@@ -143,6 +144,18 @@ def test_every_item_has_the_state_of_the_whole_model(case, finished, tiny):
     for number, state in enumerate(kept.states):
         expected = tiny.expected(run(windows._preparing(number)))
         np.testing.assert_allclose(state, expected, rtol=0, atol=1e-4)
+
+
+def test_candidates_alone_have_the_same_states(case, finished, tmp_path):
+    whole, alone = case.build(finished), case.build(tmp_path / "stage", items="candidates")
+    assert len(alone.states) == len(np.unique(case.plan.table.positive_row))
+    for number in range(case.plan.steps_per_epoch):
+        batch = case.loader(number)
+        expected, found = whole.of_pairs(batch), alone.of_pairs(batch)
+        assert found.query is None
+        np.testing.assert_allclose(found.candidate, expected.candidate, rtol=0, atol=1e-5)
+    with pytest.raises(ArtifactError, match=r"differs in .*items"):
+        case.build(finished, items="candidates")
 
 
 @pytest.mark.parametrize("windows_done", [0, 3])
@@ -226,8 +239,13 @@ def test_a_damaged_cache_is_refused_in_one_line(finished, tmp_path):
         check_only_declared_errors(Target(folder / name, read))
 
 
-@pytest.mark.parametrize(("trainable", "devices"), [("lora", 1), ("full", 2)])
-def test_training_with_a_cache_is_training_without(root, store, tiny, tmp_path, trainable, devices):
+@pytest.mark.parametrize(
+    ("trainable", "devices", "items"),
+    [("lora", 1, "pairs"), ("full", 2, "pairs"), ("lora", 2, "candidates")],
+)
+def test_training_with_a_cache_is_training_without(
+    root, store, tiny, tmp_path, trainable, devices, items
+):
     losses = {}
     for cached in (False, True):
         config = TrainConfig(
@@ -240,7 +258,7 @@ def test_training_with_a_cache_is_training_without(root, store, tiny, tmp_path, 
                     plan=PlanConfig(batch_size=5, balance_window=2),
                     grad_cache_chunks=CHUNKS,
                     loss=LossConfig(chunk_size=2),
-                    distill=DistillConfig(weight=(0.5, 0.9), scale=1.0, cached=cached),
+                    distill=DistillConfig(weight=(0.5, 0.9), scale=1.0, items=items, cached=cached),
                     trainable=trainable,
                     lora=LoraConfig(rank=4, alpha=8.0),
                 )

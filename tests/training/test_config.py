@@ -55,6 +55,10 @@ def config(*names: str, **settings) -> TrainConfig:
             lambda: DistillConfig(weight=(0.5, 1.5)),
             r"distill\.weight\[1\] 1\.5 must be in \[0, 1\]",
         ),
+        (
+            lambda: DistillConfig(target="similarities", items="candidates"),
+            r'distill\.items "candidates" with distill\.target "similarities"',
+        ),
         (lambda: OptimizerConfig(learning_rate=-1.0), r"optimizer\.learning_rate -1\.0 must be"),
         (lambda: OptimizerConfig(max_grad_norm=-1.0), r"optimizer\.max_grad_norm -1\.0 must be"),
         (lambda: OptimizerConfig(beta1=1.0), r"optimizer\.beta1 1\.0 must be in \[0, 1\)"),

@@ -25,6 +25,7 @@ from puma_jax.training.config import (
     ScoreDistillConfig,
     StageConfig,
 )
+from puma_jax.training.objective import TeacherStates
 from puma_jax.training.stages import is_trained
 from puma_jax.training.step import FrozenParams, init_state, make_loss, make_step
 from puma_jax.training.teacher import make_teacher, split_teacher
@@ -233,6 +234,35 @@ def test_a_step_has_the_loss_of_the_formula_over_its_pairs_and_hard_negatives(ti
             np.testing.assert_allclose(metrics[f"loss_{layers}_layers"], shallow, rtol=1e-5)
             whole = expected + 0.7 * scores
             np.testing.assert_allclose(metrics["loss"], whole + 0.25 * shallow, rtol=1e-5)
+
+
+@pytest.mark.parametrize("items", ["pairs", "candidates"])
+def test_states_are_distilled_by_their_squared_errors(tiny, items):
+    """Those of queries and candidates, or of candidates alone, where a pair counts."""
+    config = StageConfig(
+        steps=STEPS,
+        distill=DistillConfig(weight=(0.1, 0.5), scale=0.3, items=items),
+        trainable="lora",
+        lora=LoraConfig(rank=4, alpha=8.0),
+    )
+    state, frozen_params, loss = prepared(tiny, config, one_device())
+    batch = sharded_batch(tiny, config, one_device(), 1)
+    states = states_of(tiny, config, state, frozen_params, batch)
+    expected = 0.0
+    teacher = {"query": None}
+    for seed, name in enumerate(("query", "candidate")):
+        if name == "query" and items == "candidates":
+            continue
+        random = np.random.default_rng(seed).normal(size=(PAIRS, states.shape[1]))
+        teacher[name] = random.astype(np.float32)
+        errors = states[getattr(batch, f"{name}_slot")] - teacher[name]
+        expected += 0.3 * np.mean(errors[np.asarray(batch.valid)] ** 2)
+    given = state.trained, np.int32(STEPS // 2), frozen_params, batch, TeacherStates(**teacher)
+    _, metrics = jax.jit(loss)(*given)
+    np.testing.assert_allclose(metrics["distillation"], expected, rtol=1e-5)
+    # Half-way, 0.3 of the loss.
+    whole = 0.7 * metrics["contrastive"] + 0.3 * expected
+    np.testing.assert_allclose(metrics["loss"], whole, rtol=1e-5)
 
 
 def distilled(states, config, batch):
