@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from losses import COMPARED
-from pretrained import PRETRAINED, PRETRAINED_SHORT
+from pretrained import DISTILLED_CANDIDATES, PRETRAINED, PRETRAINED_SHORT
 from pruning import DEPTH, PRUNING
 from recipe import RECIPE
 
@@ -14,4 +14,5 @@ EXPERIMENTS = {
     "recipe": RECIPE,
     "pretrained": PRETRAINED,
     "pretrained-short": PRETRAINED_SHORT,
+    "candidates": DISTILLED_CANDIDATES,
 }
