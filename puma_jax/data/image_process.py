@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import mmap
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -157,12 +158,15 @@ class Worker:
         """Send images, once there is room for their patches."""
         group = Group(self, members, left)
         settings = os.getcwd(), ImageFile.LOAD_TRUNCATED_IMAGES
+        # Not `send`: the error of a broken pipe would keep its buffer, in a cycle that crashes the
+        # garbage collector of Python 3.12.1.
+        message = pickle.dumps((settings, [tuple(member) for member in members]))
         with self._lock:
             while len(self._sent) >= GROUPS_SENT:
                 self._receive()
             self._sent.append(group)
             try:
-                self.connection.send((settings, [tuple(member) for member in members]))
+                self.connection.send_bytes(message)
             except OSError as error:
                 ended = self._ended(f"before it read {members[0].name}")
                 self._fail(ended)
