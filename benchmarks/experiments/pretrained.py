@@ -88,11 +88,12 @@ DISTILLED_CANDIDATES = Experiment(
             "15 layers, candidates distilled, 69 steps",
             _short(69, "15", distill=_CANDIDATES),
         ),
-        Arm("keep-10", "10 layers, 80 steps", _short(80, "10")),
+        Arm("keep-10", "10 layers, 80 steps", _short(80, "10"), every_seed=False),
         Arm(
             "keep-10-candidates",
             "10 layers, candidates distilled, 64 steps",
             _short(64, "10", distill=_CANDIDATES),
+            every_seed=False,
         ),
     ),
     questions=(
