@@ -95,6 +95,30 @@ def pretrained() -> Figure:
     return figure
 
 
+def candidates() -> Figure:
+    """Return what distilling the candidates alone does at equal cost, by seed, and the losses."""
+    found = read("candidates")
+    figure, panels = pyplot.subplots(1, 2, figsize=(9.4, 3.4), layout="constrained")
+    first = str(found["seeds"][0])
+    for depth, color in ((15, GREEN), (10, VIOLET)):
+        plain, taught = (found["arms"][f"keep-{depth}{end}"] for end in ("", "-candidates"))
+        for seed, run in plain["seeds"].items():
+            rates = [100 * of["mean"]["local"] for of in (run, taught["seeds"][seed])]
+            label = f"{depth} layers" if seed == first else None
+            panels[0].plot((0, 1), rates, "o-", color=color, label=label)
+        for arm, style in ((plain, "-"), (taught, "--")):
+            curve = np.array(arm["seeds"][first]["loss"])
+            panels[1].plot(*curve.T, style, color=color, label=arm["label"])
+    panels[0].set_xticks((0, 1), ("more steps", "candidates distilled"))
+    panels[0].set_xlim(-0.3, 1.3)
+    panels[0].set_title("hit@5 in local pools, %, by seed")
+    panels[1].set_title("contrastive loss, first seed")
+    panels[1].set_xlabel("step")
+    for panel in panels:
+        panel.legend(fontsize=9)
+    return figure
+
+
 def recipe() -> Figure:
     """Return the difference that every part makes at equal steps or cost, with its interval."""
     answers = [

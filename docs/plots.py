@@ -17,6 +17,7 @@ import plot_style
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 from plot_experiments import (
+    candidates,
     learning_of_losses,
     learning_of_pruning,
     losses,
@@ -52,6 +53,8 @@ def main() -> None:
         plots |= {"plot-pruning": pruning, "plot-pruning-learning": learning_of_pruning}
     if (RESULTS / "pretrained.json").exists():
         plots |= {"plot-pretrained": pretrained}
+    if (RESULTS / "candidates.json").exists():
+        plots |= {"plot-candidates": candidates}
     if (RESULTS / "recipe.json").exists():
         plots |= {"plot-recipe": recipe}
     if (RESULTS / "losses.json").exists():

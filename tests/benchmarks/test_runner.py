@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +152,16 @@ def test_tables_say_which_differences_are_more_than_chance_and_rounding(finished
     assert "earlier" not in page
     assert "**+20.0** (" in page
     assert "moves the mean by 2.5 points in local pools, 2.5 points in global pools" in page
+
+
+def test_an_error_of_an_arm_is_said_once(tmp_path):
+    """It is printed where the arm runs; running again would not mend it."""
+    missing = tmp_path / "missing"
+    command = [sys.executable, "benchmarks/experiments/run.py", "pruning"]
+    command += ["--data.root", str(missing), "--out", str(tmp_path / "runs")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {missing} is not a folder\n"
 
 
 def test_curves_take_the_later_line_of_a_step_and_leave_other_stages_out(tmp_path):
